@@ -1,0 +1,48 @@
+# `make demo` and `make test` do all the set-up: they need python3 (3.11 or later) with pip, make and git, nothing else.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+# An environment that happens to be active must not lend its packages to ours.
+unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+
+.PHONY: help demo test lint types format clean
+
+help:
+	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
+	@echo "make test    run all tests (ARGS='-m \"not slow\"' passes arguments to pytest)"
+	@echo "make lint    check style and format       make types   check types"
+	@echo "make format  apply style and format       make clean   remove the environment, caches and demo"
+
+# torch and torchvision are resolved in one call: torchvision does not import beside another build of torch.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lowcal needs Python 3.11 or later; run: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[cli,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(VENV)/bin/lowcal compare --recipe digits --out runs/demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Experiments: recipes, and the runs that they describe put together and compared."""

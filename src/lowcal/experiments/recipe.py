@@ -1,0 +1,159 @@
+"""Recipes: every setting of a run in one frozen, checked object.
+
+A recipe is a YAML file. Those of the package lie in `recipes/`; a user's own is given by its path.
+`--set a.b=value` changes single settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    """What all sections share: frozen, no unknown keys, no silent conversions, no infinities."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """The network; `width` is the channels of the first stage (None: the network's own)."""
+
+    name: Name
+    width: Count | None = None
+
+
+class DataSettings(Settings):
+    """The images; `evaluate="validation"` holds out a part of the training images in the test set's place."""
+
+    name: Literal["digits", "cifar10", "image-folder", "synthetic"]
+    train_images: Count | None = None
+    test_images: Count | None = None
+    image_size: Count | None = None
+    classes: Annotated[int, Field(ge=2)] | None = None
+    evaluate: Literal["test", "validation"] = "test"
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    on_error: Literal["stop", "skip"] = "stop"
+    download: bool = True
+
+
+class OptimizerSettings(Settings):
+    """SGD's settings; the paper names no momentum, METHOD takes 0.9."""
+
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerSettings:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov=true needs a momentum: set optimizer.momentum above 0")
+        return self
+
+
+class RateSettings(Settings):
+    """The learning rate over the epochs; `factor` and `every` (epochs) are those of `step`."""
+
+    name: Literal["step", "cosine", "constant"]
+    factor: Fraction = 0.1
+    every: Count = 30
+    warmup_epochs: Whole = 0
+
+
+class ScheduleSettings(Settings):
+    """Where the boundary is: Algorithm 1 (`norm-trend`), Eq. 3 (`quadratic`) or a table (`fixed`)."""
+
+    name: Literal["norm-trend", "quadratic", "fixed"] = "norm-trend"
+    alpha: NonNegative = 0.95
+    shift: Count | None = None
+    max_fraction: Fraction = 0.75
+    interval: Count | None = None
+    c1: NonNegative | None = None
+    c2: NonNegative | None = None
+    epochs: dict[Whole, Whole] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_name(self) -> ScheduleSettings:
+        owners = {"c1": "quadratic", "c2": "quadratic", "epochs": "fixed"}
+        for field, owner in owners.items():
+            given = getattr(self, field) is not None
+            if given and self.name != owner:
+                raise ValueError(
+                    f"local.schedule.{field} belongs to the schedule '{owner}', not to '{self.name}': "
+                    f"set local.schedule.name={owner} or leave it out"
+                )
+            if not given and self.name == owner:
+                raise ValueError(f"local.schedule.{field} is missing: the schedule '{owner}' needs it")
+        return self
+
+
+class LocalSettings(Settings):
+    """Local learning: Eq. 4's step and its decay, weak supervision, and the schedule."""
+
+    lr: Positive = 0.01
+    decay: Fraction = 0.5
+    decay_every: Count = 30
+    scale: Literal["absolute", "relative"] = "absolute"
+    every: Count = 1
+    norm_stats: Literal["batch", "running"] = "batch"
+    supervision: bool = True
+    schedule: ScheduleSettings = ScheduleSettings()
+
+
+class Recipe(Settings):
+    """Every setting of a run. `label` is the line that tables and reports show for it."""
+
+    name: Name
+    label: Name
+    epochs: Count
+    batch: Count
+    seed: Whole = 0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    channels_last: bool = False
+    step: Literal["auto", "eager"] = "auto"
+    model: ModelSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    lr_schedule: RateSettings
+    local: LocalSettings = LocalSettings()
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Recipe:
+        warmup = self.lr_schedule.warmup_epochs
+        if warmup and warmup >= self.epochs:
+            raise ValueError(
+                f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}"
+            )
+        return self
+
+
+def lr_at(recipe: Recipe) -> Callable[[int], float]:
+    """SGD's learning rate as a pure function of the epoch (counted from 0).
+
+    `step` decays by `factor` each `every` epochs, counted from epoch 0; `cosine` falls from the full rate to
+    zero at the end of the last epoch. With a warm-up of n epochs, epoch e < n has (e + 1) / (n + 1) of the rate.
+    """
+    base, plan, epochs = recipe.optimizer.lr, recipe.lr_schedule, recipe.epochs
+    warmup = plan.warmup_epochs
+
+    def rate(epoch: int) -> float:
+        if epoch < warmup:
+            return base * (epoch + 1) / (warmup + 1)
+        if plan.name == "step":
+            return base * plan.factor ** (epoch // plan.every)
+        if plan.name == "cosine":
+            return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+        return base
+
+    return rate

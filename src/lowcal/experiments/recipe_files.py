@@ -1,0 +1,259 @@
+"""Recipes to and from text: packaged names, files, `--set key=value`, and the run folder's copy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lowcal.errors import LowcalError, nearest
+from lowcal.experiments.recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-4 as a number, as YAML 1.2 does and PyYAML does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def recipe_names() -> list[str]:
+    """The names of the packaged recipes."""
+    folder = resources.files("lowcal.experiments") / "recipes"
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """The recipe of a packaged name (`digits`) or of a YAML file (`mine.yaml`, `folder/mine.yaml`).
+
+    Raises:
+        LowcalError: an unknown name, a file that cannot be read or is no recipe, a wrong setting.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise LowcalError(f"recipe file {name_or_path} does not exist: check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+            message = f"recipe file {name_or_path} cannot be read ({reason}): give a YAML file"
+            raise LowcalError(message) from None
+        return parse_recipe(text, name_or_path)
+    if name_or_path not in recipe_names():
+        raise LowcalError(f"unknown recipe '{name_or_path}'{nearest(name_or_path, recipe_names())}")
+    text = (resources.files("lowcal.experiments") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    return parse_recipe(text, name_or_path)
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """The recipe that YAML `text` holds; errors name `source`."""
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        message = f"recipe {source} is not valid YAML{_place(error)}: mend or replace the file"
+        raise LowcalError(message) from None
+    if not isinstance(data, dict):
+        raise LowcalError(
+            f"recipe {source} holds no settings: write 'key: value' lines as in the packaged recipes"
+        )
+    return _validate(data, f"recipe {source}: ")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every setting spelled out; `parse_recipe` gives the same recipe back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """The recipe with single settings changed, each written `a.b=value` with the value in YAML.
+
+    Raises:
+        LowcalError: an unknown key (with the nearest known one), a wrong type, a value out of range.
+    """
+    data = recipe.model_dump()
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise LowcalError(f"--set {setting}: must read key=value, as in --set epochs=5")
+        try:
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError):
+            message = f"--set {setting}: the value is not valid YAML; quote it, as in --set 'k={{1: 2}}'"
+            raise LowcalError(message) from None
+        _put(data, key, value)
+    return _validate(data, "")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The dotted keys whose values differ, each as 'epochs (5 there, 30 here)'."""
+    left, right = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    keys = [*left, *(key for key in right if key not in left)]
+    changed = [key for key in keys if left.get(key) != right.get(key)]
+    return [f"{key} ({_show(left.get(key))} there, {_show(right.get(key))} here)" for key in changed]
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    section: Any = data
+    model: type[BaseModel] | None = Recipe
+    for part in parts:
+        if model is None or part not in model.model_fields:
+            raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
+        parent, section, model = section, section[part], _section(model, part)
+    if model is not None:
+        if not isinstance(value, dict):
+            choices = ", ".join(f"{key}.{field}" for field in model.model_fields)
+            raise LowcalError(f"{key}={_show(value)}: is a section; set one of {choices}")
+        for field, inner in value.items():
+            _put(data, f"{key}.{field}", inner)
+        return
+    parent[parts[-1]] = value
+
+
+def _validate(data: Mapping[str, Any], source: str) -> Recipe:
+    unknown = next(_unknown_keys(data, Recipe, ""), None)
+    if unknown is not None:
+        raise LowcalError(f"{source}unknown setting '{unknown}'{_nearest_key(unknown)}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise LowcalError(source + _line(error.errors()[0])) from None
+
+
+def _line(error: ErrorDetails) -> str:
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    parts = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join(parts)
+    allowed = _allowed(parts) or error["msg"].replace("Input should be", "must be")
+    if error["type"] == "missing":
+        return f"the setting '{key}' is missing: {allowed}"
+    return f"{key}={_show(error['input'])}: {allowed}"
+
+
+def _allowed(parts: list[str]) -> str | None:
+    """What a setting may be, in words, from the types and bounds of its field; None where they do not say."""
+    model: type[BaseModel] | None = Recipe
+    for part in parts[:-1]:
+        model = _section(model, part) if model is not None and part in model.model_fields else None
+    if model is None or parts[-1] not in model.model_fields:
+        return None
+    field = model.model_fields[parts[-1]]
+    kinds: list[str] = []
+    bounds: list[str] = []
+    for item in (*_leaves(field.annotation), *field.metadata):
+        match item:
+            case Ge(ge=limit):
+                bounds.append(f"at least {limit}")
+            case Gt(gt=limit):
+                bounds.append(f"above {limit}")
+            case Le(le=limit):
+                bounds.append(f"at most {limit}")
+            case Lt(lt=limit):
+                bounds.append(f"below {limit}")
+            case str():
+                kinds.append(f"'{item}'")
+            case type() if item in _WORDS:
+                kinds.append(_WORDS[item])
+    if not kinds:
+        return None
+    words = ", ".join(kinds[:-1]) + " or " + kinds[-1] if len(kinds) > 1 else kinds[0]
+    return "must be " + ", ".join(filter(None, [words, " and ".join(bounds)]))
+
+
+_WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping such as {5: 2, 10: 4}",
+}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The plain types, literal values and bounds inside an annotation."""
+    origin = get_origin(annotation)
+    if origin is dict:
+        yield dict
+    elif origin in {Union, UnionType}:
+        for part in get_args(annotation):
+            yield from _leaves(part)
+    elif hasattr(annotation, "__metadata__"):
+        yield from _leaves(get_args(annotation)[0])
+        for item in annotation.__metadata__:
+            yield from item.metadata
+    elif origin is not None:
+        yield from get_args(annotation)
+    else:
+        yield annotation
+
+
+def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[field].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _unknown_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, value in data.items():
+        if key not in model.model_fields:
+            yield f"{prefix}{key}"
+        elif (inner := _section(model, key)) is not None and isinstance(value, dict):
+            yield from _unknown_keys(value, inner, f"{prefix}{key}.")
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for field in model.model_fields:
+        inner = _section(model, field)
+        if inner is None:
+            yield f"{prefix}{field}"
+        else:
+            yield from _known_keys(inner, f"{prefix}{field}.")
+
+
+def _nearest_key(key: str) -> str:
+    """The remedy for an unknown key: the nearest full key, also where only its last part was given."""
+    known = list(_known_keys(Recipe))
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not match:
+        leaf = key.rpartition(".")[2]
+        leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.6)
+        match = [k for k in known if leaves and k.rpartition(".")[2] == leaves[0]]
+    if match:
+        return "; did you mean " + " or ".join(f"'{m}'" for m in match) + "?"
+    return nearest(key, Recipe.model_fields)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _show(value: Any) -> str:
+    """A value as a person would write it in YAML, on one line and not too long."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("...").strip()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1})" if mark is not None else ""

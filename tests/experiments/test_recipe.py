@@ -1,0 +1,199 @@
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from lowcal.errors import LowcalError
+from lowcal.experiments.recipe import Recipe, lr_at
+from lowcal.experiments.recipe_files import (
+    apply_settings,
+    differences,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+)
+
+
+def rates(recipe: Recipe) -> list[float]:
+    rate = lr_at(recipe)
+    return [rate(epoch) for epoch in range(recipe.epochs)]
+
+
+def test_the_published_recipe_is_the_papers():
+    recipe = load_recipe("resnet18-cifar10")
+    assert (recipe.epochs, recipe.batch) == (90, 64)
+    assert (recipe.model.name, recipe.data.name) == ("resnet18", "cifar10")
+    sgd = recipe.optimizer
+    assert (sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov) == (0.05, 0.9, 5e-4, False)
+    assert (recipe.local.lr, recipe.local.decay, recipe.local.decay_every) == (0.01, 0.5, 30)
+    assert (recipe.local.schedule.name, recipe.local.schedule.alpha) == ("norm-trend", 0.95)
+    assert recipe.local.schedule.max_fraction == 0.75
+    assert recipe.local.supervision is True
+    expected = [0.05 * 0.1 ** (epoch // 10) for epoch in range(90)]
+    assert rates(recipe) == pytest.approx(expected)
+    assert rates(recipe)[89] == pytest.approx(5e-10)
+
+
+def test_the_modern_twin_differs_in_the_learning_rate_alone():
+    published, modern = load_recipe("resnet18-cifar10"), load_recipe("resnet18-cifar10-modern")
+    changed = {text.split(" ")[0] for text in differences(published, modern)}
+    assert changed - {"name", "label"} == {"lr_schedule.name", "lr_schedule.every"}
+    curve = rates(modern)
+    assert curve[0] == 0.05
+    assert curve[45] == pytest.approx(0.025)
+    assert curve == sorted(curve, reverse=True)
+    assert lr_at(modern)(90) == pytest.approx(0, abs=1e-17)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_loads_under_its_own_name_and_survives_its_copy(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(dump_recipe(recipe), "copy") == recipe
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        load_recipe("digits").epochs = 3  # type: ignore[misc]
+
+
+def test_warm_up_rises_in_equal_steps_to_the_full_rate_and_the_cosine_starts_there():
+    recipe = apply_settings(
+        load_recipe("digits"),
+        ["epochs=10", "optimizer.lr=0.4", "lr_schedule.name=cosine", "lr_schedule.warmup_epochs=3"],
+    )
+    curve = rates(recipe)
+    assert curve[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert curve[4] == pytest.approx(0.2 * (1 + math.cos(math.pi / 7)))
+    assert lr_at(recipe)(10) == pytest.approx(0, abs=1e-15)
+
+
+def test_step_decay_counts_from_the_first_epoch_also_with_a_warm_up():
+    plan = "lr_schedule={name: step, factor: 0.5, every: 3, warmup_epochs: 1}"
+    recipe = apply_settings(load_recipe("digits"), ["epochs=7", "optimizer.lr=1.0", plan])
+    assert rates(recipe) == [0.5, 1, 1, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_a_constant_rate_is_constant():
+    settings = ["lr_schedule.name=constant", "optimizer.lr=0.3", "epochs=4"]
+    recipe = apply_settings(load_recipe("digits"), settings)
+    assert rates(recipe) == [0.3] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E-3", 1e-3), ("5.e-1", 0.5), (".5", 0.5), ("1", 1.0), ("2e0", 2.0)]
+)
+def test_numbers_are_read_as_a_person_writes_them(text, value):
+    recipe = apply_settings(load_recipe("digits"), [f"local.lr={text}"])
+    assert recipe.local.lr == value
+
+
+def test_settings_apply_in_order_and_sections_merge():
+    recipe = apply_settings(
+        load_recipe("digits"),
+        [
+            "epochs=5",
+            "epochs=6",
+            "local.schedule={name: fixed, epochs: {2: 1, 4: 3}}",
+            "local.supervision=off",
+        ],
+    )
+    assert recipe.epochs == 6
+    assert recipe.local.schedule.epochs == {2: 1, 4: 3}
+    assert recipe.local.schedule.alpha == load_recipe("digits").local.schedule.alpha
+    assert recipe.local.supervision is False
+
+
+WRONG = {
+    "epochs=0": "epochs=0: must be a whole number, at least 1",
+    "epochs=2.5": "epochs=2.5: must be a whole number, at least 1",
+    "epochs=true": "epochs=true: must be a whole number, at least 1",
+    "epochs=many": "epochs=many: must be a whole number, at least 1",
+    "epochs=": "epochs=null: must be a whole number, at least 1",
+    "batch=-4": "batch=-4: must be a whole number, at least 1",
+    "optimizer.lr=-0.1": "optimizer.lr=-0.1: must be a number, above 0",
+    "optimizer.lr=.inf": "optimizer.lr=.inf: must be a number, above 0",
+    "optimizer.lr=.nan": "optimizer.lr=.nan: must be a number, above 0",
+    "optimizer.momentum=1": "optimizer.momentum=1: must be a number, at least 0 and below 1",
+    "local.lr=-1": "local.lr=-1: must be a number, above 0",
+    "local.schedule.alpha=-1": "local.schedule.alpha=-1: must be a number, at least 0",
+    "local.schedule.max_fraction=2": "local.schedule.max_fraction=2: must be a number, above 0 and at most 1",
+    "local.schedule.shift=0": "local.schedule.shift=0: must be a whole number, at least 1",
+    "local.norm_stats=none": "local.norm_stats=none: must be 'batch' or 'running'",
+    "precision=fp8": "precision=fp8: must be 'float32', 'bf16' or 'fp16'",
+    "step=graphed": "step=graphed: must be 'auto' or 'eager'",
+    "model.name=5": "model.name=5: must be text",
+    "local.supervision=maybe": "local.supervision=maybe: must be true or false",
+    "local.schedule.epochs=[1]": "local.schedule.epochs=[1]: must be a mapping",
+    "data.name=cifar": "data.name=cifar: must be 'digits', 'cifar10', 'image-folder' or 'synthetic'",
+    "local=5": "local=5: is a section; set one of local.lr, ",
+    "alpha=1": "unknown setting 'alpha'; did you mean 'local.schedule.alpha'?",
+    "epoch=3": "unknown setting 'epoch'; did you mean 'epochs'?",
+    "local.scedule.alpha=1": "unknown setting 'local.scedule.alpha'; did you mean 'local.schedule.alpha'?",
+    "optimizer.rl=1": "unknown setting 'optimizer.rl'; did you mean 'optimizer.lr'?",
+    "local.schedule={alfa: 1}": "unknown setting 'local.schedule.alfa'; did you mean 'local.schedule.alpha'?",
+    "epochs.more=3": "unknown setting 'epochs.more'; did you mean 'epochs'?",
+    "zzz=1": "unknown setting 'zzz'; choose from ",
+    "epochs": "--set epochs: must read key=value",
+    "=5": "--set =5: must read key=value",
+    "epochs=[1": "--set epochs=[1: the value is not valid YAML",
+    "local.schedule.c1=4": "local.schedule.c1 belongs to the schedule 'quadratic', not to 'norm-trend'",
+    "local.schedule.name=quadratic": "local.schedule.c1 is missing: the schedule 'quadratic' needs it",
+    "lr_schedule.warmup_epochs=1000": "lr_schedule.warmup_epochs=1000: must be below epochs",
+    "optimizer={momentum: 0, nesterov: true}": "optimizer.nesterov=true needs a momentum",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), WRONG.items(), ids=list(WRONG))
+def test_a_wrong_setting_is_named_with_what_is_allowed(setting, message):
+    with pytest.raises(LowcalError) as caught:
+        apply_settings(load_recipe("digits"), [setting])
+    text = str(caught.value)
+    assert text.startswith(message)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no settings"),
+        ("- 1", "holds no settings"),
+        ("a: [1", "is not valid YAML (line 1)"),
+        ("epochs: 3", "the setting 'name' is missing: must be text"),
+        ("epochz: 3", "unknown setting 'epochz'; did you mean 'epochs'?"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
+        (b"\xff\xfe\x00", "cannot be read (it is not a text file)"),
+    ],
+)
+def test_a_wrong_recipe_file_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LowcalError) as caught:
+        load_recipe(str(path))
+    assert message in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_that_are_not_there(tmp_path):
+    with pytest.raises(LowcalError, match=r"unknown recipe 'digit'; did you mean 'digits'\?"):
+        load_recipe("digit")
+    with pytest.raises(LowcalError, match="does not exist"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    with pytest.raises(LowcalError, match="cannot be read"):
+        load_recipe(str(tmp_path) + "/.")
+
+
+def test_a_recipe_of_the_users_own_loads_from_its_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_recipe(load_recipe("digits")).replace("epochs: 30", "epochs: 7"))
+    assert load_recipe(str(path)).epochs == 7
+
+
+def test_differences_name_the_keys_and_both_values():
+    old = load_recipe("digits")
+    new = apply_settings(old, ["epochs=5", "local.lr=0.5"])
+    assert differences(old, old) == []
+    assert differences(old, new)[0] == f"epochs ({old.epochs} there, 5 here)"
+    assert differences(old, new)[1].startswith("local.lr (")

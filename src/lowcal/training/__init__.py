@@ -1,0 +1,1 @@
+"""The thin training loop: step, exact resume, run folders."""

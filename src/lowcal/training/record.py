@@ -1,0 +1,310 @@
+"""Run folders: the files that a run writes, and the only thing that the report reads."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import LowcalError
+
+__all__ = ["FORMAT", "RunFolder", "atomic_write", "read_json", "write_json"]
+
+FORMAT = 1
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+EPOCHS = "epochs.jsonl"
+SUMMARY = "summary.json"
+
+# The fields that readers compute with; a file may hold more.
+_COSTS = ("boundary", "layers", "seconds", "flops", "peak_memory_bytes")
+_EPOCH_FIELDS = (*_COSTS, "epoch", "train_loss", "test_loss", "top1_error", "total_seconds", "step_ms")
+_IDENTITY_FIELDS = ("method", "recipe", "seed", "epochs", "model", "dataset", "label")
+_SUMMARY_FIELDS = (*_IDENTITY_FIELDS, *_COSTS, "top1_error")
+_TEXTS = frozenset({"method", "recipe", "model", "dataset", "label"})
+_MAY_BE_NULL = frozenset({"label", "train_loss", "test_loss", "top1_error"})
+
+
+def atomic_write(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    The temporary file lies in the same folder under a fixed name, so that one left by a killed process is
+    used again. Raises LowcalError if the system refuses; then the old file is intact and no other is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` atomically as indented JSON; a number that is not finite is written as null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write(path, f"{text}\n".encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of lowcal's; LowcalError if it is damaged or of another format."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LowcalError(f"cannot read {path}: {error.strerror}; is it a run folder's file?") from error
+    except ValueError as error:
+        raise LowcalError(f"{path} is damaged ({_first_line(error)}); restore it or leave it out") from error
+    if not isinstance(value, dict) or "format" not in value:
+        raise LowcalError(f"{path} was not written by lowcal: it has no 'format'; leave this folder out")
+    if value["format"] != FORMAT:
+        raise LowcalError(
+            f"{path} has format {value['format']!r}, this lowcal reads {FORMAT}; use the lowcal that wrote it"
+        )
+    return value
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    `recipe.yaml` is the recipe's text, `environment.json` where it runs and which run it is, `epochs.jsonl`
+    one JSON object an epoch, `summary.json` the results once it is finished. Checkpoints lie beside them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @classmethod
+    def create(
+        cls, path: Path, *, recipe: str, environment: Mapping[str, Any], identity: Mapping[str, Any]
+    ) -> "RunFolder":
+        """Make a run's folder; `path` must not exist yet or be empty, and its parents are made if need be.
+
+        `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed,
+        epochs (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if
+        the folder cannot be made.
+        """
+        _check_fields(identity, _IDENTITY_FIELDS, path / ENVIRONMENT)
+        _refuse_unless_free(path)
+        made = _make_folders(path)
+        folder = cls(path)
+        try:
+            atomic_write(path / EPOCHS, b"")
+            write_json(path / ENVIRONMENT, {"format": FORMAT, **environment, "run": dict(identity)})
+            atomic_write(path / RECIPE, recipe.encode())  # last: its presence makes the folder a run
+        except BaseException:
+            for name in (EPOCHS, ENVIRONMENT, RECIPE):
+                (path / name).unlink(missing_ok=True)
+            _remove_folders(made)
+            raise
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Return the run in an existing folder; LowcalError if there is none."""
+        if not path.is_dir():
+            raise LowcalError(f"{path} is not a folder; give the folder of a run")
+        if not cls.holds_run(path):
+            raise LowcalError(f"{path} is not a run folder: it has no {RECIPE}; give the folder of a run")
+        return cls(path)
+
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        """Whether the folder at `path` holds a run, finished or not."""
+        return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT, EPOCHS))
+
+    @property
+    def recipe(self) -> str:
+        """The recipe's text as the run was started with it."""
+        try:
+            return (self.path / RECIPE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LowcalError(
+                f"cannot read {self.path / RECIPE} ({_first_line(error)}); restore it"
+            ) from None
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return where the run runs: device, versions, commit, start; without the run's identity."""
+        value = read_json(self.path / ENVIRONMENT)
+        return {name: entry for name, entry in value.items() if name not in ("format", "run")}
+
+    def read_identity(self) -> dict[str, Any]:
+        """Return which run this is: method, recipe, seed, epochs (planned), model, dataset, label."""
+        path = self.path / ENVIRONMENT
+        identity = read_json(path).get("run")
+        if not isinstance(identity, dict):
+            raise LowcalError(f"{path} does not say which run it is (no 'run'); leave this folder out")
+        _check_fields(identity, _IDENTITY_FIELDS, path)
+        return identity
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one epoch's line to `epochs.jsonl`, on disk on return; a failed write leaves no part of it."""
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        path = self.path / EPOCHS
+        try:
+            with path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += file.write(line[written:])
+                    os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise _refused(path, error) from error
+
+    def read_epochs(self) -> list[dict[str, Any]]:
+        """Return the records of all whole lines; a last line that a crash tore (no line end) is left out."""
+        return [self._parse(line, index) for index, line in enumerate(self._lines())]
+
+    def truncate(self, epochs: int) -> None:
+        """Keep the first `epochs` lines, for resuming; a summary of more epochs than that is removed."""
+        path = self.path / EPOCHS
+        lines = self._lines()
+        if epochs > len(lines):
+            raise LowcalError(f"{path} has {len(lines)} epochs, not {epochs}; start the run anew")
+        try:
+            if epochs < len(lines):
+                (self.path / SUMMARY).unlink(missing_ok=True)
+            with path.open("r+b") as file:
+                file.truncate(sum(len(line) for line in lines[:epochs]))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _refused(path, error) from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write `value` atomically to the file `name` of this folder."""
+        write_json(self.path / name, value)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the finished run's `summary.json`; return what it holds: `summary` and the format."""
+        value = {"format": FORMAT, **summary}
+        _check_fields(value, _SUMMARY_FIELDS, self.path / SUMMARY)
+        self.write_json(SUMMARY, value)
+        return value
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Return the finished run's results, None while it has none."""
+        path = self.path / SUMMARY
+        if not path.exists():
+            return None
+        summary = read_json(path)
+        _check_fields(summary, _SUMMARY_FIELDS, path)
+        return summary
+
+    def _lines(self) -> list[bytes]:
+        path = self.path / EPOCHS
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise LowcalError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
+        whole, end, _torn = data.rpartition(b"\n")
+        return [line + b"\n" for line in whole.split(b"\n")] if end else []
+
+    def _parse(self, line: bytes, index: int) -> dict[str, Any]:
+        path = self.path / EPOCHS
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise LowcalError(
+                f"{path} is damaged at line {index + 1} ({_first_line(error)}); resume the run"
+            ) from error
+        if not isinstance(record, dict):
+            raise LowcalError(f"{path} is damaged at line {index + 1} (not an object); resume the run")
+        _check_fields(record, _EPOCH_FIELDS, path, f"line {index + 1} of ")
+        if record["epoch"] != index:
+            raise LowcalError(f"line {index + 1} of {path} is epoch {record['epoch']!r}; resume the run")
+        return record
+
+
+def _refuse_unless_free(path: Path) -> None:
+    if RunFolder.holds_run(path):
+        raise LowcalError(f"{path} holds a run already; continue it with --resume or choose another folder")
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise LowcalError(f"{path} exists and is not a folder; choose another one")
+        return
+    started = {EPOCHS, ENVIRONMENT, *(f".{name}.tmp" for name in (EPOCHS, ENVIRONMENT, RECIPE))}
+    try:
+        strange = sorted(entry.name for entry in path.iterdir() if entry.name not in started)
+    except OSError as error:
+        raise _refused(path, error) from error
+    if strange:
+        raise LowcalError(f"{path} exists and is not a run (it holds {strange[0]!r}); choose another folder")
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make `path` and its missing parents; return those made, the innermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.insert(0, folder)
+    except OSError as error:
+        _remove_folders(made)
+        raise _refused(path, error) from error
+    return made
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # another process may have put something there
+            folder.rmdir()
+
+
+def _sync_folder(path: Path) -> None:
+    if sys.platform == "win32":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refused(path: Path, error: OSError) -> LowcalError:
+    return LowcalError(f"cannot write {path}: {error.strerror or error}; mend that or choose another folder")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _check_fields(value: Mapping[str, Any], fields: tuple[str, ...], path: Path, where: str = "") -> None:
+    for name in fields:
+        if name not in value:
+            raise LowcalError(f"{where}{path} lacks {name!r}; use the lowcal that wrote it, or leave it out")
+        entry = value[name]
+        kinds = str if name in _TEXTS else int | float
+        if (entry is None and name in _MAY_BE_NULL) or (
+            isinstance(entry, kinds) and not isinstance(entry, bool)
+        ):
+            continue
+        raise LowcalError(f"{where}{path}: {name!r} is {entry!r}, not what lowcal writes; restore the file")

@@ -1,0 +1,295 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lowcal.errors import LowcalError
+from lowcal.training.record import RunFolder, atomic_write, read_json, write_json
+
+IDENTITY = {
+    "method": "local",
+    "recipe": "digits",
+    "seed": 3,
+    "epochs": 4,
+    "model": "resnet8",
+    "dataset": "digits",
+    "label": None,
+}
+SUMMARY = {
+    **IDENTITY,
+    "top1_error": 4.5,
+    "best_top1_error": 4.0,
+    "seconds": 12.5,
+    "flops": 10**12,
+    "peak_memory_bytes": 10**7,
+    "boundary": 3,
+    "layers": 9,
+}
+
+
+def epoch_record(epoch, **changes):
+    return {
+        "epoch": epoch,
+        "boundary": epoch // 2,
+        "layers": 9,
+        "train_loss": 1.0 / (epoch + 1),
+        "test_loss": 1.2 / (epoch + 1),
+        "top1_error": 20.0 - epoch,
+        "seconds": 2.5,
+        "total_seconds": 2.5 * (epoch + 1),
+        "steps": 20,
+        "step_ms": 125.0,
+        "images_per_second": 512.0,
+        "lr": 0.05,
+        "batch": 64,
+        "flops": 10**9,
+        "peak_memory_bytes": 10**7,
+        "local_lr": None,
+        "sign": 1,
+        "transition_change": 0.25,
+        "skipped_updates": 0,
+        **changes,
+    }
+
+
+def make_run(path, epochs=0):
+    folder = RunFolder.create(path, recipe="name: digits\n", environment={"device": "cpu"}, identity=IDENTITY)
+    for epoch in range(epochs):
+        folder.append(epoch_record(epoch))
+    return folder
+
+
+def files(path):
+    return sorted(entry.name for entry in path.rglob("*"))
+
+
+def test_create_makes_parents_and_what_is_written_is_read(tmp_path):
+    folder = make_run(tmp_path / "a" / "b")
+    assert files(tmp_path / "a" / "b") == ["environment.json", "epochs.jsonl", "recipe.yaml"]
+    assert RunFolder.holds_run(folder.path)
+    again = RunFolder.open(folder.path)
+    assert again.recipe == "name: digits\n"
+    assert again.read_environment() == {"device": "cpu"}
+    assert again.read_identity() == IDENTITY
+    assert again.read_epochs() == []
+    assert again.read_summary() is None
+
+
+def test_create_takes_an_empty_folder_and_what_a_killed_creation_left(tmp_path):
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "empty")
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / "epochs.jsonl").write_bytes(b"")
+    (left / ".environment.json.tmp").write_bytes(b"{")
+    make_run(left, epochs=1)
+    assert len(RunFolder.open(left).read_epochs()) == 1
+
+
+def test_create_refuses_a_run_a_strange_folder_and_a_file(tmp_path):
+    make_run(tmp_path / "run", epochs=1)
+    with pytest.raises(LowcalError, match=r"holds a run already.*--resume"):
+        make_run(tmp_path / "run")
+    assert len(RunFolder.open(tmp_path / "run").read_epochs()) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(LowcalError, match=r"not a run \(it holds 'thesis.txt'\)"):
+        make_run(tmp_path / "mine")
+    assert files(tmp_path / "mine") == ["thesis.txt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LowcalError, match="not a folder"):
+        make_run(tmp_path / "file")
+    with pytest.raises(LowcalError, match="cannot write"):
+        make_run(tmp_path / "file" / "below")
+
+
+def test_create_leaves_nothing_when_it_fails(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(LowcalError, match="No space left on device"):
+        make_run(tmp_path / "a" / "b")
+    assert files(tmp_path) == []
+
+
+def test_create_refuses_a_folder_that_is_not_writable(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(LowcalError, match="Permission denied"):
+        make_run(closed / "run")
+
+
+def test_create_wants_the_whole_identity(tmp_path):
+    with pytest.raises(LowcalError, match="'seed'"):
+        RunFolder.create(tmp_path / "run", recipe="", environment={}, identity={**IDENTITY, "seed": "one"})
+    identity = {name: value for name, value in IDENTITY.items() if name != "model"}
+    with pytest.raises(LowcalError, match="lacks 'model'"):
+        RunFolder.create(tmp_path / "run", recipe="", environment={}, identity=identity)
+    assert files(tmp_path) == []
+
+
+def test_open_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(LowcalError, match="is not a folder"):
+        RunFolder.open(tmp_path / "absent")
+    with pytest.raises(LowcalError, match=r"not a run folder.*recipe\.yaml"):
+        RunFolder.open(tmp_path)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(epochs=st.integers(1, 5), data=st.data())
+def test_a_log_cut_anywhere_keeps_its_whole_lines_and_can_go_on(tmp_path, epochs, data):
+    folder = make_run(tmp_path / f"{len(files(tmp_path))}", epochs)
+    log = folder.path / "epochs.jsonl"
+    whole = log.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    log.write_bytes(whole[:cut])
+    complete = whole[:cut].count(b"\n")
+    assert folder.read_epochs() == [epoch_record(epoch) for epoch in range(complete)]
+    keep = data.draw(st.integers(0, complete))
+    folder.truncate(keep)
+    for epoch in range(keep, epochs):
+        folder.append(epoch_record(epoch))
+    assert log.read_bytes() == whole
+
+
+def test_truncate_drops_a_summary_of_more_epochs_and_refuses_to_invent(tmp_path):
+    folder = make_run(tmp_path / "run", epochs=4)
+    folder.write_summary(SUMMARY)
+    folder.truncate(4)
+    assert folder.read_summary() == {"format": 1, **SUMMARY}
+    with pytest.raises(LowcalError, match="has 4 epochs, not 5"):
+        folder.truncate(5)
+    folder.truncate(2)
+    assert folder.read_summary() is None
+    assert len(folder.read_epochs()) == 2
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
+    folder = make_run(tmp_path / "run")
+    folder.append(epoch_record(0, test_loss=float("nan"), train_loss=float("inf")))
+    assert folder.read_epochs()[0]["test_loss"] is None
+    write_json(tmp_path / "x.json", {"format": 1, "rows": [{"a": float("-inf"), "b": (1, 2.5)}]})
+    assert read_json(tmp_path / "x.json") == {"format": 1, "rows": [{"a": None, "b": [1, 2.5]}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"epoch": 1', "damaged at line 2"),
+        ("[]", "line 2"),
+        (json.dumps({"epoch": 1}), "lacks 'boundary'"),
+        (json.dumps(epoch_record(5)), "is epoch 5"),
+        (json.dumps(epoch_record(1, seconds=None)), "'seconds' is None"),
+        (json.dumps(epoch_record(1, step_ms="fast")), "'step_ms' is 'fast'"),
+        (json.dumps(epoch_record(1, boundary=True)), "'boundary' is True"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    folder = make_run(tmp_path / "run", epochs=1)
+    with (folder.path / "epochs.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(LowcalError, match=message) as caught:
+        folder.read_epochs()
+    assert str(folder.path / "epochs.jsonl") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged"),
+        ("\x00\xff", "damaged"),
+        ("[]", "not written by lowcal"),
+        ("{}", "not written by lowcal"),
+        ('{"format": 2}', "format 2, this lowcal reads 1"),
+        ('{"format": 1, "method": "sgd"}', "lacks"),
+    ],
+)
+def test_a_damaged_summary_is_named(tmp_path, text, message):
+    folder = make_run(tmp_path / "run", epochs=1)
+    (folder.path / "summary.json").write_text(text, encoding="latin-1")
+    with pytest.raises(LowcalError, match=message) as caught:
+        folder.read_summary()
+    assert str(folder.path / "summary.json") in str(caught.value)
+
+
+def test_atomic_write_replaces_follows_the_umask_and_uses_a_left_file_again(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"left by a killed process, longer than what comes")
+    atomic_write(path, b"old")
+    atomic_write(path, memoryview(b"new"))
+    assert path.read_bytes() == b"new"
+    assert files(tmp_path) == ["checkpoint.pt"]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_atomic_write_names_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(LowcalError, match=r"cannot write .*gone.x: No such file"):
+        atomic_write(tmp_path / "gone" / "x", b"")
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from lowcal.errors import LowcalError
+from lowcal.training.record import RunFolder, atomic_write
+folder = RunFolder.open(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for write in (
+    lambda: atomic_write(folder.path / "checkpoint.pt", bytes(100_000)),
+    lambda: folder.append({"filler": "x" * 5000}),
+):
+    try:
+        write()
+    except LowcalError as error:
+        assert "File too large" in str(error) and str(folder.path) in str(error), error
+    else:
+        sys.exit("nothing was raised")
+"""
+
+
+def test_a_full_disk_leaves_the_old_files_and_no_debris(tmp_path):
+    folder = make_run(tmp_path / "run", epochs=2)
+    atomic_write(folder.path / "checkpoint.pt", b"the last good one")
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, folder.path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_environment_says_what_ran():
+    from lowcal.training.environment import gather_environment
+
+    environment = gather_environment("cpu")
+    assert environment["device"] == "cpu"
+    assert environment["threads"] >= 1
+    assert set(environment) == {
+        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "commit",
+        "started",
+    }  # fmt: skip
+    head = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if head.returncode == 0 and environment["commit"]:
+        assert environment["commit"].removesuffix("-dirty") == head.stdout.strip()

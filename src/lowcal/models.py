@@ -1,0 +1,184 @@
+"""Networks by name: our own for small images, torchvision's classification models for the rest."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowcal.errors import LowcalError, nearest
+
+__all__ = ["MODELS", "VGG", "BasicBlock", "SmallResNet", "build_model", "check_input", "model_names"]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
+
+    He et al. 2015, "Deep residual learning for image recognition", Figure 5 left. Input (N, C_in, H, W), output
+    (N, C_out, H/stride, W/stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(branch(x) + shortcut(x))."""
+        branch = torch.relu(self.norm1(self.conv1(x)))
+        branch = self.norm2(self.conv2(branch))
+        return torch.relu(branch + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """Residual network for small images: 3x3 stem without pooling, then stages that halve the size, then a linear head.
+
+    Stage i has `blocks[i]` basic blocks of `width * 2**i` channels; all but the first start with stride 2. Input
+    (N, in_channels, H, W) of any size, output (N, classes).
+    """
+
+    def __init__(self, blocks: Sequence[int], *, classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.stages = nn.Sequential()
+        channels = width
+        for stage, count in enumerate(blocks):
+            out = width * 2**stage
+            chain = nn.Sequential()
+            for block in range(count):
+                chain.append(BasicBlock(channels, out, stride=2 if stage > 0 and block == 0 else 1))
+                channels = out
+            self.stages.append(chain)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+        _init_he(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, (N, classes)."""
+        return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+
+
+class VGG(nn.Module):
+    """VGG13 with batch normalisation for 32x32 images: ten 3x3 convolutions, five poolings, one linear head.
+
+    Simonyan and Zisserman 2015, configuration B, without the hidden linear layers that its 224x224 images need.
+    Input (N, in_channels, H, W) with H and W at least 32, output (N, classes).
+    """
+
+    def __init__(self, *, classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        channels = in_channels
+        for out in (width, 2 * width, 4 * width, 8 * width, 8 * width):
+            for _ in range(2):
+                self.features.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
+                self.features.append(nn.BatchNorm2d(out))
+                self.features.append(nn.ReLU())
+                channels = out
+            self.features.append(nn.MaxPool2d(2))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+        _init_he(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, (N, classes)."""
+        return self.head(self.pool(self.features(x)).flatten(1))
+
+
+def _init_he(model: nn.Module) -> None:
+    """He et al. 2015 (arXiv 1502.01852), fan-out form: the variance of gradients is kept through the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _resnet18(classes: int, in_channels: int, width: int | None) -> nn.Module:
+    return SmallResNet((2, 2, 2, 2), classes=classes, in_channels=in_channels, width=width or 64)
+
+
+def _resnet8(classes: int, in_channels: int, width: int | None) -> nn.Module:
+    return SmallResNet((1, 1, 1), classes=classes, in_channels=in_channels, width=width or 16)
+
+
+def _vgg13(classes: int, in_channels: int, width: int | None) -> nn.Module:
+    return VGG(classes=classes, in_channels=in_channels, width=width or 64)
+
+
+MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
+    "resnet18": _resnet18,
+    "resnet8": _resnet8,
+    "vgg13": _vgg13,
+}
+"""Our own networks, for small images: name -> builder(classes, in_channels, width or None for the default)."""
+
+
+def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | None = None) -> nn.Module:
+    """Build a network with fresh weights; the global random state decides them.
+
+    `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16); torchvision's networks have
+    neither a width nor another channel count than 3. Raises LowcalError for an unknown name or a setting that the
+    network does not have.
+    """
+    for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
+        if value is not None and value < 1:
+            raise LowcalError(f"model {name!r}: {what} is {value}, but must be at least 1")
+    if name in MODELS:
+        return MODELS[name](classes, in_channels, width)
+    return _torchvision_model(name, classes, in_channels, width)
+
+
+def model_names() -> list[str]:
+    """Return the names that `build_model` takes here: ours, and torchvision's where it is installed."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return sorted(MODELS)
+    return sorted({*MODELS, *models.list_models(module=models)})
+
+
+def check_input(model: nn.Module, name: str, size: Sequence[int]) -> None:
+    """Raise LowcalError if the network cannot take images of `size` (C, H, W).
+
+    The forward pass of a copy without memory (meta device) is tried, so nothing is computed.
+    """
+    trial = copy.deepcopy(model).to("meta").eval()
+    shape = "x".join(str(n) for n in size)
+    try:
+        with torch.no_grad():
+            trial(torch.empty(2, *size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LowcalError(
+            f"model {name!r} does not take images of {shape} (channels x height x width): {reason}; "
+            "choose another model or image size"
+        ) from error
+
+
+def _torchvision_model(name: str, classes: int, in_channels: int, width: int | None) -> nn.Module:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise LowcalError(
+            f"unknown model {name!r}{nearest(name, MODELS)} (torchvision's need: pip install 'lowcal[cli]')"
+        ) from error
+    if name not in models.list_models(module=models):
+        raise LowcalError(f"unknown model {name!r}{nearest(name, model_names())}")
+    if width is not None:
+        raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
+    if in_channels != 3:
+        raise LowcalError(
+            f"model {name!r} takes images of 3 channels, not {in_channels}: choose from {', '.join(sorted(MODELS))}"
+        )
+    # One output in training as in evaluation; init_weights is stated because torchvision warns of its default.
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **options)

@@ -142,7 +142,7 @@ def lr_at(recipe: Recipe) -> Callable[[int], float]:
     """SGD's learning rate as a pure function of the epoch (counted from 0).
 
     `step` decays by `factor` each `every` epochs, counted from epoch 0; `cosine` falls from the full rate to
-    zero at the end of the last epoch. With a warm-up of n epochs, epoch e < n has (e + 1) / (n + 1) of the rate.
+    zero at the end of the last epoch. In a warm-up of n epochs, epoch e has (e + 1) / (n + 1) of the rate.
     """
     base, plan, epochs = recipe.optimizer.lr, recipe.lr_schedule, recipe.epochs
     warmup = plan.warmup_epochs

@@ -1,0 +1,211 @@
+"""What the command shows: progress while arms train, and tables at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lowcal.experiments.arms import Arm
+from lowcal.training.trainer import Progress
+
+WIDTH = 80  # of tables in a file or a pipe; a terminal's own width counts there
+
+
+def console() -> Console:
+    """A console on standard output that reads no markup in names and paths."""
+    width = None if sys.stdout.isatty() else WIDTH
+    return Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True, width=width)
+
+
+@dataclass
+class _Line:
+    """The latest of one arm."""
+
+    finished: int
+    epochs: int
+    part: float = 0.0  # of the running epoch
+    loss: float | None = None
+    boundary: str = ""
+    speed: float | None = None
+
+
+class Display:
+    """Shows the arms at work: live lines on a terminal, else a plain line per epoch, with `quiet` nothing.
+
+    A context manager; the live lines vanish on leaving it.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = console()
+        self._quiet = quiet
+        self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._draw)
+        self._lines: dict[Arm, _Line] = {}
+        self._started = 0.0
+        self._before = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Print one line, above the live lines."""
+        if not self._quiet:
+            self._console.print(text)
+
+    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int) -> None:
+        """Start the lines of these arms."""
+        self._lines = {arm: _Line(done, epochs) for arm, done in zip(arms, finished, strict=True)}
+        self._started, self._before = time.monotonic(), self._work()
+        if self._is_live and not self._live.is_started:
+            self._live.start()
+
+    def step(self, arm: Arm, progress: Progress) -> None:
+        """Take in a sign of life; the live lines show it when they are next drawn."""
+        line = self._lines[arm]
+        line.part = progress.step / progress.steps
+        line.loss = line.loss if progress.loss is None else progress.loss
+        line.boundary = f"{progress.boundary}/{progress.layers}"
+        line.speed = progress.images_per_second
+
+    def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
+        """Take in an epoch's end; without live lines it is printed."""
+        line = self._lines[arm]
+        line.finished, line.part, line.loss = record["epoch"] + 1, 0.0, record["train_loss"]
+        line.boundary = f"{record['boundary']}/{record['layers']}"
+        line.speed = record["images_per_second"]
+        if self._quiet or self._is_live:
+            return
+        width = len(str(line.epochs))
+        self._console.print(
+            f"{arm.folder}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
+            f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}"
+            f"  {_speed(line.speed)}  {duration(self._left())} left"
+        )
+        sys.stdout.flush()
+
+    def _work(self) -> float:
+        return sum(line.finished + line.part for line in self._lines.values())
+
+    def _left(self) -> float | None:
+        """Seconds until all arms have ended, at the pace so far; None before there is one."""
+        done, now = self._work(), time.monotonic()
+        if done <= self._before:
+            return None
+        total = sum(line.epochs for line in self._lines.values())
+        return (now - self._started) * (total - done) / (done - self._before)
+
+    def _draw(self) -> Group:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(7):
+            grid.add_column(justify="right" if column in {1, 3, 6} else "left", no_wrap=True)
+        for arm, line in self._lines.items():
+            bar = ProgressBar(total=line.epochs, completed=line.finished + line.part, width=10)
+            epoch = min(line.finished + 1, line.epochs)
+            grid.add_row(
+                Text(arm.folder, style="bold"),
+                f"{epoch}/{line.epochs}",
+                bar,
+                _number(line.loss, 3),
+                f"boundary {line.boundary or '-'}",
+                _speed(line.speed),
+            )
+        return Group(grid, Text(f"{duration(self._left())} left; Ctrl-C stops, and the run can be taken up again"))
+
+
+def print_comparison(rows: Iterable[Mapping[str, Any]], title: str) -> None:
+    """Print the table of a comparison: one row per method, as `summary.json` holds them."""
+    rows = list(rows)
+    table = _table(title)
+    for heading in ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["method"],
+            _mean(row["top1_error"], row.get("top1_error_std"), 2),
+            duration(row["seconds"]),
+            f"{_number(row['speedup'], 2)}x" if row["speedup"] is not None else "-",
+            f"{_number(row['flops_ratio'], 2)}x" if row["flops_ratio"] is not None else "-",
+            size(row["peak_memory_bytes"]),
+            f"{_number(row['boundary'], 1).removesuffix('.0')}/{row['layers']}",
+        )
+    console().print(table)
+
+
+def print_layers(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a network's layers in execution order."""
+    table = _table(title)
+    for heading in ("#", "layer", "kind", "weight", "parameters", "FLOPs", "followers"):
+        left = heading in {"layer", "kind", "weight"}
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["index"]),
+            row["name"],
+            row["kind"],
+            "x".join(str(n) for n in row["weight"]),
+            f"{row['parameters']:,}",
+            count(row["flops"]),
+            str(len(row["followers"])),
+        )
+    console().print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them: 4.2 s, 3:05 (minutes), 1:02:03 (hours)."""
+    if seconds is None:
+        return "-:--"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(amount: float) -> str:
+    """Bytes with a binary prefix and three digits: 12.3 MiB."""
+    return _prefixed(amount, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def count(amount: float) -> str:
+    """A large number with a decimal prefix and three digits: 1.82 G."""
+    return _prefixed(amount, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
+
+
+def _prefixed(amount: float, base: int, units: Sequence[str]) -> str:
+    unit = 0
+    while amount >= base and unit < len(units) - 1:
+        amount, unit = amount / base, unit + 1
+    return f"{amount:.{0 if unit == 0 else max(0, 3 - len(str(int(amount))))}f} {units[unit]}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _mean(mean: float | None, deviation: float | None, digits: int) -> str:
+    return _number(mean, digits) + ("" if deviation is None else f" ± {_number(deviation, digits)}")
+
+
+def _speed(images_per_second: float | None) -> str:
+    return "- images/s" if images_per_second is None else f"{images_per_second:,.0f} images/s"

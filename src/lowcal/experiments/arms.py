@@ -1,0 +1,38 @@
+"""What runs and who watches: the arms of an experiment, and the interface through which progress is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lowcal.training.trainer import Progress
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run of an experiment: a method and a seed."""
+
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """The name of its run folder within the experiment's."""
+        return f"{self.method}-seed{self.seed}"
+
+
+class Watcher(Protocol):
+    """Is told what happens, as it happens; `lowcal.console` shows it on a terminal."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line, such as a run that is taken up again."""
+
+    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int) -> None:
+        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of each."""
+
+    def step(self, arm: Arm, progress: Progress) -> None:
+        """A sign of life within an epoch."""
+
+    def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
+        """An epoch has ended; `record` is its line in `epochs.jsonl`."""

@@ -1,0 +1,416 @@
+"""LoCal: the controller that joins layers, rule, schedule and supervision, and owns every hook."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.errors import LowcalError
+from lowcal.layers import Order, Tracer, own_parameters, recurring_block, trace, weight_layers
+from lowcal.rules import Hebbian, Rule
+from lowcal.schedule import NormTrend, Progress, Schedule
+from lowcal.state import check_state
+from lowcal.supervision import LossTrend, Supervision
+from lowcal.window import Window
+
+# Which controller each layer learns under: a layer has one at most.
+_controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LoCal]] = weakref.WeakKeyDictionary()
+
+
+class LoCal:
+    """Lets the first layers of a network learn locally while the rest goes on with its optimizer.
+
+    Layers are numbered in the order in which the forward pass runs them. Those before the boundary take no part in
+    back-propagation: they need no gradient, and `rule` updates their weights from what passes through them, right after
+    each ``optimizer.step()``. Training starts with boundary 0, which is plain training; `end_epoch` moves the boundary.
+
+    Args:
+        model: any network with linear or convolution layers. Its classes and ``state_dict`` keys stay as they are.
+        optimizer: the optimizer that holds the model's parameters. Its ``param_groups`` stay as they are.
+        epochs: epochs in the whole training, E_max.
+        rule: what local layers do: `Hebbian` (the paper's), `Frozen`, or one of your own.
+        schedule: where the boundary is: `NormTrend` (Algorithm 1), `Quadratic` (Eq. 3), `Fixed`.
+        supervision: the sign of local updates: `LossTrend` (Algorithm 2); None: always +1.
+        norm_stats: how normalisation layers before the boundary normalise in training: by "batch" statistics, going on
+            to update the running ones, or by the "running" statistics, unchanged.
+        example_inputs: one input of the model (a tensor, a tuple of arguments or a dict of keyword arguments), from
+            which the order of layers is known at once; without it, it is known after the first forward pass.
+
+    Raises:
+        LowcalError: an argument is out of range; the model has no layer, a lazy one, one that the optimizer does not
+            hold, or one that another controller has.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> local = LoCal(model, optimizer, epochs=90, example_inputs=torch.zeros(1, 4))
+        >>> local.layers, local.boundary
+        (('0', '2'), 0)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        epochs: int,
+        rule: Rule = Hebbian(),  # noqa: B008  (immutable)
+        schedule: Schedule = NormTrend(),  # noqa: B008
+        supervision: Supervision | None = LossTrend(),  # noqa: B008
+        norm_stats: Literal["batch", "running"] = "batch",
+        example_inputs: Any = None,
+    ) -> None:
+        if not isinstance(epochs, int) or epochs < 1:
+            raise LowcalError(f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1")
+        if norm_stats not in ("batch", "running"):
+            raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
+        self._candidates = weight_layers(model)
+        _check_held(self._candidates, optimizer)
+        _check_free(self._candidates)
+        self.model, self.optimizer, self.epochs = model, optimizer, epochs
+        self.rule, self.schedule, self.supervision, self.norm_stats = rule, schedule, supervision, norm_stats
+
+        self.epoch = 0
+        self.boundary = 0
+        self.sign = 1
+        self.change: float | None = None
+        self.history: tuple[tuple[int, int], ...] = ()
+        self._losses: tuple[float, ...] = ()
+        self._changes: tuple[float, ...] = ()
+        self._steps = 0
+        self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
+
+        self._order = Order()
+        self._modules: list[nn.Module] = []
+        self._parameters: dict[str, list[Tensor]] = {}
+        self._block = 1
+        self._tracer: Tracer | None = None
+        self._start: Tensor | None = None  # the transition layer's weight when the epoch began
+        self._window = Window()
+        self._required: dict[Tensor, bool] = {}  # requires_grad of local layers' parameters before they became local
+        self._handles: list[RemovableHandle] = []
+        self._watch: list[RemovableHandle] = []  # those that go when the order of layers is known
+        self._finalizer = weakref.finalize(self, _remove, self._handles, self._watch)
+        if example_inputs is not None:
+            self._take(trace(model, example_inputs))
+        else:
+            self._watch_next_forward()
+        for module in self._candidates.values():
+            _controllers[module] = weakref.ref(self)
+
+    # What a user reads
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in execution order; empty until a forward pass has shown it."""
+        return self._order.layers
+
+    @property
+    def lr(self) -> float:
+        """The length eta of local steps in the present epoch, without the sign."""
+        return self.rule.step_size(self.epoch)
+
+    @property
+    def skipped(self) -> int:
+        """Layers' updates left out so far because their norm was zero or not finite. Reads from the device."""
+        return int(self._skipped)
+
+    # What a user calls
+
+    def end_epoch(self, loss: float | Tensor) -> bool:
+        """Ends an epoch: the loss sets the sign of local updates, the transition layer's change the boundary.
+
+        Args:
+            loss: mean training loss of the epoch.
+
+        Returns:
+            Whether the boundary moved, so that whatever depends on ``requires_grad`` must be built anew.
+
+        Raises:
+            LowcalError: `loss` is not finite, or the model has not run since this controller was made.
+        """
+        try:
+            loss = float(loss)
+        except (TypeError, ValueError):
+            raise LowcalError(f"end_epoch: the loss is {loss!r}; give the mean training loss, a number") from None
+        if not math.isfinite(loss):
+            raise LowcalError(
+                f"end_epoch: the mean training loss of epoch {self.epoch} is {loss}; training has diverged, "
+                "so lower the learning rate and go on from an earlier checkpoint"
+            )
+        self._known("end_epoch")
+        weight = self._transition.detach()
+        change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
+        changes = (*self._changes, change)
+        target = self.schedule(
+            Progress(self.epoch + 1, self.epochs, len(self.layers), self._block, self.boundary, changes)
+        )
+        self._check_target(target)
+        self.epoch += 1
+        self.change, self._changes = change, changes
+        self._losses = (*self._losses, loss)
+        self.sign = self.supervision(self._losses) if self.supervision else 1
+        moved = target > self.boundary
+        if moved:
+            self._move(target)
+        self._mark_start()
+        return moved
+
+    def move_to(self, boundary: int) -> None:
+        """Sets the boundary by hand: the first `boundary` layers learn locally from the next step on.
+
+        Raises:
+            LowcalError: `boundary` is less than the present one or leaves no layer to SGD, or the order of layers is
+                not known yet.
+        """
+        self._known("move_to")
+        self._check_target(boundary)
+        if boundary > self.boundary:
+            self._move(boundary)
+            self._mark_start()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step and epoch depend on, as plain values and tensors."""
+        return {
+            "format": 1,
+            "layers": list(self.layers),
+            "followers": dict(self._order.followers),
+            "norms": dict(self._order.norms),
+            "epoch": self.epoch,
+            "boundary": self.boundary,
+            "history": [list(move) for move in self.history],
+            "sign": self.sign,
+            "change": self.change,
+            "losses": list(self._losses),
+            "changes": list(self._changes),
+            "steps": self._steps,
+            "skipped": self.skipped,
+            "start": None if self._start is None else self._start.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up where the controller that gave `state` was; model and optimizer are loaded on their own, before or
+        after.
+
+        Raises:
+            LowcalError: `state` is no such state, belongs to another network, or is behind the present boundary;
+                nothing has changed then.
+        """
+        order = check_state(state, self.model, self._candidates, self.boundary)
+        if order.layers:
+            self._take(order)
+            if state["boundary"] > self.boundary:
+                self._move(state["boundary"])
+            self._start = state["start"].to(self._transition.device, copy=True)
+        self.epoch, self.sign, self.change = state["epoch"], state["sign"], state["change"]
+        self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
+        self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
+        self._steps = state["steps"]
+        self._skipped = torch.tensor(state["skipped"], dtype=torch.int64)
+
+    def detach(self) -> None:
+        """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""
+        self._finalizer()
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required)
+        self._required.clear()
+        if self.norm_stats == "running":
+            for name in self._order.norms:
+                self.model.get_submodule(name).train(self.model.training)
+        for module in self._candidates.values():
+            _controllers.pop(module, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"LoCal(boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}, rule={self.rule})"
+
+    # The order of layers
+
+    def _watch_next_forward(self) -> None:
+        self._watch += [
+            self.model.register_forward_pre_hook(_Hook(self._begin_trace)),
+            self.model.register_forward_hook(_Hook(self._end_trace), always_call=True),
+        ]
+
+    def _begin_trace(self, module: nn.Module, inputs: Any) -> None:
+        self._tracer = Tracer(self.model)
+        self._tracer.__enter__()
+
+    def _end_trace(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        tracer, self._tracer = self._tracer, None
+        if tracer is None:
+            return
+        tracer.__exit__(None, None, None)
+        # A pass that failed calls this too, with no output: the next one shows the order.
+        if outputs is not None:
+            self._take(self._order.merged(tracer.order()))
+
+    def _take(self, order: Order) -> None:
+        self.schedule.check(len(order.layers), self.epochs)
+        _clear(self._watch)
+        self._order = order
+        self._modules = [self._candidates[name] for name in order.layers]
+        self._parameters = own_parameters(order, self.model)
+        self._block = recurring_block(self.model, order.layers)
+        self._mark_start()
+        for name, module in self._candidates.items():
+            if name not in order.layers:
+                self._watch.append(module.register_forward_pre_hook(_Hook(self._meet, name)))
+
+    def _meet(self, name: str, module: nn.Module, inputs: Any) -> None:
+        """A layer runs that the order of layers lacks: one that the first pass had left out."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if self.boundary:
+            raise LowcalError(
+                f"layer '{name}' runs for the first time after the boundary has moved, so its place is not known; "
+                "give LoCal example_inputs with which every layer runs"
+            )
+        _clear(self._watch)
+        self._watch_next_forward()
+
+    def _known(self, caller: str) -> None:
+        if not self.layers:
+            raise LowcalError(
+                f"{caller}: the order of layers is not known, since the model has not run under LoCal; "
+                "call the model itself (not its parts), or give LoCal example_inputs"
+            )
+
+    # The boundary
+
+    @property
+    def _transition(self) -> Tensor:
+        return self._modules[self.boundary].weight  # type: ignore[return-value]
+
+    def _mark_start(self) -> None:
+        self._start = self._transition.detach().clone()
+
+    def _check_target(self, target: int) -> None:
+        if not isinstance(target, int) or not self.boundary <= target < len(self.layers):
+            raise LowcalError(
+                f"the boundary cannot move to {target!r}: it is at {self.boundary} and never moves back, and the last of the "
+                f"{len(self.layers)} layers learns by SGD; give a whole number from {self.boundary} to {len(self.layers) - 1}"
+            )
+
+    def _move(self, target: int) -> None:
+        if not self.boundary:
+            self._handles.append(self.optimizer.register_step_post_hook(_Hook(self._after_step)))
+            if self.rule.collects:
+                self._handles += self._window.watch(self._modules)
+        newly_local = self.layers[self.boundary : target]
+        for index, name in enumerate(newly_local, start=self.boundary):
+            learns = self._modules[index].weight.requires_grad  # a layer that the user froze stays as it is
+            for parameter in self._parameters[name]:
+                self._required[parameter] = parameter.requires_grad
+                parameter.requires_grad_(False)
+                parameter.grad = None  # a stale gradient would count in clipping, and be applied
+                self.optimizer.state.pop(parameter, None)
+            if self.rule.collects and learns:
+                hook = _Hook(self._collect, index)
+                self._handles.append(self._modules[index].register_forward_hook(hook, with_kwargs=True))
+        if self.norm_stats == "running":
+            for name, layer in self._order.norms.items():
+                if layer in newly_local:
+                    norm = self.model.get_submodule(name)
+                    self._handles.append(norm.register_forward_pre_hook(_Hook(_use_running_statistics)))
+        self.boundary = target
+        self.history = (*self.history, (self.epoch, target))
+        self._changes = ()
+
+    # The step
+
+    def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
+        if not (module.training and torch.is_grad_enabled()) or self._steps % self.rule.every:
+            return
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
+            return
+        inputs = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            self._window.add(index, self.rule.update(module, inputs.detach(), outputs.detach()))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        updates = self._window.take()
+        if not updates:
+            return
+        step: float | Tensor = self.sign * self.lr
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
+        if overflow is not None:
+            step = torch.where(overflow.reshape(()) > 0, 0.0, step)
+        weights = [self._modules[index].weight.detach() for index in updates]
+        skipped = self.rule.apply(weights, list(updates.values()), step)  # type: ignore[arg-type]
+        self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
+
+
+class _Hook:
+    """A hook that keeps neither its controller alive nor anything of it in copies of the module it is on."""
+
+    def __init__(self, function: Callable[..., Any], *bound: Any) -> None:
+        self._bound = bound
+        self._method = weakref.WeakMethod(function) if hasattr(function, "__self__") else lambda: function
+
+    def __call__(self, *args: Any) -> None:
+        function = self._method()
+        if function is not None:
+            function(*self._bound, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _make_inert, ()
+
+
+def _inert(*_: Any) -> None:
+    """What a hook becomes in a copy of its module."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+def _use_running_statistics(norm: _NormBase, _: Any) -> None:
+    norm.training = False
+
+
+def _clear(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _remove(*lists: list[RemovableHandle]) -> None:
+    for handles in lists:
+        _clear(handles)
+
+
+def _check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, module in layers.items():
+        if id(module.weight) not in held:
+            raise LowcalError(
+                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own parameters, as in "
+                "torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"
+            )
+
+
+def _check_free(layers: Mapping[str, nn.Module]) -> None:
+    for name, module in layers.items():
+        other = _controllers.get(module)
+        if other is not None and other() is not None:
+            raise LowcalError(
+                f"layer '{name}' already learns under another LoCal; call its detach() first, or use that one"
+            )

@@ -1,0 +1,150 @@
+"""What the training loop asks of a method; the base class is plain SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowcal.errors import LowcalError
+from lowcal.layers import trace
+
+
+class ScheduleSettings(Protocol):
+    """The settings from which a schedule is built; those of the other schedules are None."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def shift(self) -> int | None: ...
+    @property
+    def max_fraction(self) -> float: ...
+    @property
+    def interval(self) -> int | None: ...
+    @property
+    def c1(self) -> float | None: ...
+    @property
+    def c2(self) -> float | None: ...
+    @property
+    def epochs(self) -> Mapping[int, int] | None: ...
+
+
+class LocalSettings(Protocol):
+    """The settings of local learning: the recipe's section `local`, or anything with its fields."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def decay_every(self) -> int: ...
+    @property
+    def scale(self) -> Literal["absolute", "relative"]: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def norm_stats(self) -> Literal["batch", "running"]: ...
+    @property
+    def supervision(self) -> bool: ...
+    @property
+    def schedule(self) -> ScheduleSettings: ...
+
+
+Fact = float | int | None
+
+
+class Method:
+    """A way to train a network that `lowcal compare` compares; this one adds nothing to SGD.
+
+    The training loop calls `penalty` in each step, `end_epoch` after each epoch, and nothing else. A method that acts
+    inside the network registers hooks on it, which tell training from evaluation by ``model.training``; one that
+    draws at random does so from a generator of its own, whose state is part of `state_dict`.
+
+    Args:
+        model: the network, on its device.
+        optimizer: holds the network's parameters. A method may slice both in place, between epochs.
+        settings: of local learning.
+        epochs: epochs in the whole training.
+        example_inputs: one mini-batch's images (N, C, H, W); one image is enough.
+
+    Attributes:
+        layers: names of the network's weight layers in the order in which the forward pass runs them.
+        period: optimizer steps after which a step's work repeats.
+    """
+
+    name: ClassVar[str]
+    period: int = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        settings: LocalSettings,
+        *,
+        epochs: int,
+        example_inputs: Tensor,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
+        self.epochs = epochs
+        self.layers = self._attach(example_inputs)
+
+    def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
+        """Puts the method's hooks on the network; returns the names of its layers."""
+        return trace(self.model, example_inputs).layers
+
+    @property
+    def boundary(self) -> int:
+        """The number of leading layers that do not learn by SGD at present."""
+        return 0
+
+    def move_to(self, boundary: int) -> None:
+        """Sets the boundary by hand; never backwards."""
+        if boundary != 0:
+            raise LowcalError(f"{self.name} trains every layer, so its boundary cannot be {boundary}; leave it at 0")
+
+    def penalty(self) -> Tensor | None:
+        """What each mini-batch's loss is increased by: a 0-d tensor with graph, or None."""
+        return None
+
+    def end_epoch(self, loss: float) -> bool:
+        """Ends an epoch of mean training loss `loss`.
+
+        Returns:
+            Whether the network or what learns in it by SGD changed, so that the training step must be built anew.
+        """
+        return False
+
+    def facts(self) -> dict[str, Fact]:
+        """What the run's log says of the epoch that ended last."""
+        return {"local_lr": None, "sign": None, "transition_change": None, "skipped_updates": 0}
+
+    def twin(self, model: nn.Module, optimizer: Optimizer, example_inputs: Tensor) -> Self:
+        """The same method at the same boundary on a copy of the network, for dry runs and warming up."""
+        twin = type(self)(model, optimizer, self.settings, epochs=self.epochs, example_inputs=example_inputs)
+        twin.move_to(self.boundary)
+        return twin
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the method's next step depends on: tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the method where `state` was taken.
+
+        Called on a method at the start of its training, before the network's and the optimizer's state are loaded,
+        so that a method which reshapes the network can give it its shape first.
+
+        Raises:
+            LowcalError: `state` is of another method or network; nothing has changed then.
+        """
+        if state:
+            raise LowcalError(f"{self.name} keeps no state, but the one given has {sorted(state)}; it is another method's")
+
+    def detach(self) -> None:
+        """Removes every hook from the network and the optimizer."""

@@ -1,0 +1,203 @@
+"""What a local layer does with its input and output (Sec. 2.1, Eqs. 1 to 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowcal.errors import LowcalError
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What a local layer does in a training step. `Hebbian` and `Frozen` are two; a user can pass one of their own.
+
+    Attributes:
+        collects: whether `update` is called in the forward pass of local layers; False costs nothing there.
+        every: updates are made in each `every`-th optimizer step, the first included.
+    """
+
+    @property
+    def collects(self) -> bool: ...
+
+    @property
+    def every(self) -> int: ...
+
+    def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The layer's update dW, shaped like `module.weight`, from its input a and output z; a tensor of its own."""
+        ...
+
+    def step_size(self, epoch: int) -> float:
+        """The length eta of a local step in the 0-based `epoch`, without its sign."""
+        ...
+
+    def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
+        """Moves `weights` in place by `updates`, which may be overwritten, and `step`, eta with its sign.
+
+        Returns:
+            The number of layers left as they were, a 0-d integer tensor on the weights' device.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Hebbian:
+    """Weights move along the correlation of a layer's input and output: W <- W + s eta dW / ||dW|| (Eq. 4).
+
+    Args:
+        lr: eta at epoch 0, the length of one step: of the weight's own norm with ``scale="relative"``.
+        decay: factor on eta after each `decay_every` epochs (published: 0.5 for CIFAR, 0.1 for ImageNet; Sec. 6.1).
+        decay_every: epochs between decays, counted from epoch 0.
+        scale: "absolute", as published, or "relative" to ||W|| of each layer.
+        every: updates are made in each `every`-th optimizer step; the others skip the product too.
+
+    Example:
+        >>> Hebbian(lr=0.01, decay=0.5, decay_every=30).step_size(epoch=60)
+        0.0025
+    """
+
+    lr: float = 0.01
+    decay: float = 0.5
+    decay_every: int = 30
+    scale: Literal["absolute", "relative"] = "absolute"
+    every: int = 1
+    collects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise LowcalError(f"Hebbian: lr is {self.lr}; give a positive number (published: 0.01)")
+        if not 0 < self.decay <= 1:
+            raise LowcalError(f"Hebbian: decay is {self.decay}; give a factor above 0 and at most 1")
+        for name in ("decay_every", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise LowcalError(f"Hebbian: {name} is {value!r}; give a whole number of at least 1")
+        if self.scale not in ("absolute", "relative"):
+            raise LowcalError(f"Hebbian: scale is {self.scale!r}; choose 'absolute' or 'relative'")
+
+    def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return hebbian_update(module, inputs, outputs)
+
+    def step_size(self, epoch: int) -> float:
+        return self.lr * self.decay ** (epoch // self.decay_every)
+
+    def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
+        return apply_updates(weights, updates, step, relative=self.scale == "relative")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Local layers keep their weights: layer freezing, which the paper compares with (Sec. 3.1)."""
+
+    collects: ClassVar[bool] = False
+    every: ClassVar[int] = 1
+
+    def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+        raise NotImplementedError("a frozen layer makes no update")
+
+    def step_size(self, epoch: int) -> float:
+        return 0.0
+
+    def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.int64)
+
+
+@torch.no_grad()
+def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """dW = conv_weight(a, z): the weight-gradient product with the output in the place of its gradient (Eqs. 1, 3).
+
+    Args:
+        module: a linear or 1d, 2d or 3d convolution layer, with any stride, padding, padding mode, dilation and groups.
+        inputs: a, the layer's input, batched or not.
+        outputs: z, the layer's output before normalisation and activation.
+
+    Returns:
+        dW, shaped like ``module.weight``, summed over batch and positions, in at least single precision, without graph.
+
+    Raises:
+        LowcalError: `module` is of another kind.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> hebbian_update(layer, torch.ones(3, 2), torch.ones(3, 1))
+        tensor([[3., 3.]])
+    """
+    a, z = inputs.to(outputs.dtype), outputs
+    # Half precision overflows in a sum over a batch's positions: both factors are scaled down by a power of two, exactly.
+    shrink = 2.0 ** -(math.ceil(math.log2(max(z.numel() / module.weight.shape[0], 1))) // 2) if z.dtype == torch.float16 else 1.0
+    if shrink != 1.0:
+        a, z = a * shrink, z * shrink
+    if isinstance(module, nn.Linear):
+        update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        update = _conv_weight(module, a, z)
+    else:
+        raise LowcalError(
+            f"hebbian_update: {type(module).__name__} is no linear or convolution layer; pass nn.Linear or nn.Conv1d/2d/3d"
+        )
+    update = update.to(torch.promote_types(module.weight.dtype, torch.float32))
+    return update if shrink == 1.0 else update / shrink**2
+
+
+def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor) -> Tensor:
+    spatial = len(module.kernel_size)
+    if a.dim() == spatial + 1:  # unbatched
+        a, z = a.unsqueeze(0), z.unsqueeze(0)
+    if isinstance(module.padding, str):
+        total = [d * (k - 1) if module.padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        before = [n // 2 for n in total]
+        after = [n - n // 2 for n in total]
+    else:
+        before = after = list(module.padding)
+    if any(before) or any(after):
+        if module.padding_mode != "zeros" or before != after:
+            pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            a, before = F.pad(a, pads, mode), [0] * spatial
+    return torch.ops.aten.convolution_backward(
+        z, a, module.weight, None, module.stride, before, module.dilation, False, [0] * spatial, module.groups, [False, True, False]
+    )[1]
+
+
+@torch.no_grad()
+def apply_updates(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor, *, relative: bool = False
+) -> Tensor:
+    """W <- W + step * dW / ||dW|| for each layer, in place and without reading from the device (Eq. 4).
+
+    Args:
+        weights: the layers' weights.
+        updates: their dW, which are overwritten.
+        step: eta with its sign; a tensor on the device or a number.
+        relative: whether the step's length is also in proportion to ||W||.
+
+    Returns:
+        How many weights were left as they were, because their ||dW|| is zero or not finite: a 0-d integer tensor.
+    """
+    skipped = []
+    for group_weights, group_updates in _by_device(weights, updates):
+        norms = torch.stack(torch._foreach_norm(group_updates))
+        usable = norms.isfinite() & (norms > 0)
+        length = step if not relative else step * torch.stack(torch._foreach_norm(group_weights)).to(norms.dtype)
+        factors = torch.where(usable, length / norms, 0.0)
+        torch._foreach_mul_(group_updates, list(factors.unbind()))
+        for update in group_updates:
+            update.nan_to_num_(0.0, 0.0, 0.0)  # what a factor of 0 leaves of an infinite update
+        torch._foreach_add_(group_weights, group_updates)
+        skipped.append((~usable).sum())
+    return torch.stack([count.to(weights[0].device) for count in skipped]).sum()
+
+
+def _by_device(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for weight, update in zip(weights, updates, strict=True):
+        members = groups.setdefault((update.device, update.dtype), ([], []))
+        members[0].append(weight)
+        members[1].append(update)
+    return list(groups.values())

@@ -1,0 +1,169 @@
+"""Where the boundary between local layers and SGD is, from epoch to epoch (Sec. 2.2 and 6.5).
+
+A schedule is a pure function of `Progress`; the controller keeps what it needs to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lowcal.errors import LowcalError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a schedule may look at.
+
+    Attributes:
+        epoch: the coming epoch, 0-based: the one that the boundary is for.
+        epochs: E_max, epochs in the whole training.
+        layers: L, layers in the network.
+        block: layers in the network's recurring block, the default of t_shift.
+        boundary: T, leading layers that learn locally at present.
+        changes: ||dW_E||, L2 norm of the change of the transition layer's weight over each epoch since the boundary
+            last moved; the last one belongs to the epoch that has just ended.
+    """
+
+    epoch: int
+    epochs: int
+    layers: int
+    block: int
+    boundary: int
+    changes: tuple[float, ...]
+
+
+class Schedule(Protocol):
+    """Tells the boundary for the coming epoch. A schedule of one's own may inherit `check` from here."""
+
+    def __call__(self, progress: Progress) -> int:
+        """The boundary for the epoch `progress.epoch`: never less than `progress.boundary`."""
+        ...
+
+    def check(self, layers: int, epochs: int) -> None:
+        """Raises LowcalError if this schedule cannot serve a network of `layers` layers for `epochs` epochs."""
+
+
+@dataclass(frozen=True)
+class NormTrend(Schedule):
+    """Algorithm 1: the boundary moves on when the transition layer's weight update falls below its running mean.
+
+    Args:
+        alpha: the fraction of the mean that the update may not exceed.
+        shift: t_shift, layers per move; None: the network's recurring block.
+        max_fraction: L_max, the boundary never exceeds floor(L_max L).
+        interval: K, epochs before a move and norms in the mean; None: from Eq. 2.
+    """
+
+    alpha: float = 0.95
+    shift: int | None = None
+    max_fraction: float = 0.75
+    interval: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise LowcalError(f"NormTrend: alpha is {self.alpha}; give a number of at least 0 (published: 0.95)")
+        _check_fraction("NormTrend", self.max_fraction)
+        for name in ("shift", "interval"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise LowcalError(f"NormTrend: {name} is {value!r}; give a whole number of at least 1, or None")
+
+    def __call__(self, progress: Progress) -> int:
+        shift = self.shift or progress.block
+        wait = self.interval or interval(progress.layers, shift, progress.epochs, self.max_fraction)
+        *before, now = progress.changes
+        if len(before) < wait or now > self.alpha * sum(before[-wait:]) / wait:
+            return progress.boundary
+        return max(progress.boundary, min(progress.boundary + shift, cap(progress.layers, self.max_fraction)))
+
+
+@dataclass(frozen=True)
+class Quadratic(Schedule):
+    """Eq. 3: T = floor(max(0, c1 - c2 (E - E_max)^2)), monotone and capped at floor(L_max L).
+
+    Args:
+        c1: layers that are local when training ends, before the cap.
+        c2: how fast the boundary falls behind that, per squared epoch.
+        max_fraction: L_max.
+    """
+
+    c1: float
+    c2: float
+    max_fraction: float = 0.75
+
+    def __post_init__(self) -> None:
+        for name in ("c1", "c2"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise LowcalError(f"Quadratic: {name} is {value}; give a number of at least 0")
+        _check_fraction("Quadratic", self.max_fraction)
+
+    def __call__(self, progress: Progress) -> int:
+        target = math.floor(max(0.0, self.c1 - self.c2 * (progress.epoch - progress.epochs) ** 2))
+        return max(progress.boundary, min(target, cap(progress.layers, self.max_fraction)))
+
+
+@dataclass(frozen=True)
+class Fixed(Schedule):
+    """The boundary by hand: from each 0-based epoch on, so many leading layers are local.
+
+    Args:
+        boundaries: layers by epoch. Training starts with boundary 0, so the first epoch is 1 at least.
+
+    Example:
+        >>> schedule = Fixed({10: 3, 20: 6})
+    """
+
+    boundaries: Mapping[int, int] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        previous = 0
+        if not isinstance(self.boundaries, Mapping):
+            raise LowcalError(f"Fixed: {self.boundaries!r} is no mapping; give layers by epoch, as in Fixed({{10: 3, 20: 6}})")
+        for key in self.boundaries:
+            if not isinstance(key, int) or key < 1:
+                raise LowcalError(
+                    f"Fixed: epoch {key!r} cannot move the boundary; give whole epochs of at least 1, or call move_to before training"
+                )
+        for epoch, layers in sorted(self.boundaries.items()):
+            if not isinstance(layers, int) or layers < previous:
+                raise LowcalError(
+                    f"Fixed: {layers!r} layers at epoch {epoch} after {previous} before; the boundary never moves backwards"
+                )
+            previous = layers
+        object.__setattr__(self, "boundaries", dict(sorted(self.boundaries.items())))
+
+    def __call__(self, progress: Progress) -> int:
+        due = (layers for epoch, layers in self.boundaries.items() if epoch <= progress.epoch)
+        return max(progress.boundary, *due, 0)
+
+    def check(self, layers: int, epochs: int) -> None:
+        for epoch, boundary in self.boundaries.items():
+            if boundary >= layers:
+                raise LowcalError(
+                    f"Fixed: {boundary} layers at epoch {epoch}, but the network has {layers} and the last learns by SGD; "
+                    f"give at most {layers - 1}"
+                )
+
+
+def interval(layers: int, shift: int, epochs: int, max_fraction: float) -> int:
+    """K, the least number of epochs between two moves: E_max / (L_max L / t_shift), rounded, at least 1 (Eq. 2).
+
+    Example:
+        >>> interval(layers=54, shift=3, epochs=90, max_fraction=0.75)
+        7
+    """
+    return max(1, round(epochs / (max_fraction * layers / shift)))
+
+
+def cap(layers: int, max_fraction: float) -> int:
+    """The most layers that may be local: floor(L_max L), and never the last layer."""
+    return min(math.floor(max_fraction * layers + 1e-9), layers - 1)  # 1e-9: 0.29 * 100 is 28.999...
+
+
+def _check_fraction(owner: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise LowcalError(f"{owner}: max_fraction is {value}; give a fraction above 0 and at most 1 (published: 0.75)")

@@ -1,0 +1,95 @@
+"""Checks a controller's saved state before any of it is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowcal.errors import LowcalError
+from lowcal.layers import Order
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "layers": (list,),
+    "followers": (dict,),
+    "norms": (dict,),
+    "epoch": (int,),
+    "boundary": (int,),
+    "history": (list,),
+    "sign": (int,),
+    "change": (float, type(None)),
+    "losses": (list,),
+    "changes": (list,),
+    "steps": (int,),
+    "skipped": (int,),
+    "start": (Tensor, type(None)),
+}
+
+
+def check_state(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, nn.Module], boundary: int) -> Order:
+    """The order of layers that `state` holds, once all of `state` has proved sound.
+
+    Args:
+        state: what `LoCal.state_dict` gave.
+        model: the network that it is meant for.
+        layers: its possible layers by name.
+        boundary: where the boundary is now.
+
+    Raises:
+        LowcalError: `state` is damaged, of another network, or behind the present boundary.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != 1:
+        raise LowcalError("load_state_dict: this is no state of LoCal of format 1; give what LoCal.state_dict() returned")
+    for key, kinds in _KINDS.items():
+        if not isinstance(state.get(key, _KINDS), kinds):
+            raise LowcalError(f"load_state_dict: '{key}' is missing or damaged; give what LoCal.state_dict() returned")
+    for key in ("losses", "changes"):
+        if not all(isinstance(value, float) for value in state[key]):
+            raise LowcalError(f"load_state_dict: '{key}' holds something other than numbers; the state is damaged")
+    names = state["layers"]
+    for name in names:
+        if name not in layers:
+            raise LowcalError(
+                f"load_state_dict: the state's layer '{name}' is not in this {type(model).__name__}; "
+                "load it into the network that it was saved from"
+            )
+    parameters = {name for name, _ in model.named_parameters()}
+    modules = {name for name, _ in model.named_modules()}
+    for kind, known in (("followers", parameters), ("norms", modules)):
+        for name, layer in state[kind].items():
+            if name not in known or layer not in names:
+                raise LowcalError(
+                    f"load_state_dict: '{name}' ({kind}) is not in this {type(model).__name__}; "
+                    "load the state into the network that it was saved from"
+                )
+    _check_numbers(state, boundary)
+    if names:
+        start, weight = state["start"], layers[names[state["boundary"]]].weight
+        if not isinstance(start, Tensor) or start.shape != weight.shape:
+            raise LowcalError(
+                f"load_state_dict: the state's weight of layer '{names[state['boundary']]}' does not fit this network's, of shape "
+                f"{tuple(weight.shape)}; load it into the network that it was saved from"  # type: ignore[arg-type]
+            )
+    return Order(tuple(names), dict(state["followers"]), dict(state["norms"]))
+
+
+def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
+    last = max(len(state["layers"]) - 1, 0)
+    moves = state["history"]
+    sound = (
+        0 <= state["boundary"] <= last
+        and state["sign"] in (-1, 1)
+        and min(state["epoch"], state["steps"], state["skipped"]) >= 0
+        and all(isinstance(move, list) and len(move) == 2 for move in moves)
+        and all(a[1] < b[1] for a, b in pairwise(moves))
+        and (moves[-1][1] if moves else 0) == state["boundary"]
+    )
+    if not sound:
+        raise LowcalError("load_state_dict: boundary, sign, epoch or history is out of range; the state is damaged")
+    if state["boundary"] < boundary:
+        raise LowcalError(
+            f"load_state_dict: the state's boundary is {state['boundary']} and the present one {boundary}, which never moves back; "
+            "load it into a new LoCal"
+        )

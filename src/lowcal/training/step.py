@@ -1,0 +1,111 @@
+"""One training step: forward, loss, backward, optimizer. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lowcal.errors import LowcalError, nearest
+from lowcal.methods import Method
+
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which forward passes run: automatic mixed precision, or none with "float32".
+
+    Raises:
+        LowcalError: there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise LowcalError(f"there is no precision {precision!r}{nearest(precision, PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def build_scaler(device: torch.device, precision: str) -> GradScaler | None:
+    """The gradient scaler that "fp16" needs; None with the others."""
+    return GradScaler(device.type) if precision == "fp16" else None
+
+
+class Step(Protocol):
+    """A training step."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Trains on one mini-batch.
+
+        Args:
+            images: (N, C, H, W), normalised, on the network's device.
+            labels: (N,), class numbers.
+
+        Returns:
+            The mini-batch's mean cross entropy without penalty, a 0-d tensor on the device, not to be changed.
+        """
+        ...
+
+
+class EagerStep:
+    """The step as a plain loop would write it.
+
+    A scaler reads from the device in each step unless the optimizer is built with ``fused=True``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        device: torch.device,
+        precision: str,
+        scaler: GradScaler | None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._method = method
+        self._device = device
+        self._precision = precision
+        self._scaler = scaler
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        with autocast(self._device, self._precision):
+            loss = F.cross_entropy(self._model(images), labels)
+        penalty = self._method.penalty()
+        total = loss if penalty is None else loss + penalty
+        if self._scaler is None:
+            total.backward()
+            self._optimizer.step()
+        else:
+            self._scaler.scale(total).backward()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        return loss.detach()
+
+
+STEPS: dict[str, type[EagerStep]] = {"eager": EagerStep}
+
+
+def build_step(
+    mode: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    method: Method,
+    *,
+    device: torch.device,
+    precision: str,
+    scaler: GradScaler | None,
+) -> Step:
+    """The training step of the given mode for the network as it is now; build another after each move.
+
+    Raises:
+        LowcalError: there is no such mode.
+    """
+    if mode not in STEPS:
+        raise LowcalError(f"there is no step {mode!r}{nearest(mode, STEPS)}")
+    return STEPS[mode](model, optimizer, method, device=device, precision=precision, scaler=scaler)

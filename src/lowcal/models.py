@@ -14,8 +14,8 @@ __all__ = ["MODELS", "VGG", "BasicBlock", "SmallResNet", "build_model", "check_i
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
 
-    He et al. 2015, "Deep residual learning for image recognition", Figure 5 left. Input (N, C_in, H, W), output
-    (N, C_out, H/stride, W/stride).
+    He et al. 2015, "Deep residual learning for image recognition", Figure 5 left.
+    Input (N, C_in, H, W), output (N, C_out, H/stride, W/stride).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -39,10 +39,10 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Residual network for small images: 3x3 stem without pooling, then stages that halve the size, then a linear head.
+    """Residual network for small images: 3x3 stem without pooling, stages that halve the size, linear head.
 
-    Stage i has `blocks[i]` basic blocks of `width * 2**i` channels; all but the first start with stride 2. Input
-    (N, in_channels, H, W) of any size, output (N, classes).
+    Stage i has `blocks[i]` basic blocks of `width * 2**i` channels; all but the first start with stride 2.
+    Input (N, in_channels, H, W) of any size, output (N, classes).
     """
 
     def __init__(self, blocks: Sequence[int], *, classes: int, in_channels: int, width: int) -> None:
@@ -71,7 +71,7 @@ class SmallResNet(nn.Module):
 class VGG(nn.Module):
     """VGG13 with batch normalisation for 32x32 images: ten 3x3 convolutions, five poolings, one linear head.
 
-    Simonyan and Zisserman 2015, configuration B, without the hidden linear layers that its 224x224 images need.
+    Simonyan and Zisserman 2015, configuration B, without the hidden linear layers for 224x224 images.
     Input (N, in_channels, H, W) with H and W at least 32, output (N, classes).
     """
 
@@ -96,7 +96,7 @@ class VGG(nn.Module):
 
 
 def _init_he(model: nn.Module) -> None:
-    """He et al. 2015 (arXiv 1502.01852), fan-out form: the variance of gradients is kept through the layers."""
+    """He et al. 2015 (arXiv 1502.01852), fan-out form: gradients keep their variance through the layers."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -119,15 +119,15 @@ MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
     "resnet8": _resnet8,
     "vgg13": _vgg13,
 }
-"""Our own networks, for small images: name -> builder(classes, in_channels, width or None for the default)."""
+"""Our own networks, for small images: name -> builder(classes, in_channels, width or None)."""
 
 
 def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | None = None) -> nn.Module:
     """Build a network with fresh weights; the global random state decides them.
 
-    `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16); torchvision's networks have
-    neither a width nor another channel count than 3. Raises LowcalError for an unknown name or a setting that the
-    network does not have.
+    `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16); torchvision's
+    networks have neither a width nor another channel count than 3. Raises LowcalError for an unknown name or a
+    setting that the network does not have.
     """
     for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
         if value is not None and value < 1:
@@ -177,8 +177,9 @@ def _torchvision_model(name: str, classes: int, in_channels: int, width: int | N
         raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
     if in_channels != 3:
         raise LowcalError(
-            f"model {name!r} takes images of 3 channels, not {in_channels}: choose from {', '.join(sorted(MODELS))}"
+            f"model {name!r} takes images of 3 channels, not {in_channels}: "
+            f"choose from {', '.join(sorted(MODELS))}"
         )
-    # One output in training as in evaluation; init_weights is stated because torchvision warns of its default.
+    # One output in training as in evaluation; init_weights is stated as torchvision warns of its default.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **options)

@@ -6,7 +6,7 @@ from lowcal.rules import Frozen, Hebbian, hebbian_update
 from lowcal.schedule import Fixed, NormTrend, Quadratic
 from lowcal.supervision import LossTrend
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Fixed",

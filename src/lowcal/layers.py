@@ -67,7 +67,8 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(parameter, UninitializedParameter):
             owner = name.rpartition(".")[0]
             raise LowcalError(
-                f"layer '{owner}' is lazy and has no weight yet; run one forward pass before LoCal and the optimizer are built"
+                f"layer '{owner}' is lazy and has no weight yet; "
+                "run one forward pass before LoCal and the optimizer are built"
             )
     if not layers:
         raise LowcalError(
@@ -137,7 +138,7 @@ class Tracer(TorchFunctionMode):
         """
         if not self._ran:
             raise LowcalError(
-                "the forward pass ran no linear or convolution layer as a module, so there is nothing to learn locally; "
+                "the forward pass ran no linear or convolution layer as a module, so nothing can learn locally; "
                 "call the layers, not their weights"
             )
         modules = {name: module for module, name in self._layers.items()}
@@ -165,11 +166,10 @@ class Tracer(TorchFunctionMode):
 
 
 def trace(model: nn.Module, example_inputs: Any) -> Order:
-    """The order found by one forward pass of `model` on `example_inputs`, which leaves the model and the random
-    generators as they were.
+    """The order found by one forward pass of `model` on `example_inputs`.
 
-    The pass runs in training mode, so that layers used in training alone are seen, but normalises by running
-    statistics, so that one example is enough.
+    The pass leaves the model and the random generators as they were. It runs in training mode, so that
+    layers used in training alone are seen, but normalises by running statistics, so that one example is enough.
 
     Args:
         example_inputs: one tensor, a tuple of positional arguments, or a dict of keyword arguments.

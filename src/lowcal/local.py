@@ -69,7 +69,9 @@ class LoCal:
         example_inputs: Any = None,
     ) -> None:
         if not isinstance(epochs, int) or epochs < 1:
-            raise LowcalError(f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1")
+            raise LowcalError(
+                f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1"
+            )
         if norm_stats not in ("batch", "running"):
             raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
         self._candidates = weight_layers(model)
@@ -147,7 +149,7 @@ class LoCal:
                 "so lower the learning rate and go on from an earlier checkpoint"
             )
         self._known("end_epoch")
-        weight = self._transition.detach()
+        weight = self._weight(self.boundary)
         change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
         changes = (*self._changes, change)
         target = self.schedule(
@@ -197,8 +199,7 @@ class LoCal:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up where the controller that gave `state` was; model and optimizer are loaded on their own, before or
-        after.
+        """Takes up where the controller that gave `state` was; model and optimizer are loaded before or after.
 
         Raises:
             LowcalError: `state` is no such state, belongs to another network, or is behind the present boundary;
@@ -209,7 +210,7 @@ class LoCal:
             self._take(order)
             if state["boundary"] > self.boundary:
                 self._move(state["boundary"])
-            self._start = state["start"].to(self._transition.device, copy=True)
+            self._start = state["start"].to(self._weight(self.boundary).device, copy=True)
         self.epoch, self.sign, self.change = state["epoch"], state["sign"], state["change"]
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
@@ -235,7 +236,8 @@ class LoCal:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"LoCal(boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}, rule={self.rule})"
+        where = f"boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}"
+        return f"LoCal({where}, rule={self.rule})"
 
     # The order of layers
 
@@ -291,18 +293,18 @@ class LoCal:
 
     # The boundary
 
-    @property
-    def _transition(self) -> Tensor:
-        return self._modules[self.boundary].weight  # type: ignore[return-value]
+    def _weight(self, index: int) -> Tensor:
+        return self._modules[index].weight.detach()  # type: ignore[operator]
 
     def _mark_start(self) -> None:
-        self._start = self._transition.detach().clone()
+        self._start = self._weight(self.boundary).clone()
 
     def _check_target(self, target: int) -> None:
         if not isinstance(target, int) or not self.boundary <= target < len(self.layers):
             raise LowcalError(
-                f"the boundary cannot move to {target!r}: it is at {self.boundary} and never moves back, and the last of the "
-                f"{len(self.layers)} layers learns by SGD; give a whole number from {self.boundary} to {len(self.layers) - 1}"
+                f"the boundary cannot move to {target!r}: it is at {self.boundary} and never moves back, and of the "
+                f"{len(self.layers)} layers the last learns by SGD; "
+                f"give a whole number from {self.boundary} to {len(self.layers) - 1}"
             )
 
     def _move(self, target: int) -> None:
@@ -350,8 +352,8 @@ class LoCal:
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
         if overflow is not None:
             step = torch.where(overflow.reshape(()) > 0, 0.0, step)
-        weights = [self._modules[index].weight.detach() for index in updates]
-        skipped = self.rule.apply(weights, list(updates.values()), step)  # type: ignore[arg-type]
+        weights = [self._weight(index) for index in updates]
+        skipped = self.rule.apply(weights, list(updates.values()), step)
         self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
 
 
@@ -402,8 +404,8 @@ def _check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
     for name, module in layers.items():
         if id(module.weight) not in held:
             raise LowcalError(
-                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own parameters, as in "
-                "torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"
+                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own "
+                "parameters, as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"
             )
 
 

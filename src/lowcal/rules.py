@@ -16,18 +16,17 @@ from lowcal.errors import LowcalError
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a local layer does in a training step. `Hebbian` and `Frozen` are two; a user can pass one of their own.
-
-    Attributes:
-        collects: whether `update` is called in the forward pass of local layers; False costs nothing there.
-        every: updates are made in each `every`-th optimizer step, the first included.
-    """
+    """What a local layer does in a training step. `Hebbian` and `Frozen` are two; a user can pass one of their own."""
 
     @property
-    def collects(self) -> bool: ...
+    def collects(self) -> bool:
+        """Whether `update` is called in the forward pass of local layers; False costs nothing there."""
+        ...
 
     @property
-    def every(self) -> int: ...
+    def every(self) -> int:
+        """Updates are made in each `every`-th optimizer step, the first included."""
+        ...
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
         """The layer's update dW, shaped like `module.weight`, from its input a and output z; a tensor of its own."""
@@ -82,12 +81,15 @@ class Hebbian:
             raise LowcalError(f"Hebbian: scale is {self.scale!r}; choose 'absolute' or 'relative'")
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """dW of Eqs. 1 and 3: see `hebbian_update`."""
         return hebbian_update(module, inputs, outputs)
 
     def step_size(self, epoch: int) -> float:
+        """The length eta of a local step in the 0-based `epoch`: lr decay^(epoch // decay_every)."""
         return self.lr * self.decay ** (epoch // self.decay_every)
 
     def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
+        """Eq. 4: see `apply_updates`."""
         return apply_updates(weights, updates, step, relative=self.scale == "relative")
 
 
@@ -99,12 +101,15 @@ class Frozen:
     every: ClassVar[int] = 1
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Never called, since nothing is collected."""
         raise NotImplementedError("a frozen layer makes no update")
 
     def step_size(self, epoch: int) -> float:
+        """Zero."""
         return 0.0
 
     def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
+        """Leaves the weights as they are."""
         return torch.zeros((), dtype=torch.int64)
 
 
@@ -129,9 +134,11 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
         tensor([[3., 3.]])
     """
     a, z = inputs.to(outputs.dtype), outputs
-    # Half precision overflows in a sum over a batch's positions: both factors are scaled down by a power of two, exactly.
-    shrink = 2.0 ** -(math.ceil(math.log2(max(z.numel() / module.weight.shape[0], 1))) // 2) if z.dtype == torch.float16 else 1.0
-    if shrink != 1.0:
+    # Half precision overflows in a sum over a batch's positions, so both factors are scaled by a power of two.
+    shrink = 1.0
+    if z.dtype == torch.float16:
+        summed = max(z.numel() / module.weight.shape[0], 1.0)
+        shrink = 2.0 ** -(math.ceil(math.log2(summed)) // 2)
         a, z = a * shrink, z * shrink
     if isinstance(module, nn.Linear):
         update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
@@ -139,7 +146,8 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
         update = _conv_weight(module, a, z)
     else:
         raise LowcalError(
-            f"hebbian_update: {type(module).__name__} is no linear or convolution layer; pass nn.Linear or nn.Conv1d/2d/3d"
+            f"hebbian_update: {type(module).__name__} is no linear or convolution layer; "
+            "pass nn.Linear or nn.Conv1d/2d/3d"
         )
     update = update.to(torch.promote_types(module.weight.dtype, torch.float32))
     return update if shrink == 1.0 else update / shrink**2
@@ -150,18 +158,30 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor
     if a.dim() == spatial + 1:  # unbatched
         a, z = a.unsqueeze(0), z.unsqueeze(0)
     if isinstance(module.padding, str):
-        total = [d * (k - 1) if module.padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        total = [
+            d * (k - 1) if module.padding == "same" else 0
+            for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ]
         before = [n // 2 for n in total]
         after = [n - n // 2 for n in total]
     else:
         before = after = list(module.padding)
-    if any(before) or any(after):
-        if module.padding_mode != "zeros" or before != after:
-            pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            a, before = F.pad(a, pads, mode), [0] * spatial
+    if (any(before) or any(after)) and (module.padding_mode != "zeros" or before != after):
+        pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        a, before = F.pad(a, pads, mode), [0] * spatial
     return torch.ops.aten.convolution_backward(
-        z, a, module.weight, None, module.stride, before, module.dilation, False, [0] * spatial, module.groups, [False, True, False]
+        z,
+        a,
+        module.weight,
+        None,
+        module.stride,
+        before,
+        module.dilation,
+        False,
+        [0] * spatial,
+        module.groups,
+        [False, True, False],
     )[1]
 
 

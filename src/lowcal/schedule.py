@@ -44,6 +44,7 @@ class Schedule(Protocol):
 
     def check(self, layers: int, epochs: int) -> None:
         """Raises LowcalError if this schedule cannot serve a network of `layers` layers for `epochs` epochs."""
+        return
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class NormTrend(Schedule):
                 raise LowcalError(f"NormTrend: {name} is {value!r}; give a whole number of at least 1, or None")
 
     def __call__(self, progress: Progress) -> int:
+        """The boundary for the coming epoch (Algorithm 1)."""
         shift = self.shift or progress.block
         wait = self.interval or interval(progress.layers, shift, progress.epochs, self.max_fraction)
         *before, now = progress.changes
@@ -102,6 +104,7 @@ class Quadratic(Schedule):
         _check_fraction("Quadratic", self.max_fraction)
 
     def __call__(self, progress: Progress) -> int:
+        """The boundary for the coming epoch (Eq. 3)."""
         target = math.floor(max(0.0, self.c1 - self.c2 * (progress.epoch - progress.epochs) ** 2))
         return max(progress.boundary, min(target, cap(progress.layers, self.max_fraction)))
 
@@ -122,29 +125,35 @@ class Fixed(Schedule):
     def __post_init__(self) -> None:
         previous = 0
         if not isinstance(self.boundaries, Mapping):
-            raise LowcalError(f"Fixed: {self.boundaries!r} is no mapping; give layers by epoch, as in Fixed({{10: 3, 20: 6}})")
+            raise LowcalError(
+                f"Fixed: {self.boundaries!r} is no mapping; give layers by epoch, as in Fixed({{10: 3, 20: 6}})"
+            )
         for key in self.boundaries:
             if not isinstance(key, int) or key < 1:
                 raise LowcalError(
-                    f"Fixed: epoch {key!r} cannot move the boundary; give whole epochs of at least 1, or call move_to before training"
+                    f"Fixed: epoch {key!r} cannot move the boundary; "
+                    "give whole epochs of at least 1, or call move_to before training"
                 )
         for epoch, layers in sorted(self.boundaries.items()):
             if not isinstance(layers, int) or layers < previous:
                 raise LowcalError(
-                    f"Fixed: {layers!r} layers at epoch {epoch} after {previous} before; the boundary never moves backwards"
+                    f"Fixed: {layers!r} layers at epoch {epoch} after {previous} before; "
+                    "give whole numbers that do not fall, since the boundary never moves back"
                 )
             previous = layers
         object.__setattr__(self, "boundaries", dict(sorted(self.boundaries.items())))
 
     def __call__(self, progress: Progress) -> int:
+        """The boundary given for the coming epoch or the last one before it."""
         due = (layers for epoch, layers in self.boundaries.items() if epoch <= progress.epoch)
         return max(progress.boundary, *due, 0)
 
     def check(self, layers: int, epochs: int) -> None:
+        """Raises LowcalError if more layers are to be local than the network can spare."""
         for epoch, boundary in self.boundaries.items():
             if boundary >= layers:
                 raise LowcalError(
-                    f"Fixed: {boundary} layers at epoch {epoch}, but the network has {layers} and the last learns by SGD; "
+                    f"Fixed: {boundary} layers at epoch {epoch}, but of the network's {layers} the last learns by SGD; "
                     f"give at most {layers - 1}"
                 )
 

@@ -41,7 +41,9 @@ def check_state(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str,
         LowcalError: `state` is damaged, of another network, or behind the present boundary.
     """
     if not isinstance(state, Mapping) or state.get("format") != 1:
-        raise LowcalError("load_state_dict: this is no state of LoCal of format 1; give what LoCal.state_dict() returned")
+        raise LowcalError(
+            "load_state_dict: this is no state of LoCal of format 1; give what LoCal.state_dict() returned"
+        )
     for key, kinds in _KINDS.items():
         if not isinstance(state.get(key, _KINDS), kinds):
             raise LowcalError(f"load_state_dict: '{key}' is missing or damaged; give what LoCal.state_dict() returned")
@@ -66,11 +68,12 @@ def check_state(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str,
                 )
     _check_numbers(state, boundary)
     if names:
-        start, weight = state["start"], layers[names[state["boundary"]]].weight
-        if not isinstance(start, Tensor) or start.shape != weight.shape:
+        transition = names[state["boundary"]]
+        start, shape = state["start"], layers[transition].get_parameter("weight").shape
+        if not isinstance(start, Tensor) or start.shape != shape:
             raise LowcalError(
-                f"load_state_dict: the state's weight of layer '{names[state['boundary']]}' does not fit this network's, of shape "
-                f"{tuple(weight.shape)}; load it into the network that it was saved from"  # type: ignore[arg-type]
+                f"load_state_dict: the state's weight of layer '{transition}' does not fit this network's, "
+                f"of shape {tuple(shape)}; load it into the network that it was saved from"
             )
     return Order(tuple(names), dict(state["followers"]), dict(state["norms"]))
 
@@ -90,6 +93,6 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
         raise LowcalError("load_state_dict: boundary, sign, epoch or history is out of range; the state is damaged")
     if state["boundary"] < boundary:
         raise LowcalError(
-            f"load_state_dict: the state's boundary is {state['boundary']} and the present one {boundary}, which never moves back; "
-            "load it into a new LoCal"
+            f"load_state_dict: the state's boundary is {state['boundary']} and the present one {boundary}, "
+            "which never moves back; load it into a new LoCal"
         )

@@ -24,4 +24,5 @@ class LossTrend:
     """
 
     def __call__(self, losses: tuple[float, ...]) -> Literal[-1, 1]:
+        """-1 if the last loss is above the one before it, else +1."""
         return -1 if len(losses) > 1 and losses[-2] < losses[-1] else 1

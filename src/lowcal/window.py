@@ -12,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 class Window:
     """The local updates kept for the next optimizer step; they accumulate, and go, as gradients do.
 
-    Gradients add up over backward passes until they are zeroed. A forward pass's updates share the fate of the gradients
-    of its backward pass: if a step is skipped (mixed precision) and the gradients are zeroed, they go too, or else
-    they would be applied together with those of the next step. Zeroing has many forms (`zero_grad` of optimizer or
-    model, before or after the forward pass, to None or to zero), so it is read off the gradient of one weight that
-    learns by SGD: after a backward pass, that gradient is the same tensor, changed once in place, if and only if
-    nothing was zeroed in between.
+    Gradients add up over backward passes until they are zeroed. A forward pass's updates share the fate of the
+    gradients of its backward pass: if a step is skipped (mixed precision) and the gradients are zeroed, they go too,
+    or else they would be applied together with those of the next step. Zeroing has many forms (`zero_grad` of
+    optimizer or model, before or after the forward pass, to None or to zero), so it is read off the gradient of one
+    weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in place, if and
+    only if nothing was zeroed in between.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,14 @@ class Window:
 
     def watch(self, modules: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Watches the gradient of the last of `modules` that has one; returns the hooks' handles."""
-        for module in reversed(modules):
-            weight = module.weight
-            if isinstance(weight, Tensor) and weight.requires_grad:
-                window = weakref.ref(self)
+        window = weakref.ref(self)
 
-                def after_backward(weight: Tensor) -> None:
-                    if (alive := window()) is not None:
-                        alive._end_backward(weight)
+        def after_backward(weight: Tensor) -> None:
+            if (alive := window()) is not None:
+                alive._end_backward(weight)
 
-                return [weight.register_post_accumulate_grad_hook(after_backward)]
-        return []
+        learning = [module.weight for module in modules if module.weight.requires_grad]
+        return [learning[-1].register_post_accumulate_grad_hook(after_backward)] if learning else []  # type: ignore[operator]
 
     def add(self, index: int, update: Tensor) -> None:
         """Keeps `update` for layer `index`."""

@@ -1,0 +1,28 @@
+"""What documentation shows is run: each example script, and the example in each public docstring."""
+
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "window"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(f"lowcal.{name}")
+    names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}
+    assert doctest.testmod(module, extraglobs=names).failed == 0
+
+
+def test_plain_loop():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "plain_loop.py"], capture_output=True, text=True, check=True, timeout=120
+    )
+    last = done.stdout.splitlines()[-1]
+    assert "boundary 2 of 4" in last
+    assert float(last.split("accuracy ")[1].split("%")[0]) > 85

@@ -37,6 +37,5 @@ for epoch in range(EPOCHS):
     model.eval()
     with torch.no_grad():
         correct = (model(images[1500:]).argmax(1) == labels[1500:]).float().mean()
-    print(
-        f"epoch {epoch + 1:2}  loss {total / len(batches):.3f}  accuracy {correct:.1%}  boundary {local.boundary} of {len(local.layers)}"
-    )
+    boundary = f"boundary {local.boundary} of {len(local.layers)}"
+    print(f"epoch {epoch + 1:2}  loss {total / len(batches):.3f}  accuracy {correct:.1%}  {boundary}")

@@ -1,0 +1,180 @@
+"""The report of one or several runs: summary.json, .csv, .md and one self-contained HTML page."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ..errors import LowcalError
+from ..training.record import FORMAT, RunFolder, atomic_write, read_json, write_json
+from .figures import FIGURES, colours
+from .runs import RunData, by_method, read_runs
+from .svg import inline_svg
+from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells, text_table
+from .words import headline
+
+__all__ = ["Report", "write_report"]
+
+_CAPTIONS = {
+    "error-against-time": "Lower and further left is better. The dot is the last epoch.",
+    "boundary": "How many leading layers did not back-propagate in each epoch.",
+    "step-time": "Each time the boundary moves, a step should get shorter.",
+    "peak-memory": "Layers that do not back-propagate keep no activations.",
+    "train-loss": "Mean over each epoch's training images.",
+    "test-loss": "On the test images, after each epoch.",
+}
+# environment.json's names, in the page's words; `started` and `commit` are treated apart.
+_ENVIRONMENT = {
+    "device": "device",
+    "device_name": "processor",
+    "threads": "threads",
+    "platform": "platform",
+    "python": "Python",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "lowcal": "lowcal",
+    "commit": "commit",
+    "started": "started",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: `summary` is summary.json's content, `text` the table and its notes as plain text."""
+
+    rows: Sequence[Row]
+    summary: dict[str, Any]
+    headline: str
+    text: str
+    page: Path
+
+
+def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report:
+    """Write `summary.json`, `summary.csv`, `summary.md` and `report.html` to `out`.
+
+    `runs` is a comparison's folder (then `out` may be left out: they go there) or several folders, each of a
+    run or of a comparison. LowcalError, and nothing written, if the runs cannot be read or shown together, or if
+    `out` holds a run or another program's summary.json.
+    """
+    paths = [runs] if isinstance(runs, Path) else list(runs)
+    if out is None:
+        if not isinstance(runs, Path):
+            raise LowcalError("the folder for the report is missing; give --out DIR")
+        out = runs
+    _refuse_unless_ours(out)
+    data = read_runs(paths)
+    rows = make_rows(data)
+    summary = _summary(data, rows)
+    page = _render(data, rows, summary)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LowcalError(f"cannot make {out}: {error.strerror}; choose another folder") from error
+    write_json(out / "summary.json", summary)
+    atomic_write(out / "summary.csv", csv_table(rows).encode())
+    atomic_write(out / "summary.md", _markdown(rows, summary).encode())
+    atomic_write(out / "report.html", page.encode())
+    text = "\n".join([f"{_subject(summary)}\n", text_table(rows), *_notes(summary)])
+    return Report(rows, summary, headline(rows), text, out / "report.html")
+
+
+def _refuse_unless_ours(out: Path) -> None:
+    if RunFolder.holds_run(out):
+        raise LowcalError(f"{out} holds a run, whose summary.json would be lost; give another folder by --out")
+    if (out / "summary.json").exists() and "rows" not in read_json(out / "summary.json"):
+        raise LowcalError(f"{out / 'summary.json'} is not a comparison's; give another folder by --out")
+
+
+def _summary(runs: Sequence[RunData], rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "recipe": _common(run.recipe for run in runs),
+        "model": runs[0].model,
+        "dataset": runs[0].dataset,
+        "label": _common(run.label for run in runs if run.label),
+        "environment": {name: _common(run.environment.get(name) for run in runs) for name in _ENVIRONMENT}
+        | {"started": min((run.environment.get("started") or "" for run in runs), default="") or None},
+        "settings": runs[0].settings,
+        "rows": [row.as_dict() for row in rows],
+        "unfinished": [
+            {"run": run.name, "epochs": len(run.records), "planned": run.planned} for run in runs if not run.finished
+        ],
+    }
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The one value that all have, else the different ones in a text."""
+    known = list(dict.fromkeys(value for value in values if value is not None))
+    return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know beside it."""
+    machine = summary["environment"]
+    notes = [f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."]
+    if summary["label"]:
+        notes.append(f"Label: {summary['label']}.")
+    if any(row["seeds"] > 1 for row in summary["rows"]):
+        notes.append("± is the sample deviation over seeds.")
+    if unfinished := summary["unfinished"]:
+        runs = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
+        notes.append(f"Unfinished: {runs}.")
+    if "," in (machine["device_name"] or ""):
+        notes.append("The runs ran on different machines: their times are not compared.")
+    return notes
+
+
+def _subject(summary: dict[str, Any]) -> str:
+    return f"{summary['model']} on {summary['dataset']}, recipe {summary['recipe']}"
+
+
+def _markdown(rows: Sequence[Row], summary: dict[str, Any]) -> str:
+    return (
+        "\n\n".join([f"**{headline(rows)}**", f"{_subject(summary)}.", markdown_table(rows).rstrip(), *_notes(summary)])
+        + "\n"
+    )
+
+
+def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]) -> str:
+    methods = colours(by_method(runs))
+    lights = [light for light, _dark in methods.values()]
+    figures = [
+        {"svg": Markup(inline_svg(draw(runs), name, lights, _spoken(name))), "caption": _CAPTIONS[name]}
+        for name, draw in FIGURES.items()
+    ]
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
+    return template.render(
+        subject=_subject(summary),
+        headline=headline(rows),
+        columns=[*COLUMNS[:-2], "memory, last epoch", *COLUMNS[-2:]],
+        lines=[_page_cells(cells, row, runs) for cells, row in zip(table_cells(rows), rows, strict=True)],
+        notes=_notes(summary),
+        colours=list(methods.values()),
+        figures=figures,
+        several=any(len(group) > 1 for group in by_method(runs).values()),
+        facts=[(word, summary["environment"][name]) for name, word in _ENVIRONMENT.items()],
+        recipes=_recipes(runs),
+    )
+
+
+def _spoken(name: str) -> str:
+    return f"{name.replace('-', ' ')}, a line for each method"
+
+
+def _page_cells(cells: list[str], row: Row, runs: Sequence[RunData]) -> list[str]:
+    last = max(run.records[-1]["peak_memory_bytes"] for run in runs if run.method == row.method)
+    return [*cells[:-2], memory(last), *cells[-2:]]
+
+
+def _recipes(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """The different recipes (but for the seed) with the names of the runs that used each."""
+    groups: dict[str, list[RunData]] = {}
+    for run in runs:
+        groups.setdefault(repr(run.settings), []).append(run)
+    return [(", ".join(run.name for run in group), group[0].recipe_text) for group in groups.values()]

@@ -1,0 +1,159 @@
+"""What the report knows of a run, read from its folder."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import LowcalError
+from ..training.record import RunFolder
+
+__all__ = ["RunData", "by_method", "method_order", "read_run", "read_runs"]
+
+_ORDER = ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run: which it is, what each epoch gave, and its results so far.
+
+    `results`: top1_error (percent, last epoch), seconds, flops, peak_memory_bytes, boundary, layers, epochs.
+    """
+
+    path: Path
+    method: str
+    seed: int
+    planned: int
+    finished: bool
+    recipe: str
+    model: str
+    dataset: str
+    label: str | None
+    records: Sequence[dict[str, Any]]
+    results: dict[str, Any]
+    environment: dict[str, Any]
+    recipe_text: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as it was run, without its seed."""
+        try:
+            recipe = yaml.safe_load(self.recipe_text)
+        except yaml.YAMLError as error:
+            raise LowcalError(f"{self.path / 'recipe.yaml'} is not YAML; restore it or leave it out") from error
+        if not isinstance(recipe, dict):
+            raise LowcalError(f"{self.path / 'recipe.yaml'} is not a recipe; restore it or leave this run out")
+        return {name: value for name, value in recipe.items() if name != "seed"}
+
+
+def read_run(path: Path) -> RunData:
+    """Read one run folder, finished or still going; LowcalError that names the file if it cannot be shown."""
+    folder = RunFolder.open(path)
+    identity = folder.read_identity()
+    summary = folder.read_summary()
+    records = folder.read_epochs()
+    log = path / "epochs.jsonl"
+    if not records:
+        raise LowcalError(f"{log} holds no epoch yet; wait for the run's first epoch or leave it out")
+    if summary is not None and summary["epochs"] != len(records):
+        raise LowcalError(
+            f"{log} has {len(records)} epochs, summary.json has {summary['epochs']}; "
+            "restore the log or leave this run out"
+        )
+    return RunData(
+        path=path,
+        method=identity["method"],
+        seed=identity["seed"],
+        planned=identity["epochs"],
+        finished=summary is not None,
+        recipe=identity["recipe"],
+        model=identity["model"],
+        dataset=identity["dataset"],
+        label=identity["label"],
+        records=records,
+        results=summary or _results_so_far(records),
+        environment=folder.read_environment(),
+        recipe_text=folder.recipe,
+    )
+
+
+def read_runs(paths: Iterable[Path]) -> list[RunData]:
+    """Read runs that one report may show together, sorted by method and seed.
+
+    Each path is a run or a folder of runs (a comparison's); there, runs without an epoch yet are left out.
+    LowcalError if there is none, if two are the same method and seed, or if they cannot be averaged.
+    """
+    found = [run for path in paths for run in _expand(path)]
+    if not found:
+        raise LowcalError("no run was given; give at least one run folder")
+    unique = {run.path.resolve(): run for run in found}
+    runs = sorted(unique.values(), key=lambda run: (*method_order(run.method), run.seed))
+    for field in ("model", "dataset"):
+        values = {getattr(run, field): run for run in runs}
+        if len(values) > 1:
+            (one, first), (other, second), *_ = values.items()
+            raise LowcalError(f"{first.path} has {field} {one!r}, {second.path} has {other!r}; report them apart")
+    for group in by_method(runs).values():
+        _refuse_unless_seeds_of_one(group)
+    return runs
+
+
+def by_method(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
+    """Group runs by method, in the order in which they come."""
+    groups: dict[str, list[RunData]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    return groups
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Sort key: the baseline first, then the known methods, then others by name."""
+    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+
+
+def _expand(path: Path) -> list[RunData]:
+    if RunFolder.holds_run(path):
+        return [read_run(path)]
+    if not path.is_dir():
+        raise LowcalError(f"{path} is not a folder; give the folder of a run or of a comparison")
+    folders = sorted(entry for entry in path.iterdir() if RunFolder.holds_run(entry))
+    started = [folder for folder in folders if RunFolder(folder).read_epochs()]
+    if folders and not started:
+        raise LowcalError(f"{folders[0] / 'epochs.jsonl'} holds no epoch yet; wait for the first one")
+    if not started:
+        raise LowcalError(f"{path} is not a run folder and holds none; give the folder of a run")
+    return [read_run(folder) for folder in started]
+
+
+def _refuse_unless_seeds_of_one(group: Sequence[RunData]) -> None:
+    first = group[0]
+    for run, other in zip(group[1:], group, strict=False):
+        if run.seed == other.seed:
+            raise LowcalError(
+                f"{other.path} and {run.path} are both {run.method} with seed {run.seed}; report them apart"
+            )
+        if (run.planned, run.settings) != (first.planned, first.settings):
+            raise LowcalError(
+                f"{first.path} and {run.path} are both {run.method} but differ in their recipes, "
+                "so that no mean can be taken; report them apart"
+            )
+
+
+def _results_so_far(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    last = records[-1]
+    return {
+        "top1_error": last["top1_error"],
+        "seconds": last["total_seconds"],
+        "flops": sum(record["flops"] for record in records),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+        "boundary": last["boundary"],
+        "layers": last["layers"],
+        "epochs": len(records),
+    }

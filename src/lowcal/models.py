@@ -126,8 +126,8 @@ def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | N
     """Build a network with fresh weights; the global random state decides them.
 
     `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16); torchvision's
-    networks have neither a width nor another channel count than 3. Raises LowcalError for an unknown name or a
-    setting that the network does not have.
+    networks have neither a width nor another channel count than 3. Raises LowcalError for an unknown name, or
+    for a setting that the network does not have.
     """
     for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
         if value is not None and value < 1:
@@ -177,8 +177,7 @@ def _torchvision_model(name: str, classes: int, in_channels: int, width: int | N
         raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
     if in_channels != 3:
         raise LowcalError(
-            f"model {name!r} takes images of 3 channels, not {in_channels}: "
-            f"choose from {', '.join(sorted(MODELS))}"
+            f"model {name!r} takes images of 3 channels, not {in_channels}: choose from {', '.join(sorted(MODELS))}"
         )
     # One output in training as in evaluation; init_weights is stated as torchvision warns of its default.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}

@@ -1,0 +1,142 @@
+"""Mini-batches made on the training device from images that live there: order, crop, flip, normalisation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowcal.data.dataset import Augmentation, Images
+from lowcal.errors import LowcalError
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """An iterable over (x, y): x float32 (n, C, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
+
+    Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
+    order, with `augmentation` each image a new crop and flip; both come from generators of their own that start
+    from `seed`, so nothing else moves them and they move nothing else. `state_dict` continues exactly, in the
+    middle of an epoch too. No step waits for the device.
+
+    >>> images = Images(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
+    >>> [len(y) for x, y in Batches(images, batch=4, mean=(0.5,), std=(0.5,))]
+    [4, 4, 2]
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        shuffle: bool = False,
+        augmentation: Augmentation | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.batch = batch
+        self.shuffle = shuffle
+        self.augmentation = augmentation
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        mean_, std_ = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
+        self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
+        self._order = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator(device=self.device).manual_seed(seed)
+        self._epoch_start = self._order.get_state()
+        self._position = 0  # images given out in the present epoch
+        self._resume_at = 0
+
+    @property
+    def batch(self) -> int:
+        """Images per batch; may be set at any time and holds from the next batch on."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, value: int) -> None:
+        if value < 1:
+            raise LowcalError(f"batch is {value}, but must be at least 1")
+        if value > len(self.images):
+            raise LowcalError(
+                f"batch is {value}, larger than the data ({len(self.images)} images): "
+                f"set it to at most {len(self.images)}"
+            )
+        self._batch = value
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self._batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Start an epoch, or go on with the one that `load_state_dict` brought."""
+        self._position, self._resume_at = self._resume_at, 0
+        self._epoch_start = self._order.get_state()
+        count = len(self.images)
+        order = torch.randperm(count, generator=self._order) if self.shuffle else torch.arange(count)
+        order = order.to(self.device)
+        while self._position < count:
+            index = order[self._position : self._position + self._batch]
+            self._position += len(index)
+            yield self._make(index, self.augmentation), self.images.labels[index]
+        self._position = 0
+
+    def example(self, count: int) -> Tensor:
+        """Return the first `count` images as a batch without augmentation; moves no random state."""
+        return self._make(torch.arange(min(count, len(self.images)), device=self.device), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next batch depends on: tensors and plain values."""
+        return {
+            "images": len(self.images),
+            "batch": self._batch,
+            "position": self._position,
+            "order": self._epoch_start if self._position else self._order.get_state(),
+            "draws": self._draws.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken: the next pass gives what was left of that epoch.
+
+        Raises LowcalError, and changes nothing, if the state is of other data or of another kind of device.
+        """
+        missing = {"images", "batch", "position", "order", "draws"} - state.keys()
+        if missing:
+            raise LowcalError(f"state of the batches lacks {', '.join(sorted(missing))}: not one of ours")
+        if state["images"] != len(self.images):
+            raise LowcalError(
+                f"state of the batches is of {state['images']} images, the data has {len(self.images)}: "
+                "resume with the same data"
+            )
+        if state["draws"].shape != self._draws.get_state().shape:
+            raise LowcalError(
+                f"state of the batches is of another device than {self.device.type}: resume on the same kind"
+            )
+        self.batch = state["batch"]
+        self._order.set_state(state["order"].cpu())
+        self._draws.set_state(state["draws"].cpu())
+        self._position = self._resume_at = state["position"]
+        self._epoch_start = self._order.get_state()
+
+    def _make(self, index: Tensor, augmentation: Augmentation | None) -> Tensor:
+        pixels = self.images.pixels[index]
+        if augmentation is not None:
+            pixels = self._crop_and_flip(pixels, augmentation)
+        x = torch.addcmul(self._shift, pixels.to(torch.float32), self._scale)
+        return x.contiguous(memory_format=self.memory_format)
+
+    def _crop_and_flip(self, pixels: Tensor, augmentation: Augmentation) -> Tensor:
+        """Shift each image by up to `pad` pixels each way over black, and mirror about half of them."""
+        count, _, height, width = pixels.shape
+        reach = augmentation.pad
+        offsets = torch.randint(2 * reach + 1, (2, count), generator=self._draws, device=self.device)
+        windows = pad(pixels, (reach,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+        pixels = windows[torch.arange(count, device=self.device), :, offsets[0], offsets[1]]
+        if not augmentation.flip:
+            return pixels
+        mirror = torch.randint(2, (count, 1, 1, 1), generator=self._draws, device=self.device).bool()
+        return torch.where(mirror, pixels.flip(3), pixels)

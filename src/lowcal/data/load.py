@@ -1,0 +1,90 @@
+"""Datasets by name."""
+
+from pathlib import Path
+from typing import Literal
+
+from lowcal.data.cifar import read_cifar10
+from lowcal.data.dataset import Dataset, Source, channel_statistics, split, subset
+from lowcal.data.digits import read_digits
+from lowcal.data.folder import OnError, read_image_folder
+from lowcal.data.synthetic import make_synthetic
+from lowcal.errors import LowcalError, nearest
+
+__all__ = ["DATASETS", "load"]
+
+DATASETS = ("cifar10", "digits", "image-folder", "synthetic")
+
+
+def load(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    seed: int = 0,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    image_size: int | None = None,
+    classes: int | None = None,
+    evaluate: Literal["test", "validation"] = "test",
+    validation_fraction: float = 0.2,
+    on_error: OnError = "stop",
+    download: bool = True,
+) -> Dataset:
+    """Load a dataset into memory; the same arguments give the same images in the same order.
+
+    `data_dir` is for cifar10 and image-folder, `image_size` (pixels) for image-folder and synthetic (default 32),
+    `classes` for synthetic (default 10). With `evaluate="validation"` a stratified `validation_fraction` of the
+    training images takes the test images' place, so that settings can be chosen without looking at those.
+    `train_images` and `test_images` then draw stratified subsets; `seed` decides both, and what synthetic makes.
+    `on_error="skip"` leaves out unreadable files and names them in `Dataset.skipped`.
+
+    Raises LowcalError for an unknown name, a setting that the dataset does not have, or unusable data.
+    """
+    if name not in DATASETS:
+        raise LowcalError(f"unknown data {name!r}{nearest(name, DATASETS)}")
+    _check_settings(name, data_dir, image_size, classes)
+    for what, value in (("train_images", train_images), ("test_images", test_images)):
+        if value is not None and value < 1:
+            raise LowcalError(f"data.{what} is {value}, but must be at least 1")
+    if name == "synthetic":
+        source = make_synthetic(
+            classes=classes or 10, image_size=image_size or 32,
+            train=train_images or 2048, test=test_images or 512, seed=seed,
+        )  # fmt: skip
+    else:
+        source = _read(name, data_dir, image_size, on_error, download)
+    train, test = source.train, source.test
+    if evaluate == "validation":
+        train, test = split(train, validation_fraction, seed)
+        if name == "synthetic":  # made in the numbers asked for, so there is nothing left to draw
+            train_images = test_images = None
+    if train_images is not None:
+        train = subset(train, train_images, seed, "data.train_images")
+    if test_images is not None:
+        test = subset(test, test_images, seed, "data.test_images")
+    mean, std = channel_statistics(train.pixels)
+    return Dataset(name, source.classes, train, test, mean, std, source.augmentation, source.skipped)
+
+
+def _check_settings(name: str, data_dir: Path | None, image_size: int | None, classes: int | None) -> None:
+    if data_dir is not None and name not in ("cifar10", "image-folder"):
+        raise LowcalError(f"data {name!r} reads no folder: leave out --data-dir (found {str(data_dir)!r})")
+    if image_size is not None and name not in ("image-folder", "synthetic"):
+        raise LowcalError(f"data {name!r} has no settable image size: leave out data.image_size ({image_size})")
+    if image_size is not None and image_size < 1:
+        raise LowcalError(f"data.image_size is {image_size}, but must be at least 1")
+    if classes is not None and name != "synthetic":
+        raise LowcalError(f"data {name!r} brings its own classes: leave out data.classes (found {classes})")
+    if classes is not None and classes < 2:
+        raise LowcalError(f"data.classes is {classes}, but must be at least 2")
+
+
+def _read(name: str, data_dir: Path | None, image_size: int | None, on_error: OnError, download: bool) -> Source:
+    if name == "digits":
+        return read_digits()
+    if name == "cifar10":
+        return read_cifar10(data_dir, on_error, download)
+    if data_dir is None:
+        raise LowcalError("data 'image-folder' needs a folder with train/ and test/: give it with --data-dir")
+    if image_size is None:
+        raise LowcalError("data 'image-folder' needs the images' side: --set data.image_size=64, say")
+    return read_image_folder(data_dir, image_size, on_error)

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
-from lowcal.methods.base import LocalSettings, Method, ScheduleSettings
+from lowcal.methods.base import Method
 from lowcal.methods.freeze import Freeze
 from lowcal.methods.local import Local
+from lowcal.methods.settings import LocalSettings, ScheduleSettings
 from lowcal.methods.sgd import SGD
 
 __all__ = ["METHODS", "LocalSettings", "Method", "ScheduleSettings", "build_method"]

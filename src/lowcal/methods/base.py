@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.layers import trace
-
-
-class ScheduleSettings(Protocol):
-    """The settings from which a schedule is built; those of the other schedules are None."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def shift(self) -> int | None: ...
-    @property
-    def max_fraction(self) -> float: ...
-    @property
-    def interval(self) -> int | None: ...
-    @property
-    def c1(self) -> float | None: ...
-    @property
-    def c2(self) -> float | None: ...
-    @property
-    def epochs(self) -> Mapping[int, int] | None: ...
-
-
-class LocalSettings(Protocol):
-    """The settings of local learning: the recipe's section `local`, or anything with its fields."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def decay_every(self) -> int: ...
-    @property
-    def scale(self) -> Literal["absolute", "relative"]: ...
-    @property
-    def every(self) -> int: ...
-    @property
-    def norm_stats(self) -> Literal["batch", "running"]: ...
-    @property
-    def supervision(self) -> bool: ...
-    @property
-    def schedule(self) -> ScheduleSettings: ...
-
+from lowcal.methods.settings import LocalSettings
 
 Fact = float | int | None
 
@@ -92,6 +50,7 @@ class Method:
         self.optimizer = optimizer
         self.settings = settings
         self.epochs = epochs
+        self._learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.layers = self._attach(example_inputs)
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
@@ -125,7 +84,12 @@ class Method:
         return {"local_lr": None, "sign": None, "transition_change": None, "skipped_updates": 0}
 
     def twin(self, model: nn.Module, optimizer: Optimizer, example_inputs: Tensor) -> Self:
-        """The same method at the same boundary on a copy of the network, for dry runs and warming up."""
+        """The same method at the same boundary on a copy of the network, for dry runs and warming up.
+
+        The hooks of this method must do nothing in a copy of the network.
+        """
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self._learning)
         twin = type(self)(model, optimizer, self.settings, epochs=self.epochs, example_inputs=example_inputs)
         twin.move_to(self.boundary)
         return twin
@@ -144,7 +108,9 @@ class Method:
             LowcalError: `state` is of another method or network; nothing has changed then.
         """
         if state:
-            raise LowcalError(f"{self.name} keeps no state, but the one given has {sorted(state)}; it is another method's")
+            raise LowcalError(
+                f"{self.name} keeps no state, but the one given has {sorted(state)}; it is another method's"
+            )
 
     def detach(self) -> None:
-        """Removes every hook from the network and the optimizer."""
+        """Removes the method's hooks from the network and the optimizer."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lowcal.methods.base import Fact, LocalSettings
+from lowcal.methods.base import Fact
 from lowcal.methods.local import Local
+from lowcal.methods.settings import LocalSettings
 from lowcal.rules import Frozen, Rule
 from lowcal.supervision import Supervision
 
@@ -22,4 +23,5 @@ class Freeze(Local):
         return None
 
     def facts(self) -> dict[str, Fact]:
+        """The transition layer's change."""
         return {**super().facts(), "local_lr": None, "sign": None}

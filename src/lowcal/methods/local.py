@@ -7,33 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lowcal.errors import LowcalError, nearest
 from lowcal.local import LoCal
-from lowcal.methods.base import Fact, LocalSettings, Method, ScheduleSettings
+from lowcal.methods.base import Fact, Method
+from lowcal.methods.settings import LocalSettings, build_schedule
 from lowcal.rules import Hebbian, Rule
-from lowcal.schedule import Fixed, NormTrend, Quadratic, Schedule
 from lowcal.supervision import LossTrend, Supervision
-
-SCHEDULES = ("norm-trend", "quadratic", "fixed")
-
-
-def build_schedule(settings: ScheduleSettings) -> Schedule:
-    """The schedule that the settings name.
-
-    Raises:
-        LowcalError: there is none of that name, or it lacks a setting that it needs.
-    """
-    if settings.name == "norm-trend":
-        return NormTrend(settings.alpha, settings.shift, settings.max_fraction, settings.interval)
-    if settings.name == "quadratic":
-        if settings.c1 is None or settings.c2 is None:
-            raise LowcalError("the schedule 'quadratic' needs c1 and c2; set schedule.c1 and schedule.c2")
-        return Quadratic(settings.c1, settings.c2, settings.max_fraction)
-    if settings.name == "fixed":
-        if settings.epochs is None:
-            raise LowcalError("the schedule 'fixed' needs its moves; set schedule.epochs, as in {10: 3, 20: 6}")
-        return Fixed(settings.epochs)
-    raise LowcalError(f"there is no schedule {settings.name!r}{nearest(settings.name, SCHEDULES)}")
 
 
 class Local(Method):
@@ -65,25 +43,32 @@ class Local(Method):
 
     @property
     def boundary(self) -> int:
+        """The number of leading layers that learn locally."""
         return self._local.boundary
 
     def move_to(self, boundary: int) -> None:
+        """Sets the boundary by hand; never backwards."""
         self._local.move_to(boundary)
 
     def end_epoch(self, loss: float) -> bool:
+        """Sets the sign of local updates and moves the boundary, as the schedule says."""
         facts: dict[str, Fact] = {"local_lr": self._local.lr, "sign": self._local.sign}
         moved = self._local.end_epoch(loss)
         self._facts = {**facts, "transition_change": self._local.change, "skipped_updates": self._local.skipped}
         return moved
 
     def facts(self) -> dict[str, Fact]:
+        """The local step's length and sign, the transition layer's change, the updates left out so far."""
         return dict(self._facts)
 
     def state_dict(self) -> dict[str, Any]:
+        """The controller's state."""
         return self._local.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the controller to where `state` was taken."""
         self._local.load_state_dict(state)
 
     def detach(self) -> None:
+        """Removes the controller's hooks."""
         self._local.detach()

@@ -73,6 +73,7 @@ class EagerStep:
         self._scaler = scaler
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Trains on one mini-batch; as `Step` says."""
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self._device, self._precision):
             loss = F.cross_entropy(self._model(images), labels)

@@ -1,0 +1,115 @@
+"""Checkpoints that a crash, a full disk or a damaged file cannot take away.
+
+A file is one line, ``lowcal-checkpoint <sha256> <bytes>``, and then what `torch.save` wrote. A new one is written
+beside the present one, which then becomes the previous one; each of the three names is looked at when loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowcal.errors import LowcalError
+from lowcal.training.record import atomic_write
+
+FORMAT = 1
+MAGIC = b"lowcal-checkpoint"
+PRESENT = "checkpoint.pt"
+PREVIOUS = "checkpoint.prev.pt"
+NEXT = "checkpoint.next.pt"
+_LONGEST_HEADER = 200
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        state: what was saved, its tensors on the processor.
+        path: the file it was read from.
+        passed_over: for each newer file that could not be used, which one and why.
+    """
+
+    state: dict[str, Any]
+    path: Path
+    passed_over: tuple[str, ...]
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Saves `state`, tensors and plain values only, as the newest checkpoint in `folder` and keeps the one before.
+
+    Raises:
+        LowcalError: the system refuses; the checkpoints that were there are intact then.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    payload = buffer.getbuffer()
+    header = b"%s %s %d\n" % (MAGIC, hashlib.sha256(payload).hexdigest().encode(), len(payload))
+    atomic_write(folder / NEXT, b"".join((header, payload)))
+    try:
+        if (folder / PRESENT).exists():
+            (folder / PRESENT).replace(folder / PREVIOUS)
+        (folder / NEXT).replace(folder / PRESENT)
+    except OSError as error:
+        raise LowcalError(
+            f"cannot rename {folder / NEXT}: {error.strerror}; make the folder writable and resume from this file"
+        ) from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder` that is whole; None if it has none at all.
+
+    Raises:
+        LowcalError: none of those there can be used, or one was written by another version of lowcal.
+    """
+    # The next one is there only if a crash came between its writing and its renaming.
+    paths = [folder / name for name in (NEXT, PRESENT, PREVIOUS) if (folder / name).exists()]
+    passed_over: list[str] = []
+    for path in paths:
+        try:
+            state = _read(path)
+        except _DamagedError as error:
+            passed_over.append(f"{path} {error}")
+            continue
+        if state["format"] != FORMAT:
+            raise LowcalError(
+                f"{path} has checkpoint format {state['format']!r}, this lowcal reads {FORMAT}; "
+                "resume with the lowcal that wrote it"
+            )
+        return Checkpoint(state, path, tuple(passed_over))
+    if passed_over:
+        raise LowcalError(f"no checkpoint can be used: {'; '.join(passed_over)}; start the run anew in another folder")
+    return None
+
+
+class _DamagedError(Exception):
+    """Says what is wrong with a file, as the rest of a sentence that begins with its name."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _DamagedError(f"cannot be read ({error.strerror})") from error
+    end = data.find(b"\n", 0, _LONGEST_HEADER)
+    fields = data[: max(end, 0)].split(b" ")
+    if len(fields) != 3 or fields[0] != MAGIC or not fields[2].isdigit():
+        raise _DamagedError("is not a checkpoint of lowcal, or its first line is damaged")
+    payload = memoryview(data)[end + 1 :]
+    if len(payload) != int(fields[2]):
+        raise _DamagedError(f"holds {len(payload)} bytes where it says {int(fields[2])}")
+    if hashlib.sha256(payload).hexdigest().encode() != fields[1]:
+        raise _DamagedError("is damaged (its checksum differs)")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own for what it refuses
+        raise _DamagedError("holds something other than tensors and plain values") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise _DamagedError("does not hold a run's state")
+    return state

@@ -1,0 +1,124 @@
+"""What a training step costs, from a dry run that computes nothing."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowcal.methods import Method
+from lowcal.training.step import PRECISIONS, EagerStep
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training step costs.
+
+    Attributes:
+        flops: floating-point operations in products, as torch.utils.flop_counter counts them, on average over the
+            method's period.
+        peak_bytes: most bytes that tensors hold at a time: weights, gradients, optimizer state, images, activations.
+    """
+
+    flops: int
+    peak_bytes: int
+
+
+def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32") -> Cost:
+    """The cost of one training step of `method` where it stands, found on a copy of its network without data.
+
+    Args:
+        method: attached to a network; nothing of either changes.
+        shape: of the mini-batch's images, (N, C, H, W).
+        precision: "float32", "bf16" or "fp16".
+    """
+    # Autocast passes meta tensors by; fake ones, which take longer, it converts.
+    is_mixed = PRECISIONS[precision] is not None
+    device = torch.device("cpu" if is_mixed else "meta")
+    with torch.random.fork_rng([]), FakeTensorMode() if is_mixed else nullcontext(), _LiveBytes() as live:
+        model, optimizer = _empty_copies(method.model, method.optimizer, device)
+        images = torch.empty(*shape, device=device)
+        labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        twin = method.twin(model, optimizer, images)
+        model.train()
+        step = EagerStep(model, optimizer, twin, device=torch.device("cpu"), precision=precision, scaler=None)
+        step(images, labels)  # makes the optimizer's state
+        live.peak = live.now
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(twin.period):
+                step(images, labels)
+        twin.detach()
+        return Cost(round(counter.get_total_flops() / twin.period), live.peak)
+
+
+def held_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes that a network and its optimizer hold between steps: weights, gradients, buffers, optimizer state."""
+    parameters = list(model.parameters())
+    tensors = [*parameters, *model.buffers(), *tree_leaves([dict(state) for state in optimizer.state.values()])]
+    tensors += [parameter.grad for parameter in parameters]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if isinstance(tensor, Tensor) and tensor.device == parameters[0].device
+    }
+    return sum(storages.values())
+
+
+def _empty_copies(model: nn.Module, optimizer: Optimizer, device: torch.device) -> tuple[nn.Module, Optimizer]:
+    """Copies on `device` whose tensors have their originals' shapes, strides and types, but no values."""
+    empties: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        empties[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    groups = [
+        {**_portable(group), "params": [empties[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    copied = copy.deepcopy(model, dict(empties))
+    return copied, type(optimizer)(groups)  # type: ignore[call-arg]
+
+
+def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's settings without those that ask for a device's own kernels."""
+    return {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages of all tensors that were made while it is entered and still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()  # the object lives as long as the storage does
+        if key in self._storages:
+            return
+
+        def forget(_: Any) -> None:
+            del self._storages[key]
+            self.now -= size
+
+        self._storages[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)

@@ -1,0 +1,39 @@
+"""How well a network does on images that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowcal.training.step import autocast
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Mean cross entropy and top-1 error, in percent, of `model` over all images of `batches`.
+
+    The network is left in evaluation mode and otherwise unchanged; the device is read from once.
+
+    Args:
+        model: the network, giving class scores (N, classes).
+        batches: images (N, C, H, W) and class numbers (N,), on the device; N may differ.
+        device: where the network is.
+        precision: of the forward pass.
+    """
+    model.eval()
+    count = 0
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # of the losses, of the right answers
+    for images, labels in batches:
+        with torch.inference_mode(), autocast(device, precision):
+            scores = model(images).float()
+            loss = F.cross_entropy(scores, labels, reduction="sum")
+            right = (scores.argmax(dim=1) == labels).sum()
+            both = torch.stack((loss.double(), right.double()))
+        totals += both
+        count += len(labels)
+    loss_sum, right_sum = totals.tolist()
+    return loss_sum / count, 100.0 * (1.0 - right_sum / count)

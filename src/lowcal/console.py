@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -17,15 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lowcal.experiments.arms import Arm
-from lowcal.training.trainer import Progress
 
-WIDTH = 80  # of tables in a file or a pipe; a terminal's own width counts there
-
-
-def console() -> Console:
-    """A console on standard output that reads no markup in names and paths."""
-    width = None if sys.stdout.isatty() else WIDTH
-    return Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True, width=width)
+if TYPE_CHECKING:
+    from lowcal.training.trainer import Progress
 
 
 @dataclass
@@ -47,13 +40,13 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = console()
+        self._console = Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._draw)
         self._lines: dict[Arm, _Line] = {}
         self._started = 0.0
         self._before = 0.0
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._draw)
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +85,9 @@ class Display:
         line.speed = record["images_per_second"]
         if self._quiet or self._is_live:
             return
-        width = len(str(line.epochs))
+        width, longest = len(str(line.epochs)), max(len(other.folder) for other in self._lines)
         self._console.print(
-            f"{arm.folder}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
+            f"{arm.folder:<{longest}}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
             f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}"
             f"  {_speed(line.speed)}  {duration(self._left())} left"
         )
@@ -129,42 +122,44 @@ class Display:
         return Group(grid, Text(f"{duration(self._left())} left; Ctrl-C stops, and the run can be taken up again"))
 
 
-def print_comparison(rows: Iterable[Mapping[str, Any]], title: str) -> None:
-    """Print the table of a comparison: one row per method, as `summary.json` holds them."""
-    rows = list(rows)
-    table = _table(title)
-    for heading in ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["method"],
-            _mean(row["top1_error"], row.get("top1_error_std"), 2),
-            duration(row["seconds"]),
-            f"{_number(row['speedup'], 2)}x" if row["speedup"] is not None else "-",
-            f"{_number(row['flops_ratio'], 2)}x" if row["flops_ratio"] is not None else "-",
-            size(row["peak_memory_bytes"]),
-            f"{_number(row['boundary'], 1).removesuffix('.0')}/{row['layers']}",
-        )
-    console().print(table)
+def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
+    return _table(
+        ("method", "top-1 error %", "time", "speed-up", "FLOPs", "peak memory", "boundary"),
+        [
+            (
+                row["method"],
+                _mean(row["top1_error"], row["top1_error_std"], 2),
+                duration(row["seconds"]),
+                _ratio(row["speedup"]),
+                _ratio(row["flops_ratio"]),
+                size(row["peak_memory_bytes"]),
+                f"{_number(row['boundary'], 1).removesuffix('.0')}/{row['layers']}",
+            )
+            for row in rows
+        ],
+        left=(0,),
+    )
 
 
-def print_layers(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a network's layers in execution order."""
-    table = _table(title)
-    for heading in ("#", "layer", "kind", "weight", "parameters", "FLOPs", "followers"):
-        left = heading in {"layer", "kind", "weight"}
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            str(row["index"]),
-            row["name"],
-            row["kind"],
-            "x".join(str(n) for n in row["weight"]),
-            f"{row['parameters']:,}",
-            count(row["flops"]),
-            str(len(row["followers"])),
-        )
-    console().print(table)
+def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table of a network's layers in execution order."""
+    return _table(
+        ("#", "layer", "kind", "weight", "parameters", "FLOPs", "followers"),
+        [
+            (
+                str(row["index"]),
+                row["name"],
+                row["kind"],
+                "x".join(str(n) for n in row["weight"]),
+                f"{row['parameters']:,}",
+                amount(row["flops"]).rstrip(),
+                str(len(row["followers"])),
+            )
+            for row in rows
+        ],
+        left=(1, 2, 3),
+    )
 
 
 def duration(seconds: float | None) -> str:
@@ -178,25 +173,40 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def size(amount: float) -> str:
+def size(number: float) -> str:
     """Bytes with a binary prefix and three digits: 12.3 MiB."""
-    return _prefixed(amount, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return _prefixed(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
-def count(amount: float) -> str:
+def amount(number: float) -> str:
     """A large number with a decimal prefix and three digits: 1.82 G."""
-    return _prefixed(amount, 1000, ("", "k", "M", "G", "T", "P")).rstrip()
+    return _prefixed(number, 1000, ("", "k", "M", "G", "T", "P"))
 
 
-def _prefixed(amount: float, base: int, units: Sequence[str]) -> str:
+def _prefixed(number: float, base: int, units: Sequence[str]) -> str:
     unit = 0
-    while amount >= base and unit < len(units) - 1:
-        amount, unit = amount / base, unit + 1
-    return f"{amount:.{0 if unit == 0 else max(0, 3 - len(str(int(amount))))}f} {units[unit]}"
+    while number >= base and unit < len(units) - 1:
+        number, unit = number / base, unit + 1
+    digits = 0 if unit == 0 else max(0, 3 - len(str(int(number))))
+    return f"{number:.{digits}f} {units[unit]}"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+    """Columns two spaces apart, as wide as they need to be, so that nothing is cut; `left`: those aligned so."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lowcal.training.trainer import Progress
+if TYPE_CHECKING:
+    from lowcal.training.trainer import Progress
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ class Description:
         return asdict(self)
 
 
-def describe(
-    name: str, *, classes: int, channels: int, image_size: int, width: int | None, epochs: int
-) -> Description:
+def describe(name: str, *, classes: int, channels: int, image_size: int, width: int | None, epochs: int) -> Description:
     """The description of the network called `name` for images of `channels` x `image_size` x `image_size`.
 
     Raises:

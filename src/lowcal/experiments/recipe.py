@@ -34,9 +34,13 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """The images; `evaluate="validation"` holds out a part of the training images in the test set's place."""
+    """The images; `evaluate="validation"` holds out a part of the training images in the test set's place.
+
+    `seed` decides subsets and splits, so that runs whose own seeds differ see the same images.
+    """
 
     name: Literal["digits", "cifar10", "image-folder", "synthetic"]
+    seed: Whole = 0
     train_images: Count | None = None
     test_images: Count | None = None
     image_size: Count | None = None
@@ -132,9 +136,7 @@ class Recipe(Settings):
     def _warmup_ends(self) -> Recipe:
         warmup = self.lr_schedule.warmup_epochs
         if warmup and warmup >= self.epochs:
-            raise ValueError(
-                f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}"
-            )
+            raise ValueError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
         return self
 
 

@@ -68,9 +68,7 @@ def parse_recipe(text: str, source: str) -> Recipe:
         message = f"recipe {source} is not valid YAML{_place(error)}: mend or replace the file"
         raise LowcalError(message) from None
     if not isinstance(data, dict):
-        raise LowcalError(
-            f"recipe {source} holds no settings: write 'key: value' lines as in the packaged recipes"
-        )
+        raise LowcalError(f"recipe {source} holds no settings: write 'key: value' lines as in the packaged recipes")
     return _validate(data, f"recipe {source}: ")
 
 

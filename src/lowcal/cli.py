@@ -1,0 +1,271 @@
+"""The command `lowcal`: parses, calls, prints.
+
+A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130 and a line that says how
+to go on; a closed pipe quietly with 141.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowcal.errors import LowcalError, nearest
+
+MISTAKE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+CLOSED_PIPE = 141  # 128 + SIGPIPE
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[
+    0
+]  # of click, or of typer where that brings a click of its own
+
+app = typer.Typer(
+    name="lowcal",
+    help="Train CNNs with less work: the first layers learn locally as training goes on.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a recipe file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; can be repeated.")
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", help="Folder of the images [default: ~/.cache/lowcal].")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lowcal {installed('lowcal')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    recipe: RecipeOption = "digits",
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "sgd,local,freeze",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the runs and the report [default: runs/RECIPE, or -2, -3 ...].")
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Train the same network by several methods in turn, and report.
+
+    An interrupted comparison goes on where it stopped when it is started again with the same --out.
+    """
+    from lowcal.console import Display, comparison_table
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.compare import compare as run
+    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+
+    chosen = apply_settings(load_recipe(recipe), settings or [])
+    folder = out or _free_folder(Path("runs") / chosen.name)
+    more = [] if out else ["--out", str(folder)]
+    with _resumable(context, folder, more), Display(quiet=quiet) as display:
+        result = run(
+            chosen,
+            [name.strip() for name in methods.split(",")],
+            seeds,
+            folder,
+            data_dir=data_dir,
+            device=find_device(device),
+            watcher=display,
+        )
+    print(f"\n{_title(result.summary)}\n\n{comparison_table(result.summary['rows'])}\n")
+    print(f"report: {result.page}")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe's name or file [default: digits; or the resumed run's].")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="How to train [default: local; or the resumed run's].")] = None,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run [default: runs/RECIPE-METHOD, or -2, -3 ...].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Train one network by one method."""
+    from lowcal.console import Display, duration
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.experiments.train import started_with
+    from lowcal.experiments.train import train as run
+
+    if resume and out is None:
+        raise LowcalError("--resume needs the run's folder: give it with --out")
+    if resume and out is not None:
+        kept, kept_method = started_with(out)
+        base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
+    else:
+        base, method = load_recipe(recipe or "digits"), method or "local"
+    chosen = apply_settings(base, settings or [])
+    folder = out or _free_folder(Path("runs") / f"{chosen.name}-{method}")
+    more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
+    with _resumable(context, folder, more), Display(quiet=quiet) as display:
+        summary = run(
+            chosen,
+            method,
+            folder,
+            resume=resume,
+            data_dir=data_dir,
+            device=find_device(device),
+            watcher=display,
+        )
+    print(
+        f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
+        f"boundary {summary['boundary']}/{summary['layers']}"
+    )
+    print(f"run: {folder}")
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Option(help="A network's name: resnet18, resnet8, or one of torchvision's.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images [default: 32, torchvision's 224].")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Classes.")] = 10,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs that the schedule is worked out for.")] = 90,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List a network's layers in the order in which they run, with the cost of each."""
+    from lowcal.console import amount, layers_table
+    from lowcal.experiments.describe import describe
+    from lowcal.models import MODELS
+
+    pixels = image_size or (32 if model in MODELS else 224)
+    network = describe(model, classes=classes, channels=channels, image_size=pixels, width=width, epochs=epochs)
+    rows = [row.__dict__ for row in network.layers]
+    if as_json:
+        print(json.dumps(network.as_dict(), indent=2))
+        return
+    print(f"{model} for images of {channels}x{pixels}x{pixels}\n")
+    print(layers_table(rows))
+    flops, parameters = (sum(row[key] for row in rows) for key in ("flops", "parameters"))
+    print(f"\n{len(rows)} layers, {parameters:,} parameters, {amount(flops)}FLOPs forward for one image")
+    print(
+        f"default schedule over {epochs} epochs: {network.shift} layers a move, {network.interval} epochs between "
+        f"moves at least, {network.most_local} layers at most"
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+) -> None:
+    """Make tables, figures and one HTML page from run folders."""
+    from lowcal.console import comparison_table
+    from lowcal.report import write_report
+
+    result = write_report(runs, out)
+    print(f"{comparison_table(result.summary['rows'])}\n\nreport: {result.page}")
+
+
+class _Stopped(Exception):
+    """Ctrl-C in a run; the message says how to go on."""
+
+
+@contextmanager
+def _resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iterator[None]:
+    """Turns Ctrl-C into the command that goes on: the present one with the arguments `more`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not folder.exists():
+            raise
+        raise _Stopped(f"stopped; go on with: {shlex.join(['lowcal', *context.obj, *more])}") from None
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or with the first of -2, -3, ... added that does not exist yet."""
+    candidates = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return next(path for path in chain([wanted], candidates) if not os.path.lexists(path))
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    environment = summary["environment"]
+    return f"{summary['label']}: {summary['dataset']}, {environment['device_name']}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an output without UTF-8 shows '?' for '±'
+    try:
+        code = app(arguments, prog_name="lowcal", standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
+    except LowcalError as error:
+        return _end(str(error), MISTAKE)
+    except UsageError as error:
+        return _end(_usage(error), MISTAKE)
+    except _Stopped as stop:
+        return _end(str(stop), INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _end("stopped; nothing was written", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return CLOSED_PIPE
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        return _end(f"{what}{error.strerror or error}; mend that and start again", MISTAKE)
+    if code == INTERRUPTED:  # typer's own answer to Ctrl-C
+        return _end("stopped; nothing was written", INTERRUPTED)
+    return code or 0
+
+
+def _end(message: str, code: int) -> int:
+    print("lowcal:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> str:
+    """A mistake in the command line itself, with the nearest option or the place to look."""
+    text = error.format_message()
+    text = (text[:1].lower() + text[1:].rstrip(".")).replace("Input should be", "must be")
+    context = error.ctx
+    if hasattr(error, "possibilities") and context is not None:
+        known = [name for option in context.command.params for name in option.opts]
+        return f"there is no option '{error.option_name}'{nearest(error.option_name, known)}"
+    if "did you mean" in text.lower():
+        return text
+    return f"{text}; see: {context.command_path if context else 'lowcal'} --help"

@@ -1,0 +1,145 @@
+"""From a recipe to a run: data, network, optimizer, method and batches put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from lowcal.data import Batches, Dataset, Images, load
+from lowcal.errors import LowcalError
+from lowcal.experiments.recipe import Recipe, lr_at
+from lowcal.experiments.recipe_files import dump_recipe
+from lowcal.methods import Method, build_method
+from lowcal.models import build_model, check_input
+from lowcal.training.environment import gather_environment
+from lowcal.training.record import RunFolder
+from lowcal.training.trainer import Run
+
+EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
+
+    Raises:
+        LowcalError: it is none of these, or not in this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (number.isdigit() or name == "cuda")):
+        raise LowcalError(f"unknown device '{name}'; choose from auto, cpu, cuda, cuda:0, cuda:1 ...")
+    if kind == "cuda":
+        present = torch.cuda.device_count()
+        if not torch.cuda.is_available() or int(number or 0) >= present:
+            found = f"{present} CUDA device(s)" if present else "no CUDA device"
+            raise LowcalError(f"device '{name}' is not here: torch finds {found}; use --device cpu or auto")
+    return torch.device(name)
+
+
+def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
+    """The recipe's images, in memory."""
+    return load(data_dir=data_dir, **recipe.data.model_dump())
+
+
+def check(recipe: Recipe, methods: list[str], data: Dataset) -> None:
+    """Put each method together once and throw it away, so that what does not fit is found before anything is written.
+
+    Raises:
+        LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
+            does not apply, or the schedule does not fit the network.
+    """
+    if recipe.batch > len(data.train):
+        raise LowcalError(
+            f"batch={recipe.batch}: is larger than the data ({len(data.train)} training images); "
+            f"--set batch={len(data.train)} or less"
+        )
+    cpu = torch.device("cpu")
+    for method in methods:
+        with torch.random.fork_rng([]):
+            *_, attached = _parts(recipe, method, data, cpu)
+        attached.detach()
+
+
+def build_run(
+    recipe: Recipe, *, method: str, folder: Path, data: Dataset, device: torch.device, reopen: bool = False
+) -> Run:
+    """A run of `method` under `recipe`, whose seed decides its initial weights and its batches.
+
+    Args:
+        folder: its run folder, which is made; with `reopen` it must be there, and `Run.resume` goes on with it.
+    """
+    torch.manual_seed(recipe.seed)
+    model, optimizer, attached = _parts(recipe, method, data, device)
+    if reopen:
+        files = RunFolder.open(folder)
+    else:
+        files = RunFolder.create(
+            folder,
+            recipe=dump_recipe(recipe),
+            environment=gather_environment(str(device)),
+            identity={
+                "method": method,
+                "recipe": recipe.name,
+                "seed": recipe.seed,
+                "epochs": recipe.epochs,
+                "model": recipe.model.name,
+                "dataset": data.name,
+                "label": recipe.label,
+            },
+        )
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        method=attached,
+        train=_batches(recipe, data, data.train, device, training=True),
+        test=_batches(recipe, data, data.test, device, training=False),
+        epochs=recipe.epochs,
+        lr_at=lr_at(recipe),
+        precision=recipe.precision,
+        device=device,
+        folder=files,
+        seed=recipe.seed,
+        step="eager" if recipe.step == "auto" else recipe.step,
+    )
+
+
+def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> tuple[nn.Module, SGD, Method]:
+    shape = data.image_shape
+    model = build_model(recipe.model.name, classes=len(data.classes), in_channels=shape[0], width=recipe.model.width)
+    check_input(model, recipe.model.name, shape)
+    model = model.to(device)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sgd = recipe.optimizer
+    optimizer = SGD(
+        model.parameters(),
+        lr=sgd.lr,
+        momentum=sgd.momentum,
+        weight_decay=sgd.weight_decay,
+        nesterov=sgd.nesterov,
+        fused=device.type == "cuda",  # there it is the fastest, and under fp16 the one that never waits
+    )
+    example = torch.zeros(1, *shape, device=device)
+    return (
+        model,
+        optimizer,
+        build_method(method, model, optimizer, recipe.local, epochs=recipe.epochs, example_inputs=example),
+    )
+
+
+def _batches(recipe: Recipe, data: Dataset, images: Images, device: torch.device, *, training: bool) -> Batches:
+    return Batches(
+        images,
+        batch=recipe.batch if training else min(len(images), max(recipe.batch, EVALUATION_BATCH)),
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        seed=recipe.seed,
+        shuffle=training,
+        augmentation=data.augmentation if training else None,
+        channels_last=recipe.channels_last,
+    )

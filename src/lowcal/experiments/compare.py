@@ -1,0 +1,127 @@
+"""Methods side by side: trained in turn, epoch by epoch, so that a machine's drift hits all alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lowcal.data import Dataset
+from lowcal.errors import LowcalError, nearest
+from lowcal.experiments.arms import Arm, Watcher
+from lowcal.experiments.assemble import build_run, check, load_data
+from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.recipe import Recipe
+from lowcal.methods import METHODS
+from lowcal.report import Report, write_report
+from lowcal.training.record import RunFolder
+from lowcal.training.trainer import Run
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: int,
+    out: Path,
+    *,
+    data_dir: Path | None,
+    device: torch.device,
+    watcher: Watcher,
+) -> Report:
+    """Train every method with `seeds` seeds, counted up from the recipe's, and write the report to `out`.
+
+    Each run has a folder of its own in `out`. Runs that are there already are taken up where they stopped, so that
+    an interrupted comparison is finished by calling this again.
+
+    Raises:
+        LowcalError: a method is unknown or does not apply, `out` holds something else or another recipe's runs, the
+            data cannot be used, or a run diverges. Nothing is written unless training has begun.
+    """
+    _refuse_wrong_names(methods)
+    arms = [Arm(method, recipe.seed + number) for number in range(seeds) for method in methods]
+    _refuse_strange(out, recipe)
+    refuse_unwritable(out)
+    data = load_data(recipe, data_dir)
+    note_skipped(data, watcher)
+    check(recipe, list(methods), data)
+    waiting = [arm for arm in arms if not _is_finished(out / arm.folder)]
+    if len(waiting) < len(arms):
+        watcher.note(f"{out}: {len(arms) - len(waiting)} of {len(arms)} runs are finished already")
+    for number in range(seeds):
+        in_turn = [arm for arm in waiting if arm.seed == recipe.seed + number]
+        if in_turn:
+            train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher)
+    return write_report([out / arm.folder for arm in arms], out)
+
+
+def train_in_turn(
+    recipe: Recipe, arms: Sequence[Arm], out: Path, *, data: Dataset, device: torch.device, watcher: Watcher
+) -> None:
+    """Train the arms to their ends, one epoch each in turn; the order goes round, so that none is always first."""
+    runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
+    watcher.begin(arms, [run.finished for run in runs], recipe.epochs)
+    for run in runs:
+        run.warm_up()
+    pairs = list(zip(arms, runs, strict=True))
+    for epoch in range(recipe.epochs):
+        first = epoch % len(pairs)
+        for arm, run in pairs[first:] + pairs[:first]:
+            if run.finished == epoch:
+                advance(arm, run, watcher)
+    for run in runs:
+        run.finish()
+
+
+def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: torch.device, watcher: Watcher) -> Run:
+    """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on."""
+    reopen = RunFolder.holds_run(folder)
+    own = recipe.model_copy(update={"seed": arm.seed})
+    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen)
+    if reopen:
+        for text in run.resume():
+            watcher.note(f"{arm.folder}: {text}")
+        watcher.note(f"{arm.folder}: goes on after epoch {run.finished} of {run.epochs}")
+    return run
+
+
+def advance(arm: Arm, run: Run, watcher: Watcher) -> None:
+    """Train for one epoch."""
+    try:
+        record = run.run_epoch(lambda progress: watcher.step(arm, progress))
+    except LowcalError as error:
+        raise LowcalError(f"{arm.folder}: {error}") from None
+    watcher.epoch(arm, record)
+
+
+def note_skipped(data: Dataset, watcher: Watcher) -> None:
+    """Say which files of the data were left out."""
+    if data.skipped:
+        watcher.note(f"skipped {len(data.skipped)} unusable file(s), the first: {data.skipped[0]}")
+
+
+def _refuse_wrong_names(methods: Sequence[str]) -> None:
+    for method in methods:
+        if method not in METHODS:
+            raise LowcalError(f"unknown method '{method}'{nearest(method, METHODS)}")
+    if len(set(methods)) < len(methods):
+        raise LowcalError(f"methods {','.join(methods)}: one is named twice; name each once")
+
+
+def _refuse_strange(out: Path, recipe: Recipe) -> None:
+    """Refuse a folder with something other than this comparison's runs in it."""
+    if RunFolder.holds_run(out):
+        raise LowcalError(f"{out} is a single run, not a comparison; choose another --out")
+    ours = re.compile(rf"({'|'.join(METHODS)})-seed\d+")
+    arms = [entry for entry in out.iterdir() if ours.fullmatch(entry.name)] if out.is_dir() else []
+    if not arms:
+        refuse_used(out, "a comparison")
+    for folder in sorted(arms):
+        if RunFolder.holds_run(folder):
+            seed = int(folder.name.rpartition("-seed")[2])
+            refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
+
+
+def _is_finished(folder: Path) -> bool:
+    return RunFolder.holds_run(folder) and RunFolder(folder).read_summary() is not None

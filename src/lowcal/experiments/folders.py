@@ -1,0 +1,56 @@
+"""Output folders: what may be written to, and whether what lies there is the same experiment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from lowcal.errors import LowcalError
+from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe_files import differences, parse_recipe
+from lowcal.training.record import RunFolder
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Try whether `path`, which may not exist yet, can be written to; nothing is left behind.
+
+    Raises:
+        LowcalError: it cannot.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed([path, *path.parents]):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise LowcalError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def refuse_used(path: Path, kind: str) -> None:
+    """Refuse what is there already and is not a folder without anything in it; `kind` says what it should be."""
+    if os.path.lexists(path) and not path.is_dir():
+        raise LowcalError(f"{path} is not a folder; choose another --out")
+    if path.is_dir() and (inside := sorted(entry.name for entry in path.iterdir())):
+        raise LowcalError(f"{path} exists and is not {kind} (it holds '{inside[0]}'); choose another --out")
+
+
+def recipe_in(folder: Path) -> Recipe:
+    """The recipe with which the run in `folder` was started."""
+    return parse_recipe(RunFolder.open(folder).recipe, str(folder / "recipe.yaml"))
+
+
+def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse a run that was started with other settings than `recipe`; the message names the first that differs."""
+    changed = differences(recipe_in(folder), recipe)
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise LowcalError(
+            f"{folder} was started with another recipe: {changed[0]}{more}; go on with that one or choose another --out"
+        )

@@ -85,7 +85,8 @@ def colours(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def error_against_time(runs: Sequence[RunData]) -> Figure:
     """Top-1 error (percent) after each epoch against the training time until then."""
-    unit, scale = time_unit(max(run.results["seconds"] for run in runs))
+    longest = max(run.results["seconds"] for run in runs)
+    unit, scale = time_unit(longest)
     figure = _figure(
         runs,
         lambda record: (record["total_seconds"] / scale, record["top1_error"]),
@@ -94,7 +95,7 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
         logarithmic=True,
         end_marked=True,
     )
-    figure.axes[0].set_xlim(left=0)
+    figure.axes[0].set_xlim(0, 1.04 * longest / scale or 1)
     return figure
 
 

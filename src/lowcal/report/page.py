@@ -69,16 +69,17 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report
     data = read_runs(paths)
     rows = make_rows(data)
     summary = _summary(data, rows)
-    page = _render(data, rows, summary)
+    notes = _notes(data, summary)
+    page = _render(data, rows, summary, notes)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LowcalError(f"cannot make {out}: {error.strerror}; choose another folder") from error
     write_json(out / "summary.json", summary)
     atomic_write(out / "summary.csv", csv_table(rows).encode())
-    atomic_write(out / "summary.md", _markdown(rows, summary).encode())
+    atomic_write(out / "summary.md", _markdown(rows, summary, notes).encode())
     atomic_write(out / "report.html", page.encode())
-    text = "\n".join([f"{_subject(summary)}\n", text_table(rows), *_notes(summary)])
+    text = "\n".join([f"{_subject(summary)}\n", text_table(rows), *notes])
     return Report(rows, summary, headline(rows), text, out / "report.html")
 
 
@@ -112,7 +113,7 @@ def _common(values: Iterable[Any]) -> Any:
     return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
 
 
-def _notes(summary: dict[str, Any]) -> list[str]:
+def _notes(runs: Sequence[RunData], summary: dict[str, Any]) -> list[str]:
     """What a reader of the table must know beside it."""
     machine = summary["environment"]
     notes = [f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."]
@@ -121,9 +122,9 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     if any(row["seeds"] > 1 for row in summary["rows"]):
         notes.append("± is the sample deviation over seeds.")
     if unfinished := summary["unfinished"]:
-        runs = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
-        notes.append(f"Unfinished: {runs}.")
-    if "," in (machine["device_name"] or ""):
+        names = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
+        notes.append(f"Unfinished: {names}.")
+    if len({run.machine for run in runs}) > 1:
         notes.append("The runs ran on different machines: their times are not compared.")
     return notes
 
@@ -132,14 +133,11 @@ def _subject(summary: dict[str, Any]) -> str:
     return f"{summary['model']} on {summary['dataset']}, recipe {summary['recipe']}"
 
 
-def _markdown(rows: Sequence[Row], summary: dict[str, Any]) -> str:
-    return (
-        "\n\n".join([f"**{headline(rows)}**", f"{_subject(summary)}.", markdown_table(rows).rstrip(), *_notes(summary)])
-        + "\n"
-    )
+def _markdown(rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
+    return "\n\n".join([f"**{headline(rows)}**", f"{_subject(summary)}.", markdown_table(rows).rstrip(), *notes]) + "\n"
 
 
-def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]) -> str:
+def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
     methods = colours(by_method(runs))
     lights = [light for light, _dark in methods.values()]
     figures = [
@@ -154,7 +152,7 @@ def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any
         headline=headline(rows),
         columns=[*COLUMNS[:-2], "memory, last epoch", *COLUMNS[-2:]],
         lines=[_page_cells(cells, row, runs) for cells, row in zip(table_cells(rows), rows, strict=True)],
-        notes=_notes(summary),
+        notes=notes,
         colours=list(methods.values()),
         figures=figures,
         several=any(len(group) > 1 for group in by_method(runs).values()),
@@ -168,7 +166,8 @@ def _spoken(name: str) -> str:
 
 
 def _page_cells(cells: list[str], row: Row, runs: Sequence[RunData]) -> list[str]:
-    last = max(run.records[-1]["peak_memory_bytes"] for run in runs if run.method == row.method)
+    counting = [run for run in runs if run.method == row.method and run.finished >= row.finished]
+    last = max(run.records[-1]["peak_memory_bytes"] for run in counting)
     return [*cells[:-2], memory(last), *cells[-2:]]
 
 

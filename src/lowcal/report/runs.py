@@ -42,6 +42,11 @@ class RunData:
         return self.path.resolve().name
 
     @property
+    def machine(self) -> tuple[Any, ...]:
+        """What must be alike for times to be compared."""
+        return tuple(self.environment.get(name) for name in ("device", "device_name", "threads"))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The recipe as it was run, without its seed."""
         try:

@@ -73,7 +73,7 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
     errors = [run.results["top1_error"] for run in group]
     seconds = [run.results["seconds"] for run in group]
     pairs = [(baseline[run.seed], run) for run in group if run.finished and run.seed in baseline]
-    pairs = [(sgd, run) for sgd, run in pairs if _machine(sgd) == _machine(run)]
+    pairs = [(sgd, run) for sgd, run in pairs if sgd.machine == run.machine]
     speedups = [_ratio(sgd.results["seconds"], run.results["seconds"]) for sgd, run in pairs]
     flops = [_ratio(run.results["flops"], sgd.results["flops"]) for sgd, run in pairs]
     return Row(
@@ -92,10 +92,6 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
         layers=group[0].results["layers"],
         finished=all(run.finished for run in group),
     )
-
-
-def _machine(run: RunData) -> tuple[Any, ...]:
-    return tuple(run.environment.get(name) for name in ("device", "device_name", "threads"))
 
 
 def _ratio(above: float, below: float) -> float | None:
@@ -154,7 +150,7 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
             _with_deviation(row.speedup, None if row.method == "sgd" else row.speedup_std, 2, "×"),
             _with_deviation(row.flops_ratio, None, 2, "×"),
             memory(row.peak_memory_bytes),
-            f"{row.boundary:g} of {row.layers}",
+            f"{round(row.boundary, 1):g} of {row.layers}",
             str(row.seeds),
         ]
         for row in rows

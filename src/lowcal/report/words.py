@@ -39,21 +39,21 @@ def _against(row: Row, speedup: float, baseline: Row, *, full: bool) -> str:
         time = f"{row.method} trained {_times(speedup)} than SGD"
     else:
         time = f"{row.method} {_times(speedup)}"
-    return f"{time} {_points(row, baseline)}".rstrip()
+    return f"{time} {_points(row, baseline, full=full)}"
 
 
 def _times(speedup: float) -> str:
     return f"{speedup:.2f}× faster" if speedup > 1 else f"{1 / speedup:.2f}× slower"
 
 
-def _points(row: Row, baseline: Row) -> str:
+def _points(row: Row, baseline: Row, *, full: bool) -> str:
     """The difference of error, and whether the seeds' spread would hide it."""
     if row.top1_error is None or baseline.top1_error is None:
         return "with no top-1 error recorded"
     difference = row.top1_error - baseline.top1_error
     digits = 1 if abs(difference) >= 0.095 else 2
     sign = "−" if difference < 0 else "+"
-    text = f"at {sign}{abs(difference):.{digits}f} points of top-1 error"
+    text = f"at {sign}{abs(difference):.{digits}f} points{' of top-1 error' if full else ''}"
     if row.top1_error_std is None or baseline.top1_error_std is None:
         return text
     spread = (row.top1_error_std**2 + baseline.top1_error_std**2) ** 0.5

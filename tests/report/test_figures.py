@@ -1,0 +1,87 @@
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from lowcal.errors import LowcalError
+from lowcal.report import figures
+from lowcal.report.runs import read_runs
+
+from .synthetic import write_run
+
+
+def lines_of(figure):
+    """The mean lines by method, then the thin lines of seeds."""
+    (axes,) = figure.axes
+    lines = axes.get_lines()
+    means = {line.get_label(): line.get_xydata() for line in lines if not line.get_label().startswith("_")}
+    return means, [line.get_xydata() for line in lines if line.get_label().startswith("_")]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.0)
+    write_run(tmp_path, "sgd", 1, error=12.0, seconds=15.0)
+    write_run(tmp_path, "local", 0, error=20.0, seconds=9.0, boundary=4, memory=2**21)
+    return read_runs([tmp_path])
+
+
+def test_error_against_time_draws_the_mean_of_error_and_of_time_and_each_seed(runs):
+    means, seeds = lines_of(figures.error_against_time(runs))
+    np.testing.assert_allclose(means["sgd"], [(4.5, 50), (9, 50), (13.5, 11)])
+    np.testing.assert_allclose(means["local"], [(3, 50), (6, 50), (9, 20)])
+    np.testing.assert_allclose(seeds, [[(4, 50), (8, 50), (12, 10)], [(5, 50), (10, 50), (15, 12)]])
+
+
+def test_figures_over_epochs_count_from_one_in_the_units_of_their_title(runs):
+    means, _ = lines_of(figures.boundary(runs))
+    np.testing.assert_allclose(means["local"], [(1, 0), (2, 0), (3, 4)])
+    means, _ = lines_of(figures.peak_memory(runs))
+    np.testing.assert_allclose(means["local"], [(1, 2), (2, 2), (3, 2)])
+    means, _ = lines_of(figures.step_time(runs))
+    np.testing.assert_allclose(means["local"][:, 1], 300)
+    means, _ = lines_of(figures.train_loss(runs))
+    np.testing.assert_allclose(means["local"][:, 1], [2, 1, 2 / 3])
+    means, _ = lines_of(figures.test_loss(runs))
+    np.testing.assert_allclose(means["local"][:, 1], [2.5, 1.25, 2.5 / 3])
+
+
+def test_an_unfinished_seed_has_its_line_and_does_not_shorten_the_mean(tmp_path):
+    write_run(tmp_path, "sgd", 0)
+    write_run(tmp_path, "sgd", 1, done=1)
+    means, seeds = lines_of(figures.boundary(read_runs([tmp_path])))
+    assert len(means["sgd"]) == 3
+    assert sorted(map(len, seeds)) == [1, 3]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_line_lies_inside_its_axes_and_the_legend_outside(runs, name):
+    figure = figures.FIGURES[name](runs)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    box, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+    assert legend.y0 >= box.y1 - 1
+    assert legend.y1 <= figure.bbox.y1
+    for line in axes.get_lines():
+        points = axes.transData.transform(line.get_xydata())
+        assert (points >= [box.x0 - 1, box.y0 - 1]).all()
+        assert (points <= [box.x1 + 1, box.y1 + 1]).all()
+
+
+def test_colours_are_each_methods_own_whatever_else_is_shown():
+    everything = figures.colours(["sgd", "local", "freeze", "refresh", "stochastic-depth", "prune", "mine", "yours"])
+    assert len(set(everything.values())) == 8
+    assert figures.colours(["prune", "local"]) == {name: everything[name] for name in ("prune", "local")}
+
+
+def test_figures_are_written_as_svg_or_png(runs, tmp_path):
+    figure = figures.error_against_time(runs)
+    figures.save(figure, tmp_path / "a.svg")
+    figures.save(figure, tmp_path / "a.PNG")
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG")
+    first = (tmp_path / "a.svg").read_bytes()
+    figures.save(figures.error_against_time(runs), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_bytes() == first
+    with pytest.raises(LowcalError, match=r"'a\.jpeg'.*\.svg or \.png"):
+        figures.save(figure, tmp_path / "a.jpeg")

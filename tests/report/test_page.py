@@ -1,0 +1,221 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import lowcal
+from lowcal.errors import LowcalError
+from lowcal.report import write_report
+
+from .synthetic import MACHINE, write_run
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+FIELDS = [
+    "method", "seeds", "epochs", "top1_error", "top1_error_std", "seconds", "seconds_std", "speedup", "speedup_std",
+    "flops_ratio", "peak_memory_bytes", "boundary", "layers",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Checks that elements nest; keeps tags, attributes, ids, cells and text."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.stack, self.tags, self.references, self.ids, self.cells, self.pieces = [], [], [], [], [], []
+        self.feed(markup)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+                self.references.append(value)
+            if name == "id":
+                self.ids.append(value)
+            assert not name.startswith("on")
+        if tag not in VOID:
+            self.stack.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.pieces.append(data)
+        if "td" in self.stack or "th" in self.stack:
+            self.cells[-1] += data
+
+
+def comparison(root):
+    for seed in (0, 1):
+        write_run(root, "sgd", seed, error=10.0 + seed, seconds=12.0, flops=3000)
+        write_run(root, "freeze", seed, error=12.0 + seed, seconds=8.0, flops=2400, boundary=4)
+    return root
+
+
+def test_a_comparison_gets_its_four_files_with_the_same_numbers(tmp_path):
+    report = write_report(comparison(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == report.summary
+    assert [list(row) for row in summary["rows"]] == [FIELDS, FIELDS]
+    freeze = summary["rows"][1]
+    assert (freeze["top1_error"], freeze["speedup"], freeze["flops_ratio"]) == (12.5, 1.5, pytest.approx(0.8))
+    assert summary["format"] == 1
+    assert (summary["recipe"], summary["model"], summary["dataset"]) == ("digits", "resnet8", "digits")
+    assert summary["environment"] == MACHINE
+    assert summary["settings"] == {"name": "digits", "epochs": 3, "optimizer": {"lr": 0.05}}
+    assert summary["unfinished"] == []
+    with (tmp_path / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["sgd", "freeze"]
+    assert list(lines[0]) == FIELDS
+    assert float(lines[1]["speedup"]) == 1.5
+    markdown = (tmp_path / "summary.md").read_text()
+    assert "| freeze | 12.50 ± 0.71 | 8.00 ± 0.00 s | 1.50 ± 0.00× | 0.80× |" in markdown
+    assert "freeze trained 1.50× faster than SGD at +2.0 points of top-1 error" in markdown
+    assert "freeze" in report.text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "report.html",
+        "summary.csv",
+        "summary.json",
+        "summary.md",
+    ]
+
+
+def test_the_page_is_well_formed_and_shows_the_table_the_figures_and_the_settings(tmp_path):
+    write_report(comparison(tmp_path))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == page.tags.count("figure") == 6
+    text = " ".join(page.pieces)
+    for wanted in ("freeze trained 1.50× faster", "Some, Processor", "2.15.0", "e1a58719", "name: digits", "lr: 0.05"):
+        assert wanted in text
+    start = page.cells.index("freeze")
+    assert page.cells[start : start + 9] == [
+        "freeze", "12.50 ± 0.71", "8.00 ± 0.00 s", "1.50 ± 0.00×", "0.80×", "1.00 MiB", "1.00 MiB", "4 of 9", "2",
+    ]  # fmt: skip
+    assert "different machines" not in text
+
+
+def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
+    write_report(comparison(tmp_path))
+    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(markup)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", markup)) <= set(page.ids)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", markup)
+
+
+def test_the_figures_are_well_formed_and_follow_the_pages_colours(tmp_path):
+    write_report(comparison(tmp_path))
+    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for svg in re.findall(r"<svg.*?</svg>", markup, re.DOTALL):
+        root = ElementTree.fromstring(svg)
+        assert set(root.attrib) == {"viewBox", "role", "aria-label"}
+        drawn = set(re.findall(r"(?:stroke|fill): ([^;\"]+)", svg))
+        assert drawn <= {"none", "currentColor", "var(--series-1)"}
+        assert "var(--series-1)" in drawn
+        assert "font-family" not in svg
+        assert {"sgd", "freeze"} <= {element.text for element in root.iter("text")}
+    assert markup.count("--series-1: #") == 2  # on a light and on a dark page
+
+
+def test_names_and_recipes_of_others_cannot_break_the_page(tmp_path):
+    hostile = '<script>alert(1)</script> $x_{"'
+    write_run(
+        tmp_path, hostile, name="run", label="</style><b>", model=hostile, recipe="name: '</pre><script>'\nepochs: 3\n"
+    )
+    write_report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert page.tags.count("style") == page.tags.count("pre") == 1
+    assert hostile in page.cells
+
+
+def test_unfinished_runs_are_shown_and_marked(tmp_path):
+    write_run(tmp_path, "sgd", 0)
+    write_run(tmp_path, "freeze", 0, done=2)
+    report = write_report(tmp_path)
+    assert report.summary["unfinished"] == [{"run": "freeze-seed0", "epochs": 2, "planned": 3}]
+    text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).pieces)
+    assert "Unfinished: freeze-seed0 (2 of 3 epochs)." in text
+    assert "freeze (unfinished, 2 epochs)" in text
+    assert "freeze-seed0 (2 of 3 epochs)" in report.text
+
+
+def test_runs_of_several_folders_go_to_a_new_one(tmp_path):
+    write_run(tmp_path / "a", "sgd", label="small")
+    write_run(tmp_path / "b", "freeze", machine=MACHINE | {"device_name": "another"})
+    out = tmp_path / "new" / "report"
+    report = write_report([tmp_path / "a", tmp_path / "b" / "freeze-seed0"], out)
+    assert report.page == out / "report.html"
+    assert [row["method"] for row in report.summary["rows"]] == ["sgd", "freeze"]
+    assert report.summary["label"] == "small"
+    assert report.summary["rows"][1]["speedup"] is None
+    assert "different machines" in report.text
+    assert "Label: small" in report.text
+    assert write_report([tmp_path / "a"], out).summary["rows"][0]["method"] == "sgd"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 40])
+def test_any_number_of_epochs_and_unrecorded_values_can_be_drawn(tmp_path, epochs):
+    write_run(tmp_path, "sgd", epochs=epochs, error=float("nan") if epochs == 1 else 0.0, seconds=0.0)
+    report = write_report(tmp_path)
+    Page(report.page.read_text(encoding="utf-8"))
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    run = write_run(tmp_path / "runs", "sgd").path
+    before = run.joinpath("summary.json").read_bytes()
+    with pytest.raises(LowcalError, match="give --out DIR"):
+        write_report([run])
+    for out in (None, run):
+        with pytest.raises(LowcalError, match=r"holds a run, whose summary\.json would be lost"):
+            write_report(run, out)
+    assert run.joinpath("summary.json").read_bytes() == before
+    other = tmp_path / "other"
+    other.mkdir()
+    for content in ('{"format": 1}', '{"mine": 1}', "{"):
+        (other / "summary.json").write_text(content)
+        with pytest.raises(LowcalError, match=r"other/summary\.json"):
+            write_report([run], other)
+        assert (other / "summary.json").read_text() == content
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LowcalError, match="cannot make"):
+        write_report([run], tmp_path / "file")
+    (run / "epochs.jsonl").write_text("{}\n")
+    with pytest.raises(LowcalError, match=r"line 1 of .*epochs\.jsonl lacks"):
+        write_report([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_needs_no_torch(tmp_path):
+    """Its modules are loaded with torch made impossible to import, without the package's own __init__."""
+    comparison(tmp_path)
+    code = (
+        "import sys, types; from pathlib import Path\n"
+        "package = types.ModuleType('lowcal'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules.update({'lowcal': package, 'torch': None, 'torchvision': None, 'pydantic': None})\n"
+        "from lowcal.report import write_report; write_report(Path(sys.argv[2]))\n"
+    )
+    source = Path(lowcal.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, tmp_path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").exists()

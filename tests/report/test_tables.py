@@ -1,0 +1,227 @@
+import csv
+import io
+from statistics import mean, stdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowcal.errors import LowcalError
+from lowcal.report.runs import RunData, read_runs
+from lowcal.report.tables import csv_table, duration, make_rows, markdown_table, memory, text_table
+from lowcal.report.words import headline
+
+from .synthetic import MACHINE, write_run
+
+
+def rows_of(folder):
+    return {row.method: row for row in make_rows(read_runs([folder]))}
+
+
+def test_means_deviations_and_ratios_worked_by_hand(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.0, flops=3000, memory=100)
+    write_run(tmp_path, "sgd", 1, error=12.0, seconds=10.0, flops=3000, memory=110)
+    write_run(tmp_path, "freeze", 0, error=11.0, seconds=8.0, flops=2400, memory=90, boundary=4)
+    write_run(tmp_path, "freeze", 1, error=14.0, seconds=8.0, flops=1800, memory=95, boundary=5)
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["sgd", "freeze"]
+    assert rows["sgd"].as_dict() == {
+        "method": "sgd",
+        "seeds": 2,
+        "epochs": 3,
+        "top1_error": 11.0,
+        "top1_error_std": pytest.approx(2**0.5),
+        "seconds": 11.0,
+        "seconds_std": pytest.approx(2**0.5),
+        "speedup": 1.0,
+        "speedup_std": 0.0,
+        "flops_ratio": 1.0,
+        "peak_memory_bytes": 110,
+        "boundary": 0,
+        "layers": 9,
+    }
+    freeze = rows["freeze"]
+    # per seed: 12 / 8 = 1.5 and 10 / 8 = 1.25, not the ratio of the means
+    assert freeze.speedup == pytest.approx(1.375)
+    assert freeze.speedup_std == pytest.approx(0.125 * 2**0.5)
+    assert freeze.flops_ratio == pytest.approx(0.7)
+    assert freeze.seconds_std == 0.0
+    assert freeze.top1_error_std == pytest.approx(4.5**0.5)
+    assert (freeze.boundary, freeze.peak_memory_bytes) == (4.5, 95)
+
+
+def test_one_seed_has_no_deviation_and_without_sgd_there_is_no_speedup(tmp_path):
+    write_run(tmp_path, "local", 0)
+    row = rows_of(tmp_path)["local"]
+    assert (row.seeds, row.top1_error_std, row.seconds_std) == (1, None, None)
+    assert (row.speedup, row.speedup_std, row.flops_ratio) == (None, None, None)
+
+
+def test_only_seeds_that_sgd_ran_too_on_that_machine_count_for_the_speedup(tmp_path):
+    write_run(tmp_path, "sgd", 0, seconds=12.0)
+    write_run(tmp_path, "sgd", 2, seconds=12.0)
+    write_run(tmp_path, "freeze", 0, seconds=8.0)
+    write_run(tmp_path, "freeze", 1, seconds=1.0)
+    write_run(tmp_path, "freeze", 2, seconds=2.0, machine=MACHINE | {"device_name": "another"})
+    row = rows_of(tmp_path)["freeze"]
+    assert (row.seeds, row.speedup, row.speedup_std) == (3, 1.5, None)
+
+
+def test_an_unfinished_run_does_not_enter_a_finished_mean(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.0)
+    write_run(tmp_path, "sgd", 1, done=1)
+    write_run(tmp_path, "freeze", 0, done=2, seconds=12.0, flops=300)
+    rows = rows_of(tmp_path)
+    assert (rows["sgd"].seeds, rows["sgd"].top1_error, rows["sgd"].finished) == (1, 10.0, True)
+    freeze = rows["freeze"]
+    assert (freeze.finished, freeze.epochs, freeze.top1_error, freeze.seconds) == (False, 2, 50.0, 8.0)
+    assert (freeze.speedup, freeze.flops_ratio) == (None, None)
+    assert "freeze (unfinished, 2 epochs)" in text_table(list(rows.values()))
+
+
+def test_an_error_that_was_not_finite_leaves_the_mean_unknown(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=float("nan"))
+    write_run(tmp_path, "sgd", 1)
+    row = rows_of(tmp_path)["sgd"]
+    assert (row.top1_error, row.top1_error_std) == (None, None)
+    assert "nan" not in text_table([row])
+
+
+def synthetic_run(seed, error, seconds):
+    results = {
+        "top1_error": error,
+        "seconds": seconds,
+        "flops": 10,
+        "peak_memory_bytes": 1,
+        "boundary": 0,
+        "layers": 9,
+        "epochs": 1,
+    }
+    return RunData(
+        **dict.fromkeys(("path", "recipe", "model", "dataset", "label", "recipe_text"), None),
+        method="sgd",
+        seed=seed,
+        planned=1,
+        finished=True,
+        records=(),
+        results=results,
+        environment={},
+    )
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.001, 1e6)), min_size=1, max_size=6))
+def test_a_row_is_the_sample_mean_and_deviation_whatever_the_order(results):
+    runs = [synthetic_run(seed, *values) for seed, values in enumerate(results)]
+    (row,) = make_rows(reversed(runs))
+    errors, seconds = zip(*results, strict=True)
+    assert row.top1_error == pytest.approx(mean(errors))
+    assert row.seconds == pytest.approx(mean(seconds))
+    if len(results) == 1:
+        assert row.top1_error_std is row.seconds_std is None
+    else:
+        assert row.top1_error_std == pytest.approx(stdev(errors), abs=1e-9)
+    assert row.speedup == 1.0
+    assert len(text_table([row]).splitlines()) == 3
+    (parsed,) = csv.DictReader(io.StringIO(csv_table([row])))
+    assert float(parsed["top1_error"]) == row.top1_error
+    assert parsed["seconds_std"] == ("" if row.seconds_std is None else str(row.seconds_std))
+
+
+def test_text_and_markdown_are_aligned_and_rounded(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.006, seconds=720.0, flops=3000, memory=3 * 2**30 // 2)
+    write_run(tmp_path, "a|b", 0, error=9.0, seconds=600.0, flops=1500)
+    rows = list(rows_of(tmp_path).values())
+    head, rule, sgd, other = text_table(rows).splitlines()
+    assert len({len(line) for line in (head, rule, sgd, other)}) == 1
+    assert sgd.split() == ["sgd", "10.01", "12.00", "min", "1.00×", "1.00×", "1.50", "GiB", "0", "of", "9", "1"]
+    assert other.split() == ["a|b", "9.00", "10.00", "min", "1.20×", "0.50×", "1.00", "MiB", "0", "of", "9", "1"]
+    markdown = markdown_table(rows).splitlines()
+    assert len(markdown) == 4
+    assert markdown[3].startswith("| a\\|b | 9.00 | 10.00 min | 1.20× |")
+
+
+def test_units():
+    assert [memory(count) for count in (0, 1023, 1536, 200 * 2**20, 3 * 2**30)] == [
+        "0 B",
+        "1023 B",
+        "1.50 KiB",
+        "200 MiB",
+        "3.00 GiB",
+    ]
+    assert [duration(seconds) for seconds in (0.04, 599, 600, 4 * 3600)] == ["0.0 s", "599.0 s", "10.0 min", "4.0 h"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            {"model": "resnet8"},
+            {"method": "local", "model": "vgg13"},
+            r"has model 'resnet8'.*'vgg13'; report them apart",
+        ),
+        ({}, {"method": "local", "dataset": "cifar10"}, "dataset"),
+        ({}, {"name": "again"}, "both sgd with seed 0"),
+        ({}, {"seed": 1, "epochs": 4}, "differ in their recipes"),
+        ({}, {"seed": 1, "recipe": "name: digits\noptimizer: {{lr: 1.0}}\n"}, "differ in their recipes"),
+        ({}, {"seed": 1, "recipe": "a: [b"}, r"recipe\.yaml is not YAML"),
+        ({}, {"seed": 1, "recipe": "text"}, r"recipe\.yaml is not a recipe"),
+        ({}, {"seed": 1, "summary": {"epochs": 2}}, r"epochs\.jsonl has 3 epochs, summary\.json has 2"),
+    ],
+)
+def test_runs_that_cannot_be_averaged_are_refused(tmp_path, first, second, message):
+    write_run(tmp_path, **{"method": "sgd"} | first)
+    write_run(tmp_path, **{"method": "sgd"} | second)
+    with pytest.raises(LowcalError, match=message) as caught:
+        read_runs([tmp_path])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_run_given_twice_counts_once(tmp_path):
+    write_run(tmp_path, "sgd")
+    assert len(read_runs([tmp_path, tmp_path / "sgd-seed0"])) == 1
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(LowcalError, match="absent is not a folder"):
+        read_runs([tmp_path / "absent"])
+    with pytest.raises(LowcalError, match="is not a run folder and holds none"):
+        read_runs([tmp_path])
+    with pytest.raises(LowcalError, match="no run was given"):
+        read_runs([])
+    write_run(tmp_path, "sgd", done=0)
+    for path in (tmp_path, tmp_path / "sgd-seed0"):
+        with pytest.raises(LowcalError, match=r"epochs\.jsonl holds no epoch yet"):
+            read_runs([path])
+    write_run(tmp_path, "local", done=1)
+    assert [run.method for run in read_runs([tmp_path])] == ["local"]
+
+
+def test_headline_says_what_came_out(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.3)
+    write_run(tmp_path, "freeze", 0, error=10.4, seconds=10.0)
+    write_run(tmp_path, "local", 0, error=9.96, seconds=15.0)
+    write_run(tmp_path, "prune", 0, error=10.0, seconds=12.3)
+    assert headline(list(rows_of(tmp_path).values())) == (
+        "local trained 1.22× slower than SGD at −0.04 points of top-1 error; freeze 1.23× faster at +0.4 points; "
+        "prune took as long as SGD at +0.00 points. With one seed, a small difference of error may be chance."
+    )
+
+
+def test_headline_says_when_the_seeds_spread_hides_a_difference(tmp_path):
+    for seed, shift in enumerate((0.0, 1.0)):
+        write_run(tmp_path, "sgd", seed, error=10 + shift, seconds=12.0)
+        write_run(tmp_path, "freeze", seed, error=10.2 + shift, seconds=10.0)
+        write_run(tmp_path, "local", seed, error=15 + shift, seconds=10.0)
+    assert headline(list(rows_of(tmp_path).values())) == (
+        "local trained 1.20× faster than SGD at +5.0 points of top-1 error; "
+        "freeze 1.20× faster at +0.2 points (within the seeds' spread)."
+    )
+
+
+def test_headline_without_a_comparison(tmp_path):
+    write_run(tmp_path / "a", "freeze", error=10.0, seconds=12.0)
+    assert headline(list(rows_of(tmp_path / "a").values())) == (
+        "freeze reached 10.00 % top-1 error in 12.0 s of training. No sgd run to compare with."
+    )
+    write_run(tmp_path / "b", "sgd", done=1)
+    assert headline(list(rows_of(tmp_path / "b").values())).startswith("No run is finished yet")

@@ -134,9 +134,7 @@ def test_check_input_accepts_and_changes_nothing():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("vgg13", (3, 8, 8)), ("vit_b_32", (3, 32, 32)), ("resnet8", (1, 8, 8))]
-)
+@pytest.mark.parametrize(("name", "size"), [("vgg13", (3, 8, 8)), ("vit_b_32", (3, 32, 32)), ("resnet8", (1, 8, 8))])
 def test_check_input_names_model_and_size(name, size):
     with torch.device("meta"):
         model = build_model(name, classes=10)

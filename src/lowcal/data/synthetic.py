@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from lowcal.data.dataset import Augmentation, Images, Source
+from lowcal.errors import LowcalError
 
 __all__ = ["make_synthetic"]
 
@@ -12,6 +13,9 @@ NOISE = 48.0  # standard deviation of the noise, in grey levels; the patterns' i
 
 def make_synthetic(*, classes: int, image_size: int, train: int, test: int, seed: int) -> Source:
     """Make `train` and `test` colour images, (N, 3, image_size, image_size), of equally frequent classes."""
+    for what, count in (("train_images", train), ("test_images", test)):
+        if count < classes:
+            raise LowcalError(f"data.{what} is {count}, fewer than the {classes} classes: set it to at least {classes}")
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(classes, 3, 4, 4, generator=generator)
     patterns = interpolate(coarse, size=(image_size, image_size), mode="bilinear") * 64 + 128

@@ -133,9 +133,7 @@ class RunFolder:
         try:
             return (self.path / RECIPE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise LowcalError(
-                f"cannot read {self.path / RECIPE} ({_first_line(error)}); restore it"
-            ) from None
+            raise LowcalError(f"cannot read {self.path / RECIPE} ({_first_line(error)}); restore it") from None
 
     def read_environment(self) -> dict[str, Any]:
         """Return where the run runs: device, versions, commit, start; without the run's identity."""
@@ -303,8 +301,6 @@ def _check_fields(value: Mapping[str, Any], fields: tuple[str, ...], path: Path,
             raise LowcalError(f"{where}{path} lacks {name!r}; use the lowcal that wrote it, or leave it out")
         entry = value[name]
         kinds = str if name in _TEXTS else int | float
-        if (entry is None and name in _MAY_BE_NULL) or (
-            isinstance(entry, kinds) and not isinstance(entry, bool)
-        ):
+        if (entry is None and name in _MAY_BE_NULL) or (isinstance(entry, kinds) and not isinstance(entry, bool)):
             continue
         raise LowcalError(f"{where}{path}: {name!r} is {entry!r}, not what lowcal writes; restore the file")

@@ -19,7 +19,7 @@ from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule
 from lowcal.state import check_state
 from lowcal.supervision import LossTrend, Supervision
-from lowcal.window import Window
+from lowcal.window import Exchange, Window
 
 # Which controller each layer learns under: a layer has one at most.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LoCal]] = weakref.WeakKeyDictionary()
@@ -95,6 +95,7 @@ class LoCal:
         self._parameters: dict[str, list[Tensor]] = {}
         self._block = 1
         self._tracer: Tracer | None = None
+        self._learners: list[int] = []  # local layers whose weights updates move
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
         self._window = Window()
         self._required: dict[Tensor, bool] = {}  # requires_grad of local layers' parameters before they became local
@@ -143,14 +144,16 @@ class LoCal:
             loss = float(loss)
         except (TypeError, ValueError):
             raise LowcalError(f"end_epoch: the loss is {loss!r}; give the mean training loss, a number") from None
+        self._known("end_epoch")
+        weight = self._weight(self.boundary)
+        change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
+        if self._window.exchange is not None:
+            loss, change = self._window.exchange.mean(loss, change)
         if not math.isfinite(loss):
             raise LowcalError(
                 f"end_epoch: the mean training loss of epoch {self.epoch} is {loss}; training has diverged, "
                 "so lower the learning rate and go on from an earlier checkpoint"
             )
-        self._known("end_epoch")
-        weight = self._weight(self.boundary)
-        change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
         changes = (*self._changes, change)
         target = self.schedule(
             Progress(self.epoch + 1, self.epochs, len(self.layers), self._block, self.boundary, changes)
@@ -229,6 +232,25 @@ class LoCal:
         for module in self._candidates.values():
             _controllers.pop(module, None)
 
+    def over_ranks(self, exchange: Exchange) -> None:
+        """Sums local updates and averages losses over the ranks of `exchange` from now on (`DistributedLoCal`)."""
+        self._window.exchange = exchange
+
+    def begin_forward(self) -> None:
+        """Begins a data-parallel forward pass (`DistributedLoCal`)."""
+        self._window.settle()
+
+    def end_forward(self) -> None:
+        """Ends a data-parallel forward pass: its updates are summed even if the last local layer did not run."""
+        due = self._learners and not self._steps % self.rule.every
+        if due and self.model.training and torch.is_grad_enabled():
+            self._window.share(self._local_weights())
+
+    def update_bytes(self) -> int:
+        """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
+        sizes = (w.numel() * max(w.element_size(), 4) for w in self._local_weights().values())
+        return sum(sizes) // self.rule.every
+
     def __enter__(self) -> Self:
         return self
 
@@ -263,11 +285,13 @@ class LoCal:
     def _take(self, order: Order) -> None:
         self.schedule.check(len(order.layers), self.epochs)
         _clear(self._watch)
+        known = self.layers[self.boundary] if self.layers else None
         self._order = order
         self._modules = [self._candidates[name] for name in order.layers]
         self._parameters = own_parameters(order, self.model)
         self._block = recurring_block(self.model, order.layers)
-        self._mark_start()
+        if self.layers[self.boundary] != known:
+            self._mark_start()
         for name, module in self._candidates.items():
             if name not in order.layers:
                 self._watch.append(module.register_forward_pre_hook(_Hook(self._meet, name)))
@@ -296,6 +320,9 @@ class LoCal:
     def _weight(self, index: int) -> Tensor:
         return self._modules[index].weight.detach()  # type: ignore[operator]
 
+    def _local_weights(self) -> dict[int, Tensor]:
+        return {index: self._weight(index) for index in self._learners}
+
     def _mark_start(self) -> None:
         self._start = self._weight(self.boundary).clone()
 
@@ -321,6 +348,7 @@ class LoCal:
                 parameter.grad = None  # a stale gradient would count in clipping, and be applied
                 self.optimizer.state.pop(parameter, None)
             if self.rule.collects and learns:
+                self._learners.append(index)
                 hook = _Hook(self._collect, index)
                 self._handles.append(self._modules[index].register_forward_hook(hook, with_kwargs=True))
         if self.norm_stats == "running":
@@ -342,18 +370,20 @@ class LoCal:
         inputs = args[0] if args else kwargs["input"]
         with torch.no_grad():
             self._window.add(index, self.rule.update(module, inputs.detach(), outputs.detach()))
+        if index == self.boundary - 1:
+            self._window.share(self._local_weights())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
-        updates = self._window.take()
+        weights = self._local_weights()
+        updates = self._window.take(weights)
         if not updates:
             return
         step: float | Tensor = self.sign * self.lr
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
         if overflow is not None:
             step = torch.where(overflow.reshape(()) > 0, 0.0, step)
-        weights = [self._weight(index) for index in updates]
-        skipped = self.rule.apply(weights, list(updates.values()), step)
+        skipped = self.rule.apply([weights[index] for index in updates], list(updates.values()), step)
         self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
 
 

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+
+class Exchange(Protocol):
+    """What training on several ranks asks of them; `lowcal.parallel` has it."""
+
+    open: bool  # whether a forward pass's updates are summed at once; False while gradients accumulate
+
+    def start(self, updates: Mapping[int, Tensor], shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Starts to sum `updates` over the ranks; gives the sums, which are there after `wait`."""
+        ...
+
+    def wait(self) -> None:
+        """Waits for the sums."""
+        ...
+
+    def mean(self, *values: float) -> list[float]:
+        """The means of `values` over the ranks."""
+        ...
 
 
 class Window:
@@ -18,12 +37,19 @@ class Window:
     optimizer or model, before or after the forward pass, to None or to zero), so it is read off the gradient of one
     weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in place, if and
     only if nothing was zeroed in between.
+
+    Attributes:
+        exchange: set for data-parallel training, where updates are summed over the ranks.
     """
 
     def __init__(self) -> None:
-        self._backward: dict[int, Tensor] = {}  # of forward passes whose backward pass is done
-        self._forward: dict[int, Tensor] = {}  # of those after them
-        self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # the watched gradient and its version
+        self.exchange: Exchange | None = None
+        self._forward: dict[int, Tensor] = {}  # of forward passes whose backward pass is not done
+        self._forward_summed = False  # whether these are sums over all ranks
+        self._own: dict[int, Tensor] = {}  # of forward passes before them, this rank's alone
+        self._summed: dict[int, Tensor] = {}  # the same, over all ranks
+        self._weight: weakref.ref[Tensor] | None = None  # the weight whose gradient is watched
+        self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # that gradient and its version
 
     def watch(self, modules: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Watches the gradient of the last of `modules` that has one; returns the hooks' handles."""
@@ -33,25 +59,57 @@ class Window:
             if (alive := window()) is not None:
                 alive._end_backward(weight)
 
-        learning = [module.weight for module in modules if module.weight.requires_grad]
-        return [learning[-1].register_post_accumulate_grad_hook(after_backward)] if learning else []  # type: ignore[operator]
+        for module in reversed(modules):
+            weight = module.get_parameter("weight")
+            if weight.requires_grad:
+                self._weight = weakref.ref(weight)
+                return [weight.register_post_accumulate_grad_hook(after_backward)]
+        return []
+
+    def settle(self) -> None:
+        """Takes the watched gradient as it is now, after DDP has written the ranks' mean into it."""
+        weight = None if self._weight is None else self._weight()
+        if self._gradient is None or weight is None:
+            return
+        if weight.grad is None:
+            self._own, self._summed, self._gradient = {}, {}, None
+        else:
+            self._gradient = (weakref.ref(weight.grad), weight.grad._version)
 
     def add(self, index: int, update: Tensor) -> None:
         """Keeps `update` for layer `index`."""
+        if self._forward_summed:  # a second forward pass before the first one's backward pass
+            self._close_forward()
         kept = self._forward.get(index)
         self._forward[index] = update if kept is None else kept.add_(update)
 
-    def take(self) -> dict[int, Tensor]:
-        """Gives what is kept, by layer, and forgets it."""
+    def share(self, shapes: Mapping[int, Tensor]) -> None:
+        """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW."""
+        if self.exchange is not None and self.exchange.open and not self._forward_summed:
+            self._forward = self.exchange.start(self._forward, shapes)
+            self._forward_summed = True
+
+    def take(self, shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Gives what is kept, by layer and over all ranks, and forgets it."""
         self._close_forward()
-        updates, self._backward, self._gradient = self._backward, {}, None
-        return dict(sorted(updates.items()))
+        if self.exchange is not None:
+            if self._own:
+                self._add_up(self._summed, self.exchange.start(self._own, shapes))
+            self.exchange.wait()
+            self._own = self._summed
+        updates = dict(sorted(self._own.items()))
+        self._own, self._summed, self._gradient = {}, {}, None
+        return updates
 
     def _close_forward(self) -> None:
-        for index, update in self._forward.items():
-            kept = self._backward.get(index)
-            self._backward[index] = update if kept is None else kept.add_(update)
-        self._forward = {}
+        self._add_up(self._summed if self._forward_summed else self._own, self._forward)
+        self._forward, self._forward_summed = {}, False
+
+    def _add_up(self, kept: dict[int, Tensor], updates: Mapping[int, Tensor]) -> None:
+        if kept and self.exchange is not None:
+            self.exchange.wait()
+        for index, update in updates.items():
+            kept[index] = kept[index].add_(update) if index in kept else update
 
     def _end_backward(self, weight: Tensor) -> None:
         gradient = weight.grad
@@ -60,6 +118,6 @@ class Window:
         if self._gradient is not None:
             before, version = self._gradient
             if before() is not gradient or gradient._version != version + 1:
-                self._backward = {}
+                self._own, self._summed = {}, {}
         self._close_forward()
         self._gradient = (weakref.ref(gradient), gradient._version)

@@ -1,0 +1,154 @@
+"""Data-parallel training over a moving boundary: torch's DDP, built anew at each move, and the sum of local updates."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lowcal.errors import LowcalError
+from lowcal.local import LoCal
+
+
+class DistributedLoCal(nn.Module):
+    """Trains `model` on one mini-batch spread over all ranks, as DDP does, while the boundary of `local` moves.
+
+    Call this module instead of the model. DDP reduces gradients alone and does not bear a change of
+    ``requires_grad``: here it is built anew in the forward pass that follows a move, so ``find_unused_parameters`` is
+    never needed, and the ranks' local updates are summed in one asynchronous all-reduce that starts when the last local
+    layer has run and overlaps the rest of the forward and backward pass. The boundary follows the mean of the losses
+    that the ranks give to ``local.end_epoch``, so that all ranks move alike.
+
+    Args:
+        model: the network, on this rank's device.
+        local: its controller.
+        ddp_options: further arguments of `torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        LowcalError: no process group is initialised, `local` controls another model, or ``find_unused_parameters`` is
+            asked for.
+
+    Example:
+        >>> parallel = DistributedLoCal(model, local, device_ids=[rank])  # doctest: +SKIP
+        >>> loss = criterion(parallel(images), labels)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, local: LoCal, **ddp_options: Any) -> None:
+        super().__init__()
+        if not (dist.is_available() and dist.is_initialized()):
+            raise LowcalError(
+                "DistributedLoCal: no process group is initialised; start the program with torchrun and call "
+                "torch.distributed.init_process_group() first"
+            )
+        if local.model is not model:
+            raise LowcalError(
+                "DistributedLoCal: local controls another model; build LoCal on the bare model, before it is wrapped"
+            )
+        if ddp_options.get("find_unused_parameters"):
+            raise LowcalError(
+                "DistributedLoCal: find_unused_parameters=True is never needed, since DDP is built anew at each move; "
+                "leave it out"
+            )
+        self.module = model
+        self._local = local
+        self._options = ddp_options
+        self._boundary = -1
+        # A list hides DDP from nn.Module, which would register the network a second time.
+        self._ddp: list[DistributedDataParallel] = []
+        self._exchange = Exchange(ddp_options.get("process_group"))
+        local.over_ranks(self._exchange)
+        self._wrapped()
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's forward pass."""
+        wrapped = self._wrapped()
+        self._local.begin_forward()
+        outputs = wrapped(*inputs, **keywords)
+        self._local.end_forward()
+        return outputs
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, gradients and local updates stay on their rank: for all micro-batches of a step but the last."""
+        with self._wrapped().no_sync():
+            self._exchange.open = False
+            try:
+                yield
+            finally:
+                self._exchange.open = True
+
+    def bytes_per_step(self) -> int:
+        """Bytes that each rank hands over for reduction in one step, in gradients and local updates."""
+        gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+        return gradients + self._local.update_bytes()
+
+    def _wrapped(self) -> DistributedDataParallel:
+        """DDP for the present boundary."""
+        if self._boundary != self._local.boundary:
+            options = dict(self._options)
+            if self._ddp:
+                options["init_sync"] = False  # the ranks are alike already
+                self._ddp.clear()
+                gc.collect()  # the old reducer's hooks on the parameters go with it
+            self._ddp.append(DistributedDataParallel(self.module, **options))
+            self._boundary = self._local.boundary
+        return self._ddp[0]
+
+
+class Exchange:
+    """What a controller asks of the other ranks: sums of local updates, means of numbers.
+
+    Attributes:
+        open: whether updates are to be summed in this forward pass; False while gradients accumulate.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        # A communicator of its own: the order of its calls among DDP's may differ from rank to rank.
+        ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
+        self._group: dist.ProcessGroup = dist.new_group(ranks)  # type: ignore[assignment]
+        self._works: list[dist.Work] = []
+        self.open = True
+
+    def start(self, updates: Mapping[int, Tensor], shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Starts summing `updates` over the ranks.
+
+        Args:
+            updates: this rank's dW by layer.
+            shapes: a tensor like the dW of each layer that may have one on any rank; a missing one counts as zero.
+
+        Returns:
+            The sums, which are there after `wait`.
+        """
+        buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, like in shapes.items():
+            dtype = updates[index].dtype if index in updates else torch.promote_types(like.dtype, torch.float32)
+            buckets.setdefault((like.device, dtype), []).append(index)
+        sums: dict[int, Tensor] = {}
+        for (device, dtype), members in buckets.items():
+            sizes = [shapes[index].numel() for index in members]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            for index, view in zip(members, flat.split(sizes), strict=True):
+                sums[index] = view.view(shapes[index].shape)
+                if index in updates:
+                    sums[index].copy_(updates[index])
+            self._works.append(dist.all_reduce(flat, group=self._group, async_op=True))
+        return sums
+
+    def wait(self) -> None:
+        """Waits for the sums (on a GPU: makes the current stream wait)."""
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+    def mean(self, *values: float) -> list[float]:
+        """The means of `values` over the ranks, the same on all."""
+        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self._group)
+        return (total / dist.get_world_size(self._group)).tolist()

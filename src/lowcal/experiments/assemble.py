@@ -12,7 +12,7 @@ from lowcal.data import Batches, Dataset, Images, load
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe import Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
-from lowcal.methods import Method, build_method
+from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.training.environment import gather_environment
 from lowcal.training.record import RunFolder
@@ -124,11 +124,16 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
         fused=device.type == "cuda",  # there it is the fastest, and under fp16 the one that never waits
     )
     example = torch.zeros(1, *shape, device=device)
-    return (
+    attached = build_method(
+        method,
         model,
         optimizer,
-        build_method(method, model, optimizer, recipe.local, epochs=recipe.epochs, example_inputs=example),
+        getattr(recipe, find_method(method).section),
+        epochs=recipe.epochs,
+        example_inputs=example,
+        seed=recipe.seed,
     )
+    return model, optimizer, attached
 
 
 def _batches(recipe: Recipe, data: Dataset, images: Images, device: torch.device, *, training: bool) -> Batches:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from lowcal.data import Dataset
-from lowcal.errors import LowcalError, nearest
+from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
 from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
-from lowcal.methods import METHODS
+from lowcal.methods import METHODS, find_method
 from lowcal.report import Report, write_report
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
@@ -103,8 +103,7 @@ def note_skipped(data: Dataset, watcher: Watcher) -> None:
 
 def _refuse_wrong_names(methods: Sequence[str]) -> None:
     for method in methods:
-        if method not in METHODS:
-            raise LowcalError(f"unknown method '{method}'{nearest(method, METHODS)}")
+        find_method(method)
     if len(set(methods)) < len(methods):
         raise LowcalError(f"methods {','.join(methods)}: one is named twice; name each once")
 

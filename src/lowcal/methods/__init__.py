@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,25 +14,40 @@ from lowcal.methods.local import Local
 from lowcal.methods.settings import LocalSettings, ScheduleSettings
 from lowcal.methods.sgd import SGD
 
-__all__ = ["METHODS", "LocalSettings", "Method", "ScheduleSettings", "build_method"]
+__all__ = ["METHODS", "LocalSettings", "Method", "ScheduleSettings", "build_method", "find_method"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (SGD, Local, Freeze)}
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of the method called `name`.
+
+    Raises:
+        LowcalError: there is no such method.
+    """
+    if "+" in name and set(name.split("+")) <= METHODS.keys():
+        raise LowcalError(
+            f"unknown method {name!r}: methods cannot be combined yet; "
+            f"choose one of them, or compare them with one another as {name.replace('+', ',')}"
+        )
+    if name not in METHODS:
+        raise LowcalError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    return METHODS[name]
 
 
 def build_method(
     name: str,
     model: nn.Module,
     optimizer: Optimizer,
-    settings: LocalSettings,
+    settings: Any,
     *,
     epochs: int,
     example_inputs: Tensor,
+    seed: int = 0,
 ) -> Method:
     """The method called `name`, attached to the network; the arguments are those of `Method`.
 
     Raises:
         LowcalError: there is no such method, or it does not apply to this network.
     """
-    if name not in METHODS:
-        raise LowcalError(f"there is no method {name!r}{nearest(name, METHODS)}")
-    return METHODS[name](model, optimizer, settings, epochs=epochs, example_inputs=example_inputs)
+    return find_method(name)(model, optimizer, settings, epochs=epochs, example_inputs=example_inputs, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.layers import trace
-from lowcal.methods.settings import LocalSettings
 
 Fact = float | int | None
 
@@ -25,9 +24,10 @@ class Method:
     Args:
         model: the network, on its device.
         optimizer: holds the network's parameters. A method may slice both in place, between epochs.
-        settings: of local learning.
+        settings: of this method: the section of a recipe that `section` names, or anything with its fields.
         epochs: epochs in the whole training.
         example_inputs: one mini-batch's images (N, C, H, W); one image is enough.
+        seed: of what the method draws at random.
 
     Attributes:
         layers: names of the network's weight layers in the order in which the forward pass runs them.
@@ -35,21 +35,24 @@ class Method:
     """
 
     name: ClassVar[str]
+    section: ClassVar[str] = "local"
     period: int = 1
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        settings: LocalSettings,
+        settings: Any,
         *,
         epochs: int,
         example_inputs: Tensor,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.settings = settings
         self.epochs = epochs
+        self.seed = seed
         self._learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.layers = self._attach(example_inputs)
 
@@ -67,9 +70,13 @@ class Method:
         if boundary != 0:
             raise LowcalError(f"{self.name} trains every layer, so its boundary cannot be {boundary}; leave it at 0")
 
-    def penalty(self) -> Tensor | None:
-        """What each mini-batch's loss is increased by: a 0-d tensor with graph, or None."""
+    def penalty(self, loss: Tensor) -> Tensor | None:
+        """What a mini-batch's mean loss `loss` is increased by: a 0-d tensor with graph, or None."""
         return None
+
+    def expected_flops(self, count: Callable[[], int]) -> float:
+        """The FLOPs of a training step on average over many; `count` takes one step and returns its FLOPs."""
+        return sum(count() for _ in range(self.period)) / self.period
 
     def end_epoch(self, loss: float) -> bool:
         """Ends an epoch of mean training loss `loss`.
@@ -90,7 +97,9 @@ class Method:
         """
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self._learning)
-        twin = type(self)(model, optimizer, self.settings, epochs=self.epochs, example_inputs=example_inputs)
+        twin = type(self)(
+            model, optimizer, self.settings, epochs=self.epochs, example_inputs=example_inputs, seed=self.seed
+        )
         twin.move_to(self.boundary)
         return twin
 

@@ -26,8 +26,8 @@ class Cost:
     """What one training step costs.
 
     Attributes:
-        flops: floating-point operations in products, as torch.utils.flop_counter counts them, on average over the
-            method's period.
+        flops: floating-point operations in products, as torch.utils.flop_counter counts them, on average over
+            many steps.
         peak_bytes: most bytes that tensors hold at a time: weights, gradients, optimizer state, images, activations.
     """
 
@@ -55,11 +55,15 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
         step = EagerStep(model, optimizer, twin, device=torch.device("cpu"), precision=precision, scaler=None)
         step(images, labels)  # makes the optimizer's state
         live.peak = live.now
-        with FlopCounterMode(display=False) as counter:
-            for _ in range(twin.period):
+
+        def count() -> int:
+            with FlopCounterMode(display=False) as counter:
                 step(images, labels)
+            return counter.get_total_flops()
+
+        flops = round(twin.expected_flops(count))
         twin.detach()
-        return Cost(round(counter.get_total_flops() / twin.period), live.peak)
+        return Cost(flops, live.peak)
 
 
 def held_bytes(model: nn.Module, optimizer: Optimizer) -> int:

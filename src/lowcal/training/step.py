@@ -77,7 +77,7 @@ class EagerStep:
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self._device, self._precision):
             loss = F.cross_entropy(self._model(images), labels)
-        penalty = self._method.penalty()
+        penalty = self._method.penalty(loss)
         total = loss if penalty is None else loss + penalty
         if self._scaler is None:
             total.backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
+from lowcal.hooks import Hook
 from lowcal.layers import Order, Tracer, own_parameters, recurring_block, trace, weight_layers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule
@@ -265,8 +266,8 @@ class LoCal:
 
     def _watch_next_forward(self) -> None:
         self._watch += [
-            self.model.register_forward_pre_hook(_Hook(self._begin_trace)),
-            self.model.register_forward_hook(_Hook(self._end_trace), always_call=True),
+            self.model.register_forward_pre_hook(Hook(self._begin_trace)),
+            self.model.register_forward_hook(Hook(self._end_trace), always_call=True),
         ]
 
     def _begin_trace(self, module: nn.Module, inputs: Any) -> None:
@@ -294,7 +295,7 @@ class LoCal:
             self._mark_start()
         for name, module in self._candidates.items():
             if name not in order.layers:
-                self._watch.append(module.register_forward_pre_hook(_Hook(self._meet, name)))
+                self._watch.append(module.register_forward_pre_hook(Hook(self._meet, name)))
 
     def _meet(self, name: str, module: nn.Module, inputs: Any) -> None:
         """A layer runs that the order of layers lacks: one that the first pass had left out."""
@@ -336,7 +337,7 @@ class LoCal:
 
     def _move(self, target: int) -> None:
         if not self.boundary:
-            self._handles.append(self.optimizer.register_step_post_hook(_Hook(self._after_step)))
+            self._handles.append(self.optimizer.register_step_post_hook(Hook(self._after_step)))
             if self.rule.collects:
                 self._handles += self._window.watch(self._modules)
         newly_local = self.layers[self.boundary : target]
@@ -349,13 +350,13 @@ class LoCal:
                 self.optimizer.state.pop(parameter, None)
             if self.rule.collects and learns:
                 self._learners.append(index)
-                hook = _Hook(self._collect, index)
+                hook = Hook(self._collect, index)
                 self._handles.append(self._modules[index].register_forward_hook(hook, with_kwargs=True))
         if self.norm_stats == "running":
             for name, layer in self._order.norms.items():
                 if layer in newly_local:
                     norm = self.model.get_submodule(name)
-                    self._handles.append(norm.register_forward_pre_hook(_Hook(_use_running_statistics)))
+                    self._handles.append(norm.register_forward_pre_hook(Hook(_use_running_statistics)))
         self.boundary = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
@@ -385,33 +386,6 @@ class LoCal:
             step = torch.where(overflow.reshape(()) > 0, 0.0, step)
         skipped = self.rule.apply([weights[index] for index in updates], list(updates.values()), step)
         self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
-
-
-class _Hook:
-    """A hook that keeps neither its controller alive nor anything of it in copies of the module it is on."""
-
-    def __init__(self, function: Callable[..., Any], *bound: Any) -> None:
-        self._bound = bound
-        self._method = weakref.WeakMethod(function) if hasattr(function, "__self__") else lambda: function
-
-    def __call__(self, *args: Any) -> None:
-        function = self._method()
-        if function is not None:
-            function(*self._bound, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _make_inert, ()
-
-
-def _inert(*_: Any) -> None:
-    """What a hook becomes in a copy of its module."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
 
 
 def _use_running_statistics(norm: _NormBase, _: Any) -> None:

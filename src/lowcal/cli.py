@@ -82,17 +82,20 @@ def compare(
     An interrupted comparison goes on where it stopped when it is started again with the same --out.
     """
     from lowcal.console import Display, comparison_table
-    from lowcal.experiments.assemble import find_device
-    from lowcal.experiments.compare import compare as run
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
 
     chosen = apply_settings(load_recipe(recipe), settings or [])
     folder = out or _free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
+    names = [name.strip() for name in methods.split(",")]
     with _resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed(s) each; in {folder}")
+        from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
+        from lowcal.experiments.compare import compare as run
+
         result = run(
             chosen,
-            [name.strip() for name in methods.split(",")],
+            names,
             seeds,
             folder,
             data_dir=data_dir,
@@ -137,6 +140,7 @@ def train(
     folder = out or _free_folder(Path("runs") / f"{chosen.name}-{method}")
     more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
     with _resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{chosen.label}: {method}; in {folder}")
         summary = run(
             chosen,
             method,
@@ -242,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         return _end(str(stop), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         return _end("stopped; nothing was written", INTERRUPTED)
+    except SystemExit:  # typer's own answer to a closed pipe
+        return CLOSED_PIPE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return CLOSED_PIPE

@@ -106,20 +106,24 @@ class Display:
 
     def _draw(self) -> Group:
         grid = Table.grid(padding=(0, 2, 0, 0))
-        for column in range(7):
-            grid.add_column(justify="right" if column in {1, 3, 6} else "left", no_wrap=True)
+        for column in range(6):
+            grid.add_column(justify="right" if column in {1, 5} else "left", no_wrap=True)
+        longest = max((len(arm.folder) for arm in self._lines), default=0)
         for arm, line in self._lines.items():
-            bar = ProgressBar(total=line.epochs, completed=line.finished + line.part, width=10)
+            # The longest name and the bar share 26 columns, so that a line fits in 80.
+            bar = ProgressBar(
+                total=line.epochs, completed=line.finished + line.part, width=max(4, 26 - longest)
+            )
             epoch = min(line.finished + 1, line.epochs)
             grid.add_row(
                 Text(arm.folder, style="bold"),
                 f"{epoch}/{line.epochs}",
                 bar,
-                _number(line.loss, 3),
+                f"loss {_number(line.loss, 3)}",
                 f"boundary {line.boundary or '-'}",
                 _speed(line.speed),
             )
-        return Group(grid, Text(f"{duration(self._left())} left; Ctrl-C stops, and the run can be taken up again"))
+        return Group(grid, Text(f"{duration(self._left())} left; after Ctrl-C the runs can be taken up again"))
 
 
 def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -218,4 +222,4 @@ def _mean(mean: float | None, deviation: float | None, digits: int) -> str:
 
 
 def _speed(images_per_second: float | None) -> str:
-    return "- images/s" if images_per_second is None else f"{images_per_second:,.0f} images/s"
+    return "- img/s" if images_per_second is None else f"{images_per_second:,.0f} img/s"

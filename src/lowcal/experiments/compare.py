@@ -82,7 +82,8 @@ def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: to
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
-        watcher.note(f"{arm.folder}: goes on after epoch {run.finished} of {run.epochs}")
+        if run.finished:
+            watcher.note(f"{arm.folder}: goes on after epoch {run.finished} of {run.epochs}")
     return run
 
 

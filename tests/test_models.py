@@ -95,7 +95,6 @@ def test_torchvision_by_name(name):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_torchvision_with_heads_aside_gives_one_output_in_training(name):
     with torch.device("meta"):

@@ -17,7 +17,7 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"state", "window", "layers", "rules", "schedule", "supervision"},
+    {"hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
     {"local"},
     {"models", "data"},
     {"parallel", "integrations", "methods"},

@@ -28,7 +28,8 @@ def evaluate(
     count = 0
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # of the losses, of the right answers
     for images, labels in batches:
-        with torch.inference_mode(), autocast(device, precision):
+        # Not inference_mode: what a network caches in this pass could not be used in training.
+        with torch.no_grad(), autocast(device, precision):
             scores = model(images).float()
             loss = F.cross_entropy(scores, labels, reduction="sum")
             right = (scores.argmax(dim=1) == labels).sum()

@@ -26,6 +26,8 @@ from lowcal.training.random_state import RandomState
 from lowcal.training.record import RunFolder
 from lowcal.training.step import Step, build_scaler, build_step
 
+__all__ = ["Progress", "Run"]
+
 
 class Run:
     """A method on a network, epoch by epoch; several runs may take turns in one process.

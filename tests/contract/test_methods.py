@@ -1,0 +1,221 @@
+"""What every method must hold, whatever it does: one set of checks over all that are registered."""
+
+import copy
+import io
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lowcal import LowcalError
+from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.methods import METHODS, Method, build_method
+from lowcal.training.step import build_step
+
+from ..networks import Residual, convnet, images
+from ..support import hooks, same, sgd, snapshot, weights
+
+EPOCHS = 5
+MOVES = {1: 1, 3: 3}
+CPU = torch.device("cpu")
+FACTS = {"local_lr", "sign", "transition_change", "skipped_updates"}
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+class Training:
+    """A network in training by a method: five epochs of three steps."""
+
+    def __init__(self, name: str, network: type[nn.Module] = Residual, **settings):
+        torch.manual_seed(3)
+        self.model = network()
+        self.optimizer = sgd(self.model)
+        schedule = ScheduleSettings(name="fixed", epochs=MOVES)
+        values = {"lr": 0.05, "schedule": schedule, **settings}
+        self.method = build_method(
+            name,
+            self.model,
+            self.optimizer,
+            LocalSettings(**values),
+            epochs=EPOCHS,
+            example_inputs=images(1)[0][0],
+        )
+
+    def epoch(self, number: int) -> bool:
+        step = build_step(
+            "eager", self.model, self.optimizer, self.method, device=CPU, precision="float32", scaler=None
+        )
+        self.model.train()
+        losses = [step(*batch) for batch in images(3, seed=10 + number)]
+        return self.method.end_epoch(float(torch.stack(losses).mean()))
+
+    def state(self) -> dict:
+        return {
+            "method": self.method.state_dict(),
+            "model": weights(self.model),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def load(self, state: dict) -> None:
+        self.method.load_state_dict(state["method"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def saved_and_loaded(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_method
+def test_it_is_registered_under_its_name(name):
+    assert issubclass(METHODS[name], Method)
+    assert METHODS[name].name == name
+    training = Training(name)
+    assert type(training.method) is METHODS[name]
+    assert training.method.layers == ("stem", "first", "second", "shortcut", "middle", "head")
+
+
+@every_method
+def test_the_boundary_starts_at_zero_and_never_goes_backwards(name):
+    training = Training(name)
+    boundaries = [training.method.boundary]
+    for number in range(EPOCHS):
+        training.epoch(number)
+        boundaries.append(training.method.boundary)
+    assert boundaries[0] == 0
+    assert all(a <= b for a, b in itertools.pairwise(boundaries))
+    with pytest.raises(LowcalError):
+        training.method.move_to(boundaries[-1] - 1)
+    assert training.method.boundary == boundaries[-1]
+
+
+@every_method
+def test_it_says_when_the_step_must_be_built_anew(name):
+    training = Training(name)
+    for number in range(EPOCHS):
+        learning = {key: value.requires_grad for key, value in training.model.named_parameters()}
+        changed = training.epoch(number)
+        assert changed == (learning != {k: v.requires_grad for k, v in training.model.named_parameters()})
+
+
+@every_method
+@pytest.mark.parametrize("finished", range(EPOCHS + 1))
+def test_its_state_goes_on_bitwise_from_any_epoch(name, finished):
+    whole = Training(name)
+    for number in range(finished):
+        whole.epoch(number)
+    state = saved_and_loaded(whole.state())  # tensors and plain values only, or it would not load
+    assert same(state, whole.state())
+    resumed = Training(name)
+    resumed.load(state)
+    assert same(resumed.state(), whole.state())
+    for number in range(finished, EPOCHS):
+        assert resumed.epoch(number) == whole.epoch(number)
+        assert same(resumed.state(), whole.state())
+        assert same(resumed.method.facts(), whole.method.facts())
+
+
+@every_method
+def test_a_state_that_is_not_its_own_is_refused_and_changes_nothing(name):
+    training = Training(name)
+    training.epoch(0)
+    before = snapshot(training.model, training.optimizer), training.method.state_dict()
+    for state in ({"gates": 3}, {"format": 99}):
+        with pytest.raises(LowcalError) as error:
+            training.method.load_state_dict(state)
+        assert "\n" not in str(error.value)
+        assert same((snapshot(training.model, training.optimizer), training.method.state_dict()), before)
+
+
+@every_method
+@pytest.mark.parametrize("epochs", [0, EPOCHS])
+def test_detach_leaves_no_hook(name, epochs):
+    training = Training(name)
+    for number in range(epochs):
+        training.epoch(number)
+    training.method.detach()
+    plain = Residual()
+    assert hooks(training.model, training.optimizer) == hooks(plain, sgd(plain))
+
+
+@every_method
+@pytest.mark.parametrize("norm_stats", ["batch", "running"])
+def test_with_boundary_zero_it_is_bitwise_sgd(name, norm_stats):
+    one = Training(name, convnet, schedule=ScheduleSettings(name="fixed", epochs={}), norm_stats=norm_stats)
+    two = Training("sgd", convnet)
+    for number in range(EPOCHS):
+        one.epoch(number)
+        two.epoch(number)
+        assert same(weights(one.model), weights(two.model))
+        assert same(one.optimizer.state_dict(), two.optimizer.state_dict())
+
+
+@every_method
+def test_the_networks_names_and_the_optimizers_groups_stay(name):
+    training = Training(name)
+    keys, groups = list(training.model.state_dict()), training.optimizer.state_dict()["param_groups"]
+    for number in range(EPOCHS):
+        training.epoch(number)
+        assert list(training.model.state_dict()) == keys
+        assert training.optimizer.state_dict()["param_groups"] == groups
+
+
+@every_method
+def test_evaluation_changes_nothing(name):
+    training = Training(name)
+    for number in range(EPOCHS):
+        training.epoch(number)
+        training.model.eval()
+        before = training.state()
+        with torch.no_grad():
+            training.model(images(1)[0][0])
+        assert same(training.state(), before)
+
+
+@every_method
+def test_its_facts_are_plain_values(name):
+    training = Training(name)
+    assert training.method.facts().keys() == FACTS
+    for number in range(EPOCHS):
+        training.epoch(number)
+        facts = training.method.facts()
+        assert facts.keys() == FACTS
+        assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+@every_method
+def test_its_penalty_can_be_added_to_a_loss(name):
+    training = Training(name)
+    inputs, labels = images(1)[0]
+    loss = nn.functional.cross_entropy(training.model(inputs), labels)
+    penalty = training.method.penalty(loss)
+    assert penalty is None or (penalty.dim() == 0 and penalty.requires_grad and penalty.isfinite())
+
+
+@every_method
+@pytest.mark.parametrize("epochs", [0, 2, EPOCHS])
+def test_its_twin_does_the_same_and_leaves_it_alone(name, epochs):
+    training = Training(name)
+    for number in range(epochs):
+        training.epoch(number)
+    before = snapshot(training.model, training.optimizer), training.method.state_dict()
+    model, optimizer = copy.deepcopy((training.model, training.optimizer))
+    twin = training.method.twin(model, optimizer, images(1)[0][0])
+    assert twin.boundary == training.method.boundary
+    assert same(weights(model), weights(training.model))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in training.model.parameters()]
+    model.train()
+    step = build_step("eager", model, optimizer, twin, device=CPU, precision="float32", scaler=None)
+    step(*images(1)[0])
+    twin.detach()
+    assert same((snapshot(training.model, training.optimizer), training.method.state_dict()), before)
+
+
+def test_an_unknown_method_is_named_with_the_nearest():
+    with pytest.raises(LowcalError, match="'freze'; did you mean 'freeze'"):
+        Training("freze")

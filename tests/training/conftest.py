@@ -1,0 +1,22 @@
+"""What the tests of training share."""
+
+import pytest
+
+import lowcal.training.trainer as trainer
+
+_costs = {}
+
+
+@pytest.fixture(autouse=True)
+def _remembered_costs(monkeypatch):
+    """A dry run takes longer than training these networks does; the same one is made once."""
+    dry_cost = trainer.dry_cost
+
+    def remember(method, shape, *, precision):
+        model = str(method.model)
+        key = (method.name, method.boundary, method.period, method.settings.norm_stats, model, shape, precision)
+        if key not in _costs:
+            _costs[key] = dry_cost(method, shape, precision=precision)
+        return _costs[key]
+
+    monkeypatch.setattr(trainer, "dry_cost", remember)

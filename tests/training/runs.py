@@ -1,0 +1,143 @@
+"""Runs small enough to be repeated many times: 22 images of 6x6, three classes, a network with dropout."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowcal.data import Augmentation, Batches, Images
+from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.methods import build_method
+from lowcal.training.record import RunFolder
+from lowcal.training.trainer import Run
+
+MOVES = {1: 1, 3: 3}
+TIMES = ("seconds", "total_seconds", "step_ms", "images_per_second")
+
+
+def network() -> nn.Module:
+    """Four layers: three convolutions, two of them normalised, and a classifier."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(2, 4, 3, padding=1),
+            norm1=nn.BatchNorm2d(4),
+            act1=nn.ReLU(inplace=True),
+            conv2=nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            norm2=nn.BatchNorm2d(4),
+            act2=nn.ReLU(),
+            drop=nn.Dropout(0.3),
+            conv3=nn.Conv2d(4, 6, 3, stride=2),
+            act3=nn.ReLU(),
+            flat=nn.Flatten(),
+            head=nn.Linear(24, 3),
+        )
+    )
+
+
+def images(count: int, seed: int = 5) -> Images:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (count, 2, 6, 6), generator=generator, dtype=torch.uint8)
+    return Images(pixels, torch.randint(3, (count,), generator=generator))
+
+
+def settings(moves: Mapping[int, int] | None = None, **values: Any) -> LocalSettings:
+    """Settings of local learning with the boundary by hand, or with Algorithm 1 where `moves` is empty."""
+    moves = MOVES if moves is None else dict(moves)
+    schedule = ScheduleSettings(name="fixed", epochs=moves) if moves else ScheduleSettings(alpha=2.0, interval=1)
+    return LocalSettings(schedule=schedule, **{"lr": 0.05, **values})
+
+
+def make_run(
+    path: Path,
+    method: str = "local",
+    *,
+    seed: int = 0,
+    epochs: int = 6,
+    precision: str = "float32",
+    local: LocalSettings | None = None,
+    model: nn.Module | None = None,
+    lr_at: Callable[[int], float] = lambda epoch: 0.1 * 0.7**epoch,
+    checkpoint: bool = True,
+) -> Run:
+    """A run in the folder `path`, which is made if it does not hold one yet."""
+    torch.manual_seed(seed)
+    model = network() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
+    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25)}
+    train = Batches(
+        images(22), batch=5, seed=seed, shuffle=True, augmentation=Augmentation(pad=1, flip=True), **statistics
+    )
+    if RunFolder.holds_run(path):
+        folder = RunFolder.open(path)
+    else:
+        identity = {
+            "method": method,
+            "recipe": "tiny",
+            "seed": seed,
+            "epochs": epochs,
+            "model": "tiny",
+            "dataset": "noise",
+            "label": "tiny",
+        }
+        folder = RunFolder.create(path, recipe="name: tiny\n", environment={"device": "cpu"}, identity=identity)
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        method=build_method(
+            method, model, optimizer, local or settings(), epochs=epochs, example_inputs=train.example(1)
+        ),
+        train=train,
+        test=Batches(images(13, seed=6), batch=8, **statistics),
+        epochs=epochs,
+        lr_at=lr_at,
+        precision=precision,
+        device="cpu",
+        folder=folder,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+
+
+def run_on(run: Run, epochs: int | None = None) -> Run:
+    """Takes `run` on by so many epochs, or to its end."""
+    for _ in range(run.epochs - run.finished if epochs is None else epochs):
+        run.run_epoch()
+    return run
+
+
+def state(run: Run) -> dict[str, Any]:
+    """All of a run that may not depend on how it came there."""
+    return {
+        "finished": run.finished,
+        "model": {name: value.clone() for name, value in run.model.state_dict().items()},
+        "learning": {name: value.requires_grad for name, value in run.model.named_parameters()},
+        "optimizer": run.optimizer.state_dict(),
+        "method": run.method.state_dict(),
+        "batches": run.train.state_dict(),
+        "log": log(run),
+    }
+
+
+def log(run: Run) -> list[dict[str, Any]]:
+    """The run's records without the times in them."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]
+
+
+class Spoilt(nn.Module):
+    """A network whose answers are spoilt by `spoil` in the forward pass number `at`, counted from 1."""
+
+    def __init__(self, at: int, spoil: Callable[[Tensor], Tensor], *, training: bool = True) -> None:
+        super().__init__()
+        self.net = network()
+        self.at, self.spoil, self.passes, self.counts_training = at, spoil, 0, training
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.net(x)
+        # Tracing and dry runs are passes too, but without a graph or without data.
+        if scores.is_meta or self.training != self.counts_training or self.training != torch.is_grad_enabled():
+            return scores
+        self.passes += 1
+        return self.spoil(scores) if self.passes == self.at else scores

@@ -1,0 +1,152 @@
+"""A run that is saved and resumed in new objects ends bitwise where the uninterrupted run ends."""
+
+import io
+import itertools
+
+import pytest
+import torch
+
+import lowcal
+
+from .networks import convnet, images
+from .support import OPTIMIZERS, same, train_epoch, train_step, weights
+
+EPOCHS = 7
+SCHEDULES = {
+    "fixed": lowcal.Fixed({1: 1, 3: 2, 6: 3}),
+    "norm-trend": lowcal.NormTrend(alpha=1.2, shift=1, interval=1),
+    "quadratic": lowcal.Quadratic(3, 0.1),
+}
+
+
+def build(schedule="fixed", optimizer="sgd", *, example=True, **options):
+    model = convnet()
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    inputs = images(1)[0][0] if example else None
+    options.setdefault("rule", lowcal.Hebbian(decay_every=2))
+    local = lowcal.LoCal(
+        model, optimizer, epochs=EPOCHS, schedule=SCHEDULES[schedule], example_inputs=inputs, **options
+    )
+    return model, optimizer, local
+
+
+def states(parts):
+    return [part.state_dict() for part in parts]
+
+
+def stored(things):
+    """Through a file, as plain values and tensors only."""
+    file = io.BytesIO()
+    torch.save(things, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def batches(epoch):
+    return images(3, seed=100 + epoch)
+
+
+def finish(parts, start):
+    """Trains from epoch `start` to the end; the state of everything after each epoch, by epoch."""
+    found = {}
+    for epoch in range(start, EPOCHS):
+        train_epoch(*parts, batches(epoch))
+        found[epoch + 1] = stored(states(parts))
+    return found
+
+
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(range(3))), ids=lambda order: "".join(map("MOL".__getitem__, order))
+)
+@pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])
+def test_resumed_at_every_epoch_in_every_order_of_loading(example, order):
+    torch.manual_seed(1)
+    parts = build(example=example)
+    initial = stored(states(parts))
+    whole = {0: initial, **finish(parts, 0)}
+    assert [dict(state[2])["boundary"] for state in whole.values()] == [0, 1, 1, 2, 2, 2, 3, 3]
+    for epoch in range(EPOCHS):
+        torch.manual_seed(50 + epoch)  # other initial weights
+        resumed = build(example=example)
+        for index in order:
+            resumed[index].load_state_dict(whole[epoch][index])
+        assert same(stored(states(resumed)), whole[epoch])
+        assert same(finish(resumed, epoch), {e: s for e, s in whole.items() if e > epoch})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("norm-trend", {}),
+        ("norm-trend", {"optimizer": "adam", "norm_stats": "running"}),
+        ("quadratic", {"optimizer": "adamw", "rule": lowcal.Hebbian(every=4, scale="relative")}),
+        ("quadratic", {"rule": lowcal.Frozen(), "supervision": None}),
+    ],
+    ids=str,
+)
+def test_resumed_at_every_epoch(name, options):
+    torch.manual_seed(1)
+    parts = build(name, **options)
+    whole = finish(parts, 0)
+    boundaries = [state[2]["boundary"] for state in whole.values()]
+    assert len(set(boundaries)) >= 3, boundaries  # several moves, or the test says little
+    for epoch in range(1, EPOCHS):
+        resumed = build(name, example=epoch % 2 == 0, **options)
+        for part, state in zip(resumed, whole[epoch], strict=True):
+            part.load_state_dict(state)
+        assert same(finish(resumed, epoch), {e: s for e, s in whole.items() if e > epoch})
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_resumed_in_the_middle_of_an_epoch(steps):
+    """The change of the transition layer counts from the epoch's start, not from where the run was resumed."""
+    results = []
+    for interrupted in (False, True):
+        torch.manual_seed(1)
+        parts = build("norm-trend", rule=lowcal.Hebbian(every=2))
+        for epoch in range(EPOCHS):
+            losses = []
+            for index, batch in enumerate(batches(epoch)):
+                if interrupted and index == steps:
+                    saved = stored(states(parts))
+                    parts = build("norm-trend", rule=lowcal.Hebbian(every=2))
+                    for part, state in zip(parts, saved, strict=True):
+                        part.load_state_dict(state)
+                losses.append(train_step(parts[0], parts[1], batch))
+            parts[2].end_epoch(torch.stack(losses).mean())
+        results.append(stored(states(parts)))
+    assert same(*results)
+
+
+def test_the_state_is_a_copy():
+    parts = build()
+    train_epoch(*parts, batches(0))
+    kept = parts[2].state_dict()
+    saved = stored(kept)
+    train_epoch(*parts, batches(1))
+    assert same(stored(kept), saved)
+    other = build()
+    other[2].load_state_dict(kept)
+    train_epoch(*other, batches(3))
+    assert same(stored(kept), saved)
+
+
+def test_the_state_before_any_forward_can_be_resumed():
+    parts = build(example=False)
+    saved = stored(states(parts))
+    resumed = build(example=False)
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    assert same(finish(parts, 0), finish(resumed, 0))
+
+
+def test_loading_into_the_same_controller_again():
+    parts = build()
+    finish_epochs = finish(parts, 0)
+    final = finish_epochs[EPOCHS]
+    for part, state in zip(parts, final, strict=True):
+        part.load_state_dict(state)
+    assert same(stored(states(parts)), final)
+    before = weights(parts[0])
+    train_step(parts[0], parts[1], batches(0)[0])
+    assert not same(before, weights(parts[0]))

@@ -115,6 +115,20 @@ class LocalSettings(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
 
 
+class StochasticDepthSettings(Settings):
+    """Stochastic depth: `survival` is p_L, the probability with which the last residual block takes part."""
+
+    survival: Fraction = 0.5
+
+
+class PruneSettings(Settings):
+    """PruneTrain: the penalty's part of the first loss, epochs between removals, and when a weight counts as zero."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    every: Count = 10
+    threshold: Positive = 1e-4
+
+
 class Recipe(Settings):
     """Every setting of a run. `label` is the line that tables and reports show for it."""
 
@@ -131,6 +145,8 @@ class Recipe(Settings):
     optimizer: OptimizerSettings
     lr_schedule: RateSettings
     local: LocalSettings = LocalSettings()
+    stochastic_depth: StochasticDepthSettings = StochasticDepthSettings()
+    prune: PruneSettings = PruneSettings()
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Recipe:

@@ -11,12 +11,23 @@ from lowcal.errors import LowcalError, nearest
 from lowcal.methods.base import Method
 from lowcal.methods.freeze import Freeze
 from lowcal.methods.local import Local
+from lowcal.methods.prune import Prune, PruneSettings
 from lowcal.methods.settings import LocalSettings, ScheduleSettings
 from lowcal.methods.sgd import SGD
+from lowcal.methods.stochastic_depth import StochasticDepth, StochasticDepthSettings
 
-__all__ = ["METHODS", "LocalSettings", "Method", "ScheduleSettings", "build_method", "find_method"]
+__all__ = [
+    "METHODS",
+    "LocalSettings",
+    "Method",
+    "PruneSettings",
+    "ScheduleSettings",
+    "StochasticDepthSettings",
+    "build_method",
+    "find_method",
+]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SGD, Local, Freeze)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SGD, Local, Freeze, StochasticDepth, Prune)}
 
 
 def find_method(name: str) -> type[Method]:

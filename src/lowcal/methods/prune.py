@@ -1,0 +1,233 @@
+"""PruneTrain (Lym et al. 2019, arXiv 1901.09290): channels are driven to zero by a penalty and removed on the way.
+
+The penalty is the group lasso over the output channels and over the input channels of each layer, with one coefficient,
+set at the first mini-batch so that the penalty is a given part of the whole loss. A channel goes when both the layers
+that make it and those that use it are rid of it, for all layers that a residual sum ties together; so what the network
+computes stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lowcal.errors import LowcalError
+from lowcal.methods.base import Method
+from lowcal.methods.pruning.groups import Group, find_groups
+from lowcal.methods.pruning.slicing import cut, drop_parameters
+from lowcal.methods.residual import ResidualBlock, residual_blocks
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Settings of `Prune`.
+
+    Attributes:
+        ratio: the penalty's part of the first mini-batch's whole loss, above 0 and below 1.
+        every: epochs from one removal of channels to the next.
+        threshold: a channel is gone from a layer when none of its weights there is as large.
+    """
+
+    ratio: float = 0.2
+    every: int = 10
+    threshold: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise LowcalError(f"prune: ratio is {self.ratio!r}; give the penalty's part of the loss, above 0, below 1")
+        if self.every < 1:
+            raise LowcalError(f"prune: every is {self.every!r}; give a number of epochs, at least 1")
+        if not self.threshold > 0:
+            raise LowcalError(f"prune: threshold is {self.threshold!r}; give a weight's size, above 0")
+
+
+class Prune(Method):
+    """SGD with a group lasso, on a network that loses channels every few epochs.
+
+    A residual branch that has lost all its channels goes as a whole, with the constant that its last normalisation
+    would still add; the block is then its shortcut.
+    """
+
+    name: ClassVar[str] = "prune"
+    section: ClassVar[str] = "prune"
+
+    def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
+        chosen = self.settings
+        self._chosen = PruneSettings(chosen.ratio, chosen.every, chosen.threshold)
+        layers = super()._attach(example_inputs)
+        self._groups = {group.name: group for group in find_groups(self.model)}
+        self._kept = {group.name: list(range(group.channels)) for group in self._groups.values()}
+        self._blocks = {block.name: block for block in residual_blocks(self.model)}
+        self._removed: list[str] = []
+        self._finished = 0
+        self._coefficient: Tensor | None = None
+        return layers
+
+    def penalty(self, loss: Tensor) -> Tensor:
+        """The group lasso times its coefficient, which the first call sets by that mini-batch's `loss`."""
+        lasso = self._lasso()
+        if self._coefficient is None:
+            ratio = self._chosen.ratio
+            self._coefficient = (ratio * loss / ((1 - ratio) * lasso)).detach()
+        return self._coefficient * lasso
+
+    def end_epoch(self, loss: float) -> bool:
+        """Removes what has gone to zero, if it is time.
+
+        Raises:
+            LowcalError: nothing would be left of a layer that the network cannot do without.
+        """
+        self._finished += 1
+        return self._finished % self._chosen.every == 0 and self._reconfigure()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The channels that are kept, by their numbers in the unpruned network, and the penalty's coefficient."""
+        return {
+            "kept": {name: list(numbers) for name, numbers in self._kept.items()},
+            "removed": list(self._removed),
+            "finished": self._finished,
+            "coefficient": None if self._coefficient is None else self._coefficient.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cuts the network and the optimizer to the shape that they had in `state`; their values are loaded after."""
+        self._check(state)
+        self._shrink(state["kept"], state["removed"])
+        self._finished = state["finished"]
+        coefficient = state["coefficient"]
+        device = next(self.model.parameters()).device
+        self._coefficient = None if coefficient is None else coefficient.to(device, copy=True)
+
+    def _lasso(self) -> Tensor:
+        norms = []
+        for group in self._groups.values():
+            for name in group.makers:
+                weight = self.model.get_submodule(name).get_parameter("weight")
+                norms.append(torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim()))))
+            for name in group.users:
+                by_input = _by_input(self.model.get_submodule(name), group)
+                norms.append(torch.linalg.vector_norm(by_input, dim=(0, *range(2, by_input.dim()))))
+        return torch.cat(norms).sum()
+
+    @torch.no_grad()
+    def _alive(self, groups: Mapping[str, Group]) -> dict[str, list[bool]]:
+        """Which channels of each group a layer still has weights for; reads from the device once."""
+        masks = []
+        for group in groups.values():
+            peaks = [
+                self.model.get_submodule(name).get_parameter("weight").abs().flatten(1).amax(1) for name in group.makers
+            ]
+            for name in group.users:
+                weight = _by_input(self.model.get_submodule(name), group).abs()
+                peaks.append(weight.amax(dim=(0, *range(2, weight.dim()))))
+            masks.append(~(torch.stack(peaks) < self._chosen.threshold).all(dim=0))
+        flags = iter(torch.cat(masks).tolist())
+        return {name: [next(flags) for _ in range(group.channels)] for name, group in groups.items()}
+
+    def _reconfigure(self) -> bool:
+        groups, removed = self._groups, list(self._removed)
+        while True:
+            alive = self._alive(groups)
+            empty = [group for name, group in groups.items() if not any(alive[name])]
+            if not empty:
+                break
+            for group in empty:
+                block = self._block_around(group)
+                if block is None:
+                    raise LowcalError(
+                        f"prune has no channel left in layer '{group.name}', which the network cannot do without; "
+                        f"lower prune.ratio, which is {self._chosen.ratio:g}, or the learning rate"
+                    )
+                if block.name not in removed:
+                    removed.append(block.name)
+            groups = self._without(groups, removed)
+        kept = {
+            name: [number for number, is_alive in zip(self._kept[name], alive[name], strict=True) if is_alive]
+            for name in groups
+        }
+        if kept == self._kept and removed == self._removed:
+            return False
+        self._shrink(kept, removed)
+        return True
+
+    def _shrink(self, kept: Mapping[str, list[int]], removed: list[str]) -> None:
+        for name in removed:
+            if name not in self._removed:
+                self._remove_branch(self._blocks[name])
+        self._removed = list(removed)
+        self._groups = self._without(self._groups, removed)
+        for name, group in self._groups.items():
+            wanted = set(kept[name])
+            places = [place for place, number in enumerate(self._kept[name]) if number in wanted]
+            if len(places) < group.channels:
+                cut(self.model, self.optimizer, group, torch.tensor(places))
+                self._groups[name] = replace(group, channels=len(places))
+        self._kept = {name: list(kept[name]) for name in self._groups}
+
+    def _remove_branch(self, block: ResidualBlock) -> None:
+        rest = block.rest()
+        rest.train(block.module.training)
+        drop_parameters(self.optimizer, set(block.module.parameters()) - set(rest.parameters()))
+        parent, _, own = block.name.rpartition(".")
+        setattr(self.model.get_submodule(parent), own, rest)
+        self.layers = tuple(layer for layer in self.layers if not _is_in_branch(layer, block))
+
+    def _block_around(self, group: Group) -> ResidualBlock | None:
+        """The residual block without whose branch the whole group would be gone."""
+        for block in self._blocks.values():
+            if all(_is_in_branch(member, block) for member in group.members):
+                return block
+        return None
+
+    def _without(self, groups: Mapping[str, Group], removed: list[str]) -> dict[str, Group]:
+        """The groups less what is in the removed blocks' branches."""
+        blocks = [self._blocks[name] for name in removed]
+
+        def left(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in names if not any(_is_in_branch(name, block) for block in blocks))
+
+        rest: dict[str, Group] = {}
+        for name, group in groups.items():
+            makers, users, carriers = left(group.makers), left(group.users), left(group.carriers)
+            if makers or users:
+                rest[name] = replace(group, makers=makers, users=users, carriers=carriers)
+        return rest
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        def refuse(what: str) -> LowcalError:
+            return LowcalError(
+                f"prune: the state {what}; load it into the network that it was saved from, before its training"
+            )
+
+        kept, removed = state.get("kept"), state.get("removed")
+        if not isinstance(kept, dict) or not isinstance(removed, list) or not isinstance(state.get("finished"), int):
+            raise refuse("is not one of prune, or is damaged")
+        if not isinstance(state.get("coefficient", 0), Tensor | None):
+            raise refuse("has no coefficient")
+        strange = [name for name in removed if name not in self._blocks]
+        if strange or removed[: len(self._removed)] != self._removed:
+            raise refuse(f"has other residual blocks removed, {removed}")
+        groups = self._without(self._groups, removed)
+        if kept.keys() != groups.keys():
+            raise refuse(f"is of layers {sorted(kept)}, this network's are {sorted(groups)}")
+        for name, numbers in kept.items():
+            own = set(self._kept[name])
+            if not numbers or not own.issuperset(numbers) or sorted(set(numbers)) != numbers:
+                raise refuse(f"keeps channels of layer '{name}' that this network does not have")
+
+
+def _by_input(layer: nn.Module, group: Group) -> Tensor:
+    """The layer's weight with the group's channels as its second dimension, (outputs, channels, ...)."""
+    weight = layer.get_parameter("weight")
+    return weight.unflatten(1, (group.channels, -1)) if isinstance(layer, nn.Linear) else weight
+
+
+def _is_in_branch(name: str, block: ResidualBlock) -> bool:
+    inside = f"{block.name}."
+    if not name.startswith(inside):
+        return False
+    return block.shortcut_name is None or f"{name}.".startswith(f"{inside}{block.shortcut_name}.") is False

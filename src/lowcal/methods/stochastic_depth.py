@@ -1,0 +1,143 @@
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): residual blocks dropped for a mini-batch at a time.
+
+Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L); one that does not is its shortcut
+alone, and neither its branch's forward nor backward pass runs. In evaluation every branch takes part, scaled by p_l.
+Weights of a dropped block have no gradient in that step: neither momentum nor weight decay
+moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.errors import LowcalError
+from lowcal.hooks import Hook
+from lowcal.methods.base import Method
+from lowcal.methods.residual import ResidualBlock, residual_blocks
+
+
+@dataclass(frozen=True)
+class StochasticDepthSettings:
+    """Settings of `StochasticDepth`.
+
+    Attributes:
+        survival: p_L, the probability with which the last block takes part, above 0 and at most 1.
+    """
+
+    survival: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.survival <= 1:
+            raise LowcalError(
+                f"stochastic-depth: survival is {self.survival!r}; give the last block's probability, "
+                "above 0 and at most 1"
+            )
+
+
+class StochasticDepth(Method):
+    """Plain SGD on a network that is of another, smaller depth in each mini-batch.
+
+    A pass in training mode is a mini-batch. The network itself is changed only while a pass runs.
+    """
+
+    name: ClassVar[str] = "stochastic-depth"
+    section: ClassVar[str] = "stochastic_depth"
+
+    def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
+        settings = StochasticDepthSettings(self.settings.survival)
+        self._blocks = residual_blocks(self.model)
+        if not self._blocks:
+            raise LowcalError(
+                f"stochastic-depth drops residual blocks, and {type(self.model).__name__} has none that it knows; "
+                "use it with a ResNet or MobileNetV2, or train this network by another method"
+            )
+        layers = super()._attach(example_inputs)
+        count = len(self._blocks)
+        self.survival = tuple(1 - number / count * (1 - settings.survival) for number in range(1, count + 1))
+        # On the processor, whatever the device, so that all ranks draw the same and no step waits.
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._fixed: tuple[bool, ...] | None = None
+        self._dropped: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = [
+            self.model.register_forward_pre_hook(Hook(self._begin)),
+            self.model.register_forward_hook(Hook(self._end), always_call=True),
+        ]
+        for block, probability in zip(self._blocks, self.survival, strict=True):
+            if probability < 1:
+                self._handles.append(block.last.register_forward_hook(Hook(self._scale, probability)))
+        return layers
+
+    def expected_flops(self, count: Callable[[], int]) -> float:
+        """The expectation over all gates: a step of all blocks, less what each takes while it is dropped."""
+        number = len(self._blocks)
+        try:
+            savings = []
+            for dropped in range(number):
+                self._fixed = tuple(index != dropped for index in range(number))
+                savings.append(count())
+            self._fixed = (True,) * number  # last, so that the most memory is seen with all optimizer state there
+            whole = count()
+        finally:
+            self._fixed = None
+        return whole - sum((1 - p) * (whole - part) for p, part in zip(self.survival, savings, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The blocks and the state of the generator that gates are drawn from."""
+        return {"blocks": [block.name for block in self._blocks], "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on drawing where `state` was taken."""
+        names = [block.name for block in self._blocks]
+        if state.get("blocks") != names:
+            raise LowcalError(
+                f"stochastic-depth: the state is of residual blocks {state.get('blocks')}, this network has {names}; "
+                "load it into the network that it was saved from"
+            )
+        generator = torch.Generator()
+        try:
+            generator.set_state(state["generator"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise LowcalError(
+                "stochastic-depth: the state's generator is missing or damaged; use another checkpoint"
+            ) from error
+        self._generator = generator
+
+    def detach(self) -> None:
+        """Removes the hooks; what remains is the plain network, which does not scale its branches."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _gates(self) -> list[bool]:
+        draws = torch.rand(len(self._blocks), generator=self._generator, dtype=torch.float64).tolist()
+        return [draw < probability for draw, probability in zip(draws, self.survival, strict=True)]
+
+    def _begin(self, model: nn.Module, _: Any) -> None:
+        self._restore()
+        if not model.training:
+            return
+        for block, gate in zip(self._blocks, self._fixed or self._gates(), strict=True):
+            if not gate:
+                self._drop(block)
+
+    def _drop(self, block: ResidualBlock) -> None:
+        # The instance's forward hides its class's until the pass has ended: no hook could keep that one from running.
+        block.module.forward = block.without_branch
+        self._dropped.append(block.module)
+
+    def _end(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for module in self._dropped:
+            del module.forward
+        self._dropped.clear()
+
+    def _scale(self, probability: float, *arguments: Any) -> Tensor | None:
+        return None if self.model.training else probability * arguments[2]

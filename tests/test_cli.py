@@ -303,8 +303,7 @@ def interrupted(arguments: list[str], epochs: int, monkeypatch: pytest.MonkeyPat
         return main(arguments)
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize("epochs", [0, 1, 3])
+@pytest.mark.parametrize(("command", "epochs"), [("train", 0), ("train", 3), ("compare", 4)])
 def test_ctrl_c_tells_how_to_go_on_and_that_gives_the_same_run(here, command, epochs, monkeypatch, capsys):
     arguments = [command, *small("epochs=4")]
     assert main([*arguments, "--out", "whole", "--quiet"]) == 0

@@ -89,7 +89,7 @@ def compare(
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
     with _resumable(context, folder, more), Display(quiet=quiet) as display:
-        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed(s) each; in {folder}")
+        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed{'s' * (seeds > 1)} each; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
 
@@ -103,6 +103,7 @@ def compare(
             watcher=display,
         )
     print(f"\n{_title(result.summary)}\n\n{comparison_table(result.summary['rows'])}\n")
+    print("speed-up and FLOPs against sgd; memory: peak of a training step; boundary: local layers at the end")
     print(f"report: {result.page}")
 
 
@@ -123,11 +124,12 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train one network by one method."""
-    from lowcal.console import Display, duration
+    from lowcal.console import Display
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
     from lowcal.experiments.train import started_with
     from lowcal.experiments.train import train as run
+    from lowcal.report.tables import duration
 
     if resume and out is None:
         raise LowcalError("--resume needs the run's folder: give it with --out")

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowcal.experiments.arms import Arm
+from lowcal.report.tables import duration, memory
 
 if TYPE_CHECKING:
     from lowcal.training.trainer import Progress
@@ -89,7 +90,7 @@ class Display:
         self._console.print(
             f"{arm.folder:<{longest}}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
             f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}"
-            f"  {_speed(line.speed)}  {duration(self._left())} left"
+            f"  {_speed(line.speed)}  {clock(self._left())} left"
         )
         sys.stdout.flush()
 
@@ -111,9 +112,7 @@ class Display:
         longest = max((len(arm.folder) for arm in self._lines), default=0)
         for arm, line in self._lines.items():
             # The longest name and the bar share 26 columns, so that a line fits in 80.
-            bar = ProgressBar(
-                total=line.epochs, completed=line.finished + line.part, width=max(4, 26 - longest)
-            )
+            bar = ProgressBar(total=line.epochs, completed=line.finished + line.part, width=max(4, 26 - longest))
             epoch = min(line.finished + 1, line.epochs)
             grid.add_row(
                 Text(arm.folder, style="bold"),
@@ -123,13 +122,13 @@ class Display:
                 f"boundary {line.boundary or '-'}",
                 _speed(line.speed),
             )
-        return Group(grid, Text(f"{duration(self._left())} left; after Ctrl-C the runs can be taken up again"))
+        return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be taken up again"))
 
 
 def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
     return _table(
-        ("method", "top-1 error %", "time", "speed-up", "FLOPs", "peak memory", "boundary"),
+        ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"),
         [
             (
                 row["method"],
@@ -137,7 +136,7 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
                 duration(row["seconds"]),
                 _ratio(row["speedup"]),
                 _ratio(row["flops_ratio"]),
-                size(row["peak_memory_bytes"]),
+                memory(row["peak_memory_bytes"]),
                 f"{_number(row['boundary'], 1).removesuffix('.0')}/{row['layers']}",
             )
             for row in rows
@@ -166,33 +165,22 @@ def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them: 4.2 s, 3:05 (minutes), 1:02:03 (hours)."""
+def clock(seconds: float | None) -> str:
+    """A time that is left: 3:05 (minutes), 1:02:03 (hours)."""
     if seconds is None:
         return "-:--"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def size(number: float) -> str:
-    """Bytes with a binary prefix and three digits: 12.3 MiB."""
-    return _prefixed(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
 def amount(number: float) -> str:
     """A large number with a decimal prefix and three digits: 1.82 G."""
-    return _prefixed(number, 1000, ("", "k", "M", "G", "T", "P"))
-
-
-def _prefixed(number: float, base: int, units: Sequence[str]) -> str:
-    unit = 0
-    while number >= base and unit < len(units) - 1:
-        number, unit = number / base, unit + 1
+    unit, prefixes = 0, ("", "k", "M", "G", "T", "P")
+    while number >= 1000 and unit < len(prefixes) - 1:
+        number, unit = number / 1000, unit + 1
     digits = 0 if unit == 0 else max(0, 3 - len(str(int(number))))
-    return f"{number:.{digits}f} {units[unit]}"
+    return f"{number:.{digits}f} {prefixes[unit]}"
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:

@@ -113,7 +113,7 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
     check_input(model, recipe.model.name, shape)
     model = model.to(device)
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     sgd = recipe.optimizer
     optimizer = SGD(
         model.parameters(),

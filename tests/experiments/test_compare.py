@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+
+from lowcal.errors import LowcalError
+from lowcal.experiments.arms import Arm
+from lowcal.experiments.assemble import build_run, check, find_device, load_data
+from lowcal.experiments.compare import compare
+from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe_files import apply_settings, load_recipe
+
+CPU = torch.device("cpu")
+
+
+class Diary:
+    """A watcher that writes everything down."""
+
+    def __init__(self):
+        self.notes, self.begun, self.steps, self.epochs = [], [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, arms, finished, epochs):
+        self.begun.append((tuple(arms), tuple(finished), epochs))
+
+    def step(self, arm, progress):
+        self.steps.append((arm, progress.epoch))
+
+    def epoch(self, arm, record):
+        self.epochs.append((arm.folder, record["epoch"]))
+
+
+def recipe(*settings: str) -> Recipe:
+    data = "data={name: synthetic, train_images: 48, test_images: 24, image_size: 8, classes: 3}"
+    small = ["epochs=3", "batch=16", "model.width=4", data, "local.schedule={name: fixed, epochs: {1: 2}}"]
+    return apply_settings(load_recipe("digits"), [*small, *settings])
+
+
+def run_compare(out, chosen, methods, seeds=1, diary=None):
+    return compare(chosen, methods, seeds, out, data_dir=None, device=CPU, watcher=diary or Diary())
+
+
+def test_arms_take_turns_epoch_by_epoch_in_a_rotating_order_seed_by_seed(tmp_path):
+    diary = Diary()
+    run_compare(tmp_path / "out", recipe("epochs=2"), ["sgd", "freeze"], 2, diary)
+    assert diary.epochs == [
+        *[("sgd-seed0", 0), ("freeze-seed0", 0), ("freeze-seed0", 1), ("sgd-seed0", 1)],
+        *[("sgd-seed1", 0), ("freeze-seed1", 0), ("freeze-seed1", 1), ("sgd-seed1", 1)],
+    ]
+    assert diary.begun[1] == ((Arm("sgd", 1), Arm("freeze", 1)), (0, 0), 2)
+    assert {arm for arm, _ in diary.steps} == {Arm(m, s) for m in ("sgd", "freeze") for s in (0, 1)}
+
+
+def test_the_report_holds_the_figures_of_the_run_folders(tmp_path):
+    report = run_compare(tmp_path / "out", recipe(), ["sgd", "local"])
+    rows = {row["method"]: row for row in report.summary["rows"]}
+    for method, row in rows.items():
+        text = (tmp_path / "out" / f"{method}-seed0" / "epochs.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        assert row["seconds"] == pytest.approx(sum(record["seconds"] for record in records))
+        assert row["top1_error"] == records[-1]["top1_error"]
+        assert row["boundary"] == records[-1]["boundary"] == (2 if method == "local" else 0)
+    assert rows["local"]["speedup"] == pytest.approx(rows["sgd"]["seconds"] / rows["local"]["seconds"])
+    assert rows["local"]["flops_ratio"] < 1
+
+
+def test_arms_of_one_seed_start_alike_and_of_two_seeds_differ(tmp_path):
+    chosen = recipe()
+    data = load_data(chosen, None)
+
+    def weights(method: str, seed: int) -> torch.Tensor:
+        own = chosen.model_copy(update={"seed": seed})
+        folder = tmp_path / f"{method}{seed}"
+        run = build_run(own, method=method, folder=folder, data=data, device=CPU)
+        return torch.cat([parameter.flatten() for parameter in run.model.parameters()])
+
+    first = weights("sgd", 0)
+    assert torch.equal(first, weights("local", 0))
+    assert not torch.equal(first, weights("sgd", 1))
+
+
+def test_checking_moves_no_random_state_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = recipe()
+    data = load_data(chosen, None)
+    before = torch.get_rng_state()
+    check(chosen, ["sgd", "local", "freeze"], data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_is_the_same_for_all_seeds():
+    first, second = (load_data(recipe(f"seed={seed}"), None) for seed in (0, 1))
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    other = load_data(recipe("data.seed=1"), None)
+    assert not torch.equal(first.train.pixels, other.train.pixels)
+
+
+def test_an_arm_that_diverges_is_named_and_the_others_are_kept(tmp_path):
+    with pytest.raises(LowcalError, match=r"^sgd-seed0: .* step \d+"):
+        run_compare(tmp_path / "out", recipe("optimizer.lr=1e30"), ["sgd", "freeze"])
+
+
+def test_channels_last_reaches_network_and_batches(tmp_path):
+    chosen = recipe("channels_last=true")
+    run = build_run(chosen, method="sgd", folder=tmp_path / "run", data=load_data(chosen, None), device=CPU)
+    images, _ = next(iter(run.train))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert run.model.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cpu:0", "CUDA", "mps", "cuda:4096"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(LowcalError, match="device"):
+        find_device(name)
+
+
+def test_devices_by_name():
+    assert find_device("cpu") == CPU
+    assert find_device("auto").type in {"cpu", "cuda"}

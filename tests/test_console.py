@@ -1,0 +1,95 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from lowcal.console import Display, amount, clock, comparison_table, layers_table
+from lowcal.experiments.arms import Arm
+from lowcal.training.trainer import Progress
+
+
+def row(**changes):
+    plain = {
+        "method": "stochastic-depth",
+        "top1_error": 100.0,
+        "top1_error_std": 12.345,
+        "seconds": 359_999.0,
+        "speedup": 12.345,
+        "flops_ratio": 0.5,
+        "peak_memory_bytes": 143 * 1024**3,
+        "boundary": 112.5,
+        "layers": 155,
+    }
+    return plain | changes
+
+
+def test_the_widest_comparison_fits_in_80_columns():
+    table = comparison_table([row(), row(method="sgd", top1_error_std=None, speedup=None, flops_ratio=None)])
+    assert max(map(len, table.splitlines())) <= 80
+    assert "100.00 ± 12.35" in table
+    assert "112.5/155" in table
+
+
+def test_a_whole_boundary_has_no_point_and_what_is_unknown_is_a_dash():
+    line = comparison_table([row(boundary=6.0, speedup=None, top1_error=None, top1_error_std=None)]).splitlines()[2]
+    assert line.endswith("  6/155")
+    assert line.split()[1] == "-"
+
+
+def test_long_names_of_layers_are_not_cut():
+    name = "encoder.layers.encoder_layer_11.self_attention.out_proj.very.long.name"
+    rows = [
+        {"index": 1, "name": name, "kind": "Linear", "weight": (8, 4), "parameters": 40, "flops": 64, "followers": ()}
+    ]
+    assert name in layers_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-:--"), (0.04, "0:00"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03"), (360_000, "100:00:00")],
+)
+def test_the_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(999, "999 "), (1280, "1.28 k"), (75.5e6, "75.5 M"), (123e9, "123 G")])
+def test_amounts(number, text):
+    assert amount(number) == text
+
+
+def watch(display: Display) -> None:
+    arms = [Arm("stochastic-depth", 0), Arm("sgd", 0)]
+    with display:
+        display.note("a note with [brackets]")
+        display.begin(arms, [0, 1], 4)
+        display.step(arms[0], Progress(0, 4, 5, 10, 1.25, 2, 21, 12_345.6, 3.0))
+        record = {"epoch": 1, "train_loss": 0.5, "top1_error": 12.5, "boundary": 3, "layers": 21}
+        display.epoch(arms[1], record | {"images_per_second": 800.0})
+
+
+def test_a_terminal_gets_lines_that_fit_and_vanish(monkeypatch):
+    screen = io.StringIO()
+    made = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None, soft_wrap=True)
+    monkeypatch.setattr("lowcal.console.Console", lambda **options: made)
+    display = Display()
+    watch(display)
+    drawn = io.StringIO()
+    Console(file=drawn, width=80, color_system=None).print(display._draw())
+    lines = drawn.getvalue().splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 80
+    assert "loss 1.250  boundary 2/21  12,346 img/s" in lines[0]
+    assert "3/4" in lines[1]
+    assert "error" not in screen.getvalue()  # no plain line beside the live ones
+
+
+def test_a_file_gets_one_plain_line_per_epoch(capsys):
+    watch(Display())
+    note, line = capsys.readouterr().out.splitlines()
+    assert note == "a note with [brackets]"
+    assert line.startswith("sgd-seed0               2/4  loss 0.5000  error 12.50 %  boundary 3/21  800 img/s  ")
+
+
+def test_quiet_shows_nothing(capsys):
+    watch(Display(quiet=True))
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,280 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from lowcal import LowcalError
+from lowcal.methods import StochasticDepthSettings, build_method
+from lowcal.methods.residual import residual_blocks
+from lowcal.models import SmallResNet, build_model
+from lowcal.training.cost import dry_cost
+
+from ..networks import mlp
+from ..support import changed, hooks, same, sgd, train_step, weights
+
+NETWORKS = {
+    "ours": lambda: SmallResNet((2, 2), classes=3, in_channels=3, width=4),
+    "basic": lambda: models.ResNet(models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=3),
+    "bottleneck": lambda: models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=3),
+    "mobilenet": lambda: models.mobilenet_v2(width_mult=0.1, num_classes=3),
+}
+every_network = pytest.mark.parametrize("network", NETWORKS)
+
+
+def batches(count, *, size=4, pixels=8):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 3, pixels, pixels, generator=generator), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def built(model, survival=0.5, seed=0):
+    optimizer = sgd(model)
+    method = build_method(
+        "stochastic-depth",
+        model,
+        optimizer,
+        StochasticDepthSettings(survival),
+        epochs=3,
+        example_inputs=batches(1)[0][0],
+        seed=seed,
+    )
+    return optimizer, method
+
+
+class Watched:
+    """Counts the runs of each block's branch, forward and backward."""
+
+    def __init__(self, model):
+        self.blocks = residual_blocks(model)
+        self.forward, self.backward = ([0] * len(self.blocks) for _ in range(2))
+        for index, block in enumerate(self.blocks):
+            block.last.register_forward_hook(lambda *_, index=index: self.count(self.forward, index))
+            first = next(m for m in block.module.modules() if isinstance(m, nn.Conv2d))
+            first.weight.register_post_accumulate_grad_hook(lambda *_, index=index: self.count(self.backward, index))
+
+    def count(self, counts, index):
+        counts[index] += 1
+
+
+@every_network
+def test_a_dropped_block_runs_neither_forward_nor_backward_and_keeps_its_weights(network):
+    model = NETWORKS[network]()
+    optimizer, method = built(model)
+    watched = Watched(model)
+    model.train()
+    method._fixed = tuple(index % 2 == 0 for index in range(len(watched.blocks)))
+    before = weights(model)
+    train_step(model, optimizer, batches(1)[0])
+    assert watched.forward == watched.backward == [int(gate) for gate in method._fixed]
+    moved = changed(before, model)
+    for block, gate in zip(watched.blocks, method._fixed, strict=True):
+        shortcut = f"{block.name}.{block.shortcut_name}."
+        branch = {key for key in before if key.startswith(f"{block.name}.") and not key.startswith(shortcut)}
+        assert bool(branch & moved) == gate
+        if block.shortcut_name and not isinstance(getattr(block.module, block.shortcut_name), nn.Identity):
+            assert any(key.startswith(shortcut) for key in moved)
+
+
+def test_blocks_take_part_as_often_as_they_survive():
+    model = NETWORKS["ours"]()
+    _, method = built(model, survival=0.2)
+    assert method.survival == pytest.approx((0.8, 0.6, 0.4, 0.2))
+    watched = Watched(model)
+    model.train()
+    images = torch.zeros(1, 3, 4, 4)
+    with torch.no_grad():
+        for _ in range(1500):
+            model(images)
+    assert [runs / 1500 for runs in watched.forward] == pytest.approx(method.survival, abs=0.04)
+
+
+def test_mean_flops_over_many_steps_are_the_expected_ones():
+    model = NETWORKS["ours"]()
+    optimizer, method = built(model)
+    expected = dry_cost(method, (4, 3, 8, 8)).flops
+    model.train()
+    batch = batches(1)[0]
+    by_gates = {}
+    steps, total = 20_000, 0
+    for _ in range(steps):  # the cost of a step depends on its gates alone, so each kind is run and counted once
+        gates = tuple(method._gates())
+        if gates not in by_gates:
+            method._fixed = gates
+            with FlopCounterMode(display=False) as counter:
+                train_step(model, optimizer, batch)
+            by_gates[gates] = counter.get_total_flops()
+            method._fixed = None
+        total += by_gates[gates]
+    assert total / steps == pytest.approx(expected, rel=0.01)
+    assert len(by_gates) == 16
+    method.detach()
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, optimizer, batch)
+    assert expected < 0.85 * counter.get_total_flops()
+
+
+@every_network
+def test_the_expected_flops_are_the_mean_over_all_gates(network):
+    model = NETWORKS[network]()
+    _, method = built(model, survival=0.3)
+    blocks = len(method.survival)
+    costs = [1.0 + 2.0**index for index in range(blocks)]
+
+    def count():
+        return 100.0 + sum(cost for cost, gate in zip(costs, method._fixed, strict=True) if gate)
+
+    mean = 100.0 + sum(cost * p for cost, p in zip(costs, method.survival, strict=True))
+    assert method.expected_flops(count) == pytest.approx(mean)
+    assert method._fixed is None
+
+
+@every_network
+def test_evaluation_scales_each_branch_by_its_survival(network):
+    model = NETWORKS[network]().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    scaled = copy.deepcopy(model)
+    optimizer = sgd(model)
+    settings = StochasticDepthSettings(0.4)
+    images = batches(1)[0][0].double()
+    method = build_method("stochastic-depth", model, optimizer, settings, epochs=1, example_inputs=images)
+    # The last normalisation of a branch is affine, so that scaling the branch is scaling its weight and bias.
+    with torch.no_grad():
+        for block, probability in zip(residual_blocks(scaled), method.survival, strict=True):
+            norm = block.last[-1] if isinstance(block.last, nn.Sequential) else block.last
+            norm.weight *= probability
+            norm.bias *= probability
+    torch.testing.assert_close(model.eval()(images), scaled.eval()(images), rtol=1e-10, atol=1e-12)
+
+
+@every_network
+def test_with_survival_one_it_is_bitwise_the_plain_network(network):
+    model = NETWORKS[network]()
+    plain = copy.deepcopy(model)
+    optimizer, _method = built(model, survival=1.0)
+    plain_optimizer = sgd(plain)
+    for batch in batches(3):
+        model.train(), plain.train()
+        torch.manual_seed(4)  # MobileNetV2 has dropout
+        loss = train_step(model, optimizer, batch)
+        torch.manual_seed(4)
+        plain_loss = train_step(plain, plain_optimizer, batch)
+        assert same(loss, plain_loss)
+        assert same(weights(model), weights(plain))
+        with torch.no_grad():
+            assert same(model.eval()(batch[0]), plain.eval()(batch[0]))
+    assert same(optimizer.state_dict(), plain_optimizer.state_dict())
+
+
+def test_it_draws_from_its_own_generator_alone():
+    model = NETWORKS["ours"]()
+    _, method = built(model)
+    state = torch.get_rng_state()
+    model.train()
+    drawn = [method._gates() for _ in range(50)]
+    model(batches(1)[0][0])
+    assert same(torch.get_rng_state(), state)
+    again = built(NETWORKS["ours"](), seed=0)[1]
+    assert [again._gates() for _ in range(50)] == drawn
+    other = built(NETWORKS["ours"](), seed=1)[1]
+    assert [other._gates() for _ in range(50)] != drawn
+
+
+def test_a_resumed_run_draws_what_the_uninterrupted_one_does():
+    model = NETWORKS["ours"]()
+    optimizer, method = built(model)
+    for batch in batches(3):
+        train_step(model.train(), optimizer, batch)
+    buffer = io.BytesIO()
+    torch.save(
+        {"method": method.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer
+    )
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    other = NETWORKS["ours"]()
+    other_optimizer, other_method = built(other, seed=5)
+    other_method.load_state_dict(state["method"])
+    other.load_state_dict(state["model"])
+    other_optimizer.load_state_dict(state["optimizer"])
+    for batch in batches(5):
+        train_step(model.train(), optimizer, batch)
+        train_step(other.train(), other_optimizer, batch)
+        assert same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.update(blocks=["stages.0.0"]),
+        lambda state: state.update(generator=torch.zeros(3, dtype=torch.uint8)),
+        lambda state: state.pop("generator"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(spoil):
+    _, method = built(NETWORKS["ours"]())
+    before = method.state_dict()
+    state = method.state_dict()
+    spoil(state)
+    with pytest.raises(LowcalError, match="stochastic-depth: the state"):
+        method.load_state_dict(state)
+    assert same(method.state_dict(), before)
+
+
+@every_network
+def test_the_network_is_untouched_between_passes_and_its_copies_are_plain(network):
+    model = NETWORKS[network]()
+    plain = hooks(model, sgd(model))
+    optimizer, method = built(model)
+    keys = list(model.state_dict())
+    method._fixed = (False,) * len(method.survival)
+    for batch in batches(2):
+        train_step(model.train(), optimizer, batch)
+        assert list(model.state_dict()) == keys
+        assert not any("forward" in vars(module) for module in model.modules())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        watched = Watched(copied)
+        copied.train()(batches(1)[0][0])
+        assert watched.forward == [1] * len(watched.blocks)
+        reference = copy.deepcopy(copied)
+        method.detach()
+        assert same(copied.eval()(batches(1)[0][0]), reference.eval()(batches(1)[0][0]))
+    assert hooks(model, sgd(model)) == plain
+
+
+def test_a_pass_that_fails_leaves_the_network_as_it_was():
+    model = NETWORKS["ours"]()
+    _, method = built(model)
+    method._fixed = (False,) * len(method.survival)
+    with pytest.raises(RuntimeError):
+        model.train()(torch.zeros(1, 5, 4, 4))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("model", [build_model("vgg13", classes=3, width=2), mlp()])
+def test_a_network_without_residual_blocks_is_refused(model):
+    example = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(LowcalError, match=f"{type(model).__name__} has none that it knows; use it with a ResNet"):
+        build_method("stochastic-depth", model, sgd(model), StochasticDepthSettings(), epochs=1, example_inputs=example)
+
+
+def test_a_block_with_another_forward_pass_is_not_taken_for_its_parent():
+    class Other(models.resnet.BasicBlock):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    assert residual_blocks(models.ResNet(Other, [1, 1, 1, 1])) == []
+
+
+@pytest.mark.parametrize("survival", [0.0, -0.5, 1.5, float("nan")])
+def test_a_survival_that_is_no_probability_is_refused(survival):
+    with pytest.raises(LowcalError, match="survival is"):
+        StochasticDepthSettings(survival)

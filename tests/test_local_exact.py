@@ -135,6 +135,22 @@ def test_updates_of_micro_batches_add_up(order, set_to_none):
             torch.testing.assert_close(getattr(model, name).weight.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_updates_of_two_forward_passes_with_one_backward_pass_add_up():
+    model = mlp().double()
+    optimizer = sgd(model)
+    local = lowcal.LoCal(model, optimizer, epochs=9, example_inputs=vectors(1)[0][0].double())
+    local.move_to(1)
+    for seed in range(2):
+        (x, y), (x2, y2) = [(x.double(), y) for x, y in vectors(2, seed=seed)]
+        update = weight_product(model.one, x, model.one(x)) + weight_product(model.one, x2, model.one(x2))
+        expected = local_step(model.one.weight, update, 0.01)
+        loss = nn.functional.cross_entropy(model(x), y) + nn.functional.cross_entropy(model(x2), y2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(model.one.weight.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_clipping_counts_no_gradient_of_a_local_layer():
     model = mlp()
     optimizer = sgd(model)

@@ -1,0 +1,188 @@
+"""The layers of a network in execution order, what follows each, and the block that recurs."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import lowcal
+from lowcal.layers import recurring_block
+from lowcal.schedule import interval
+
+from .networks import Optional, Residual, convnet, images, mlp, vectors
+from .support import changed, same, sgd, snapshot, train_step, weights
+
+
+def controller(model, inputs, **options):
+    options.setdefault("schedule", lowcal.Fixed({8: 1}))
+    return lowcal.LoCal(model, sgd(model), epochs=9, example_inputs=inputs, **options)
+
+
+def test_layers_are_in_execution_order_not_in_order_of_registration():
+    order = ("stem", "first", "second", "shortcut", "middle", "head")
+    assert controller(Residual(), images(1)[0][0]).layers == order
+
+
+@pytest.mark.parametrize("boundary", range(1, 6))
+def test_parameters_follow_the_layer_run_last_before_them(boundary):
+    model = Residual()
+    local = controller(model, images(1)[0][0])
+    local.move_to(boundary)
+    follows = {"input_norm": 1, "first_norm": 2, "second_norm": 3, "gain": 3}  # gain is used before the shortcut
+    since = {**follows, **{name: index for index, name in enumerate(local.layers, 1)}}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad is (boundary < since[name.partition(".")[0]]), name
+
+
+def test_layers_are_known_after_the_first_forward():
+    model = Residual()
+    local = controller(model, None)
+    assert local.layers == ()
+    model(images(1)[0][0])
+    assert local.layers == ("stem", "first", "second", "shortcut", "middle", "head")
+    local.move_to(2)
+    assert local.boundary == 2
+
+
+def test_a_first_forward_that_fails_does_not_count():
+    model = convnet()
+    local = controller(model, None)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        model(torch.zeros(1, 2, 1, 1))
+    assert local.layers == ()
+    model(images(1)[0][0])
+    assert local.layers == ("conv1", "conv2", "conv3", "head")
+
+
+def test_a_layer_left_out_of_the_first_forward_takes_its_place_later():
+    model = Optional()
+    local = controller(model, None)
+    model.skip = True
+    model(vectors(1)[0][0])
+    assert local.layers == ("one", "three", "head")
+    model.skip = False
+    for _ in range(2):
+        model(vectors(1)[0][0])
+    assert local.layers == ("one", "two", "three", "head")
+
+
+@contextmanager
+def refusal_or_success(naming):
+    try:
+        yield
+    except lowcal.LowcalError as error:
+        message = str(error)
+    else:
+        return
+    assert naming in message
+
+
+@pytest.mark.xfail(strict=True, reason="a layer met shifts the indices of layers that are local already")
+def test_a_layer_met_in_the_pass_before_a_move_does_not_mix_up_the_layers():
+    model = Optional()
+    local = controller(model, None)
+    model.skip = True
+    train_step(model, local.optimizer, vectors(1)[0])
+    model.skip = False
+    train_step(model, local.optimizer, vectors(1)[0])
+    with refusal_or_success(naming="two"):
+        local.move_to(2)
+        expected = set(local.layers[:2])
+        for batch in vectors(2):
+            before = weights(model)
+            train_step(model, local.optimizer, batch)
+            assert set(local.layers[:2]) == expected
+            prefix = {name for name in changed(before, model) if name.partition(".")[0] in expected}
+            assert prefix == {f"{name}.weight" for name in expected}
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_example_inputs_may_be_a_tensor_arguments_or_keywords(kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b, self.a = nn.Linear(4, 2), nn.Linear(4, 4)
+
+        def forward(self, x, gain=1.0):
+            return self.b(self.a(x) * gain)
+
+    x = torch.randn(2, 4)
+    example = {"tensor": x, "tuple": (x, 2.0), "dict": {"gain": 2.0, "x": x}}[kind]
+    assert controller(Two(), example).layers == ("a", "b")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_example_inputs_leave_everything_as_it_was(training):
+    model = convnet()
+    model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+    model.train(training)
+    model.norm2.train(not training)
+    optimizer = sgd(model)
+    before = snapshot(model, optimizer)
+    inputs = images(1)[0][0]
+    original = inputs.clone()
+    local = lowcal.LoCal(model, optimizer, epochs=9, example_inputs=inputs)
+    after = snapshot(model, optimizer)
+    local.detach()
+    assert torch.equal(inputs, original)
+    for key in before.keys() - {"hooks"}:
+        assert same(before[key], after[key]), key
+
+
+def test_one_example_is_enough_for_batch_normalisation():
+    assert controller(convnet(), torch.zeros(1, 2, 6, 6)).layers == ("conv1", "conv2", "conv3", "head")
+
+
+@pytest.mark.parametrize("name", ["one.weight", "two.bias"])
+def test_a_parameter_that_the_user_froze_stays_frozen(name):
+    model = mlp()
+    model.get_parameter(name).requires_grad_(False)
+    local = controller(model, vectors(1)[0][0])
+    local.move_to(2)
+    local.detach()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == [name]
+
+
+# Eq. 2, L and t_shift found from the paper's networks: L counts shortcut convolutions and the classifier
+@pytest.mark.parametrize(
+    ("name", "layers", "shift", "epochs", "k"),
+    [
+        ("resnet18", 1 + 16 + 3 + 1, 2, 90, 11),
+        ("resnet34", 1 + 32 + 3 + 1, 2, 90, 6),
+        ("resnet50", 1 + 48 + 4 + 1, 3, 90, 7),
+        ("mobilenet_v2", 1 + 2 + 16 * 3 + 1 + 1, 3, 150, 11),
+        ("vgg13", 10 + 3, 1, 90, 9),
+    ],
+)
+def test_equation_2_for_the_networks_of_the_paper(name, layers, shift, epochs, k):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+        local = controller(model, torch.empty(2, 3, 224, 224))
+    assert len(local.layers) == layers
+    assert recurring_block(model, local.layers) == shift
+    assert 0.05 <= shift / layers <= 0.10  # Sec. 3.3
+    assert interval(layers, shift, epochs, 0.75) == k
+
+
+def test_a_schedule_is_told_the_recurring_block():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.b(self.a(x).relu())
+
+    class Spy(lowcal.NormTrend):
+        def __call__(self, progress):
+            blocks.append(progress.block)
+            return progress.boundary
+
+    blocks = []
+    model = nn.Sequential(nn.Linear(4, 4), *(Block() for _ in range(10)), nn.Linear(4, 3))  # 2 of 22 layers: 9%
+    local = controller(model, vectors(1)[0][0], schedule=Spy())
+    train_step(model, local.optimizer, vectors(1)[0])
+    local.end_epoch(1.0)
+    assert blocks == [2]

@@ -45,6 +45,7 @@ class Display:
         self._quiet = quiet
         self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lines: dict[Arm, _Line] = {}
+        self._later = 0
         self._started = 0.0
         self._before = 0.0
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._draw)
@@ -63,8 +64,9 @@ class Display:
         if not self._quiet:
             self._console.print(text)
 
-    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int) -> None:
-        """Start the lines of these arms."""
+    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
+        """Start the lines of these arms; the time left counts `later` epochs that come after them."""
+        self._later = later
         self._lines = {arm: _Line(done, epochs) for arm, done in zip(arms, finished, strict=True)}
         self._started, self._before = time.monotonic(), self._work()
         if self._is_live and not self._live.is_started:
@@ -102,7 +104,7 @@ class Display:
         done, now = self._work(), time.monotonic()
         if done <= self._before:
             return None
-        total = sum(line.epochs for line in self._lines.values())
+        total = self._later + sum(line.epochs for line in self._lines.values())
         return (now - self._started) * (total - done) / (done - self._before)
 
     def _draw(self) -> Group:
@@ -127,7 +129,7 @@ class Display:
 
 def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
-    return _table(
+    return table(
         ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"),
         [
             (
@@ -147,7 +149,7 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The table of a network's layers in execution order."""
-    return _table(
+    return table(
         ("#", "layer", "kind", "weight", "parameters", "FLOPs", "followers"),
         [
             (
@@ -183,7 +185,7 @@ def amount(number: float) -> str:
     return f"{number:.{digits}f} {prefixes[unit]}"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
     """Columns two spaces apart, as wide as they need to be, so that nothing is cut; `left`: those aligned so."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
 

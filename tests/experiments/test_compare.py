@@ -22,8 +22,8 @@ class Diary:
     def note(self, text):
         self.notes.append(text)
 
-    def begin(self, arms, finished, epochs):
-        self.begun.append((tuple(arms), tuple(finished), epochs))
+    def begin(self, arms, finished, epochs, *, later=0):
+        self.begun.append((tuple(arms), tuple(finished), epochs, later))
 
     def step(self, arm, progress):
         self.steps.append((arm, progress.epoch))
@@ -49,7 +49,8 @@ def test_arms_take_turns_epoch_by_epoch_in_a_rotating_order_seed_by_seed(tmp_pat
         *[("sgd-seed0", 0), ("freeze-seed0", 0), ("freeze-seed0", 1), ("sgd-seed0", 1)],
         *[("sgd-seed1", 0), ("freeze-seed1", 0), ("freeze-seed1", 1), ("sgd-seed1", 1)],
     ]
-    assert diary.begun[1] == ((Arm("sgd", 1), Arm("freeze", 1)), (0, 0), 2)
+    assert diary.begun[1] == ((Arm("sgd", 1), Arm("freeze", 1)), (0, 0), 2, 0)
+    assert diary.begun[0][3] == 4
     assert {arm for arm, _ in diary.steps} == {Arm(m, s) for m in ("sgd", "freeze") for s in (0, 1)}
 
 

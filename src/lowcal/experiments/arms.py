@@ -29,8 +29,11 @@ class Watcher(Protocol):
     def note(self, text: str) -> None:
         """Something worth a line, such as a run that is taken up again."""
 
-    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int) -> None:
-        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of each."""
+    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
+        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of each.
+
+        `later` epochs of other arms come after these.
+        """
 
     def step(self, arm: Arm, progress: Progress) -> None:
         """A sign of life within an epoch."""

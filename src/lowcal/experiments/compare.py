@@ -51,17 +51,28 @@ def compare(
         watcher.note(f"{out}: {len(arms) - len(waiting)} of {len(arms)} runs are finished already")
     for number in range(seeds):
         in_turn = [arm for arm in waiting if arm.seed == recipe.seed + number]
+        later = recipe.epochs * sum(arm.seed > recipe.seed + number for arm in waiting)
         if in_turn:
-            train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher)
+            train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher, later=later)
     return write_report([out / arm.folder for arm in arms], out)
 
 
 def train_in_turn(
-    recipe: Recipe, arms: Sequence[Arm], out: Path, *, data: Dataset, device: torch.device, watcher: Watcher
+    recipe: Recipe,
+    arms: Sequence[Arm],
+    out: Path,
+    *,
+    data: Dataset,
+    device: torch.device,
+    watcher: Watcher,
+    later: int = 0,
 ) -> None:
-    """Train the arms to their ends, one epoch each in turn; the order goes round, so that none is always first."""
+    """Train the arms to their ends, one epoch each in turn; the order goes round, so that none is always first.
+
+    `later` epochs of other arms come after these; the watcher is told.
+    """
     runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
-    watcher.begin(arms, [run.finished for run in runs], recipe.epochs)
+    watcher.begin(arms, [run.finished for run in runs], recipe.epochs, later=later)
     for run in runs:
         run.warm_up()
     pairs = list(zip(arms, runs, strict=True))

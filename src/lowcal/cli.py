@@ -103,7 +103,7 @@ def compare(
             watcher=display,
         )
     print(f"\n{_title(result.summary)}\n\n{comparison_table(result.summary['rows'])}\n")
-    print("speed-up and FLOPs against sgd; memory: peak of a training step; boundary: local layers at the end")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
     print(f"report: {result.page}")
 
 

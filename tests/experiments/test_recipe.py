@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -197,3 +199,17 @@ def test_differences_name_the_keys_and_both_values():
     assert differences(old, old) == []
     assert differences(old, new)[0] == f"epochs ({old.epochs} there, 5 here)"
     assert differences(old, new)[1].startswith("local.lr (")
+
+
+def test_the_digits_step_is_the_one_that_the_validation_split_chose():
+    path = Path(__file__).parents[2] / "results" / "digits-local-step.json"
+    measured = json.loads(path.read_text())
+    recipe = load_recipe("digits")
+    assert recipe.local.lr == measured["chosen"]
+    assert measured["recipe"]["data"]["evaluate"] == "validation"
+    # All else was then as it is now, so that the choice is one for this recipe.
+    now = apply_settings(recipe, ["data.evaluate=validation"]).model_dump()
+    assert {key: now[key] for key in ("epochs", "batch", "model", "data", "optimizer", "lr_schedule")} == {
+        key: measured["recipe"][key] for key in ("epochs", "batch", "model", "data", "optimizer", "lr_schedule")
+    }
+    assert now["local"] | {"lr": 0} == measured["recipe"]["local"] | {"lr": 0}

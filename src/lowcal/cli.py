@@ -193,6 +193,68 @@ def layers(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="A network's name: resnet18, resnet8, or one of torchvision's.")],
+    batch: Annotated[int, typer.Option(help="Images in a mini-batch.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images [default: 32, torchvision's 224].")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Classes.")] = 10,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
+    boundaries: Annotated[
+        str, typer.Option(help="Boundaries as fractions of the layers, separated by commas.")
+    ] = "0,0.25,0.5,0.75",
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep channels last in memory.")] = False,
+    step: Annotated[str, typer.Option(help="How a step is run: eager.")] = "eager",
+    every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
+    rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
+    layer_times: Annotated[bool, typer.Option("--layer-times/--no-layer-times", help="Time each layer.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the picture, .svg or .png.")] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a training step at each boundary, beside a plain loop and the least that it can take."""
+    from lowcal.console_bench import bench_text
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.bench import BenchSettings, parse_boundaries
+    from lowcal.experiments.bench import bench as run
+    from lowcal.models import MODELS
+    from lowcal.training.record import atomic_write
+
+    for file in (json_file, plot):  # found now, not after minutes of measuring
+        if file and not file.parent.is_dir():
+            raise LowcalError(f"{file}: there is no folder {file.parent}; make it or name another file")
+    if plot and plot.suffix not in (".svg", ".png"):
+        raise LowcalError(f"--plot {plot}: give a name that ends in .svg or .png")
+    settings = BenchSettings(
+        model=model,
+        batch=batch,
+        image_size=image_size or (32 if model in MODELS else 224),
+        classes=classes,
+        width=width,
+        boundaries=parse_boundaries(boundaries),
+        precision=precision,
+        channels_last=channels_last,
+        step=step,
+        every=every,
+        epochs=epochs,
+        rounds=rounds,
+        layers=layer_times,
+    )
+    result = run(settings, find_device(device), (lambda text: None) if quiet else print).as_dict()
+    print(bench_text(result))
+    if json_file:
+        atomic_write(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    if plot:
+        from lowcal.experiments.bench_plot import plot as draw
+
+        draw(result, plot)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")],

@@ -1,0 +1,292 @@
+"""The measuring itself: what is recorded, counted and predicted. No test looks at how long something takes."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowcal.cli import main
+from lowcal.errors import LowcalError
+from lowcal.experiments.bench import BenchSettings, bench, parse_boundaries
+from lowcal.experiments.limits import Parts
+from lowcal.experiments.predict import fastest_path, known_schedules, predicted_speedup, step_work
+from lowcal.experiments.program import record
+from lowcal.experiments.timing import Work, summarise, take_turns
+from lowcal.layers import own_parameters, trace
+from lowcal.models import build_model
+from lowcal.schedule import NormTrend, Quadratic
+
+CPU = torch.device("cpu")
+ROW = [
+    "method",
+    "boundary",
+    "step_ms",
+    "step_ms_q25",
+    "step_ms_q75",
+    "flops",
+    "speedup",
+    "ideal",
+    "limit_ms",
+    "efficiency",
+    "peak_memory_bytes",
+]
+
+
+def freeze(model, images, boundary):
+    order = trace(model, images[:1])
+    own = own_parameters(order, model)
+    for layer in order.layers[:boundary]:
+        for parameter in own[layer]:
+            parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "boundaries"),
+    [
+        ("resnet8", 16, (0, 1, 2, 3, 5, 6, 9)),
+        ("mobilenet_v2", 32, (0, 7, 20)),
+        ("resnet50", 32, (0, 4, 5, 30)),
+        ("densenet121", 32, (17,)),
+        ("vgg11", 32, (3,)),
+        ("efficientnet_b0", 32, (30,)),
+    ],
+)
+def test_replayed_parts_give_what_the_network_gives(name, size, boundaries):
+    torch.manual_seed(0)
+    base = build_model(name, classes=4).train()
+    images = torch.randn(2, 3, size, size)
+    for boundary in boundaries:
+        model, twin = copy.deepcopy(base), copy.deepcopy(base)
+        freeze(model, images, boundary)
+        freeze(twin, images, boundary)
+        before = copy.deepcopy(twin.state_dict())
+        program = record(twin, images)
+        twin.load_state_dict(before)
+        torch.manual_seed(1)
+        wanted = model(images)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            crossing = program.prefix({0: images})
+        (found,) = program.suffix(crossing).values()
+        if name != "efficientnet_b0":  # whose random branches the parts draw in another order
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        wanted.square().mean().backward()
+        found.square().mean().backward()
+        for key, parameter in model.named_parameters():
+            other = twin.get_parameter(key).grad
+            assert (parameter.grad is None) == (other is None), key
+            if other is not None and name != "efficientnet_b0":
+                torch.testing.assert_close(other, parameter.grad, rtol=0, atol=0)
+        for key, buffer in model.named_buffers():
+            if name != "efficientnet_b0":
+                torch.testing.assert_close(twin.get_buffer(key), buffer, rtol=0, atol=0)
+
+
+def test_the_prefix_holds_all_that_needs_no_gradient():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model, images = Counted(), torch.randn(4, 3)
+    freeze(model, images, 1)
+    program = record(model, images)
+    (crossing,) = program.prefix({0: images}).values()
+    torch.testing.assert_close(crossing, torch.relu(model.first(images)), rtol=0, atol=0)
+    assert not program.suffix.overwrites
+
+
+def test_a_tensor_that_the_suffix_changes_in_place_is_new_in_each_run():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            out = self.first(x)
+            out += self.second(x)
+            return out
+
+    torch.manual_seed(0)
+    model, images = InPlace(), torch.randn(4, 3)
+    labels = torch.zeros(4, dtype=torch.int64)
+    wanted = model(images).detach()
+    parts = Parts(
+        model,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        images,
+        labels,
+        boundary=1,
+        precision="float32",
+    )
+    assert parts._program.suffix.overwrites
+    for _ in range(2):
+        parts.suffix.prepare(1)
+        parts.suffix.run()
+    parts.suffix.prepare(1)
+    (found,) = parts._program.suffix(parts._fed.pop()).values()
+    torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=0)
+
+
+def test_the_suffix_by_itself_is_a_full_step_of_the_layers_behind_the_boundary():
+    torch.manual_seed(0)
+    model = build_model("resnet8", classes=4, width=4).train()
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    twin = copy.deepcopy(model)
+    freeze(model, images, 5)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=0.1, momentum=0.9)
+    parts = Parts(
+        twin,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        images,
+        labels,
+        boundary=5,
+        precision="float32",
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        parts.suffix.prepare(1)
+        parts.suffix.run()
+        parts.products.run()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(twin.get_parameter(key), parameter, rtol=0, atol=0)
+
+
+def test_works_take_turns_and_whole_periods():
+    calls = []
+    works = {
+        "a": Work(lambda: calls.append("a"), prepare=lambda count: calls.append(f"prepare {count}")),
+        "b": Work(lambda: calls.append("b"), period=4),
+    }
+    times = take_turns(works, rounds=2, warm_up=1, runs=2, device=CPU)
+    assert calls.count("a") == 3 * 2
+    assert calls.count("b") == 3 * 4
+    assert calls.count("prepare 2") == 3
+    turns = "".join(call for call in calls if len(call) == 1)
+    assert turns == "bbbbaa" + "aabbbb" + "bbbbaa"  # each round begins with another one
+    assert all(time.q25 <= time.median <= time.q75 for time in times.values())
+
+
+def test_median_and_quartiles():
+    timing = summarise([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (timing.q25, timing.median, timing.q75) == (2.0, 3.0, 4.0)
+    assert summarise([7.0]).q25 == 7.0
+
+
+def test_the_published_schedule_moves_every_k_plus_1_epochs_at_its_fastest():
+    # Eq. 2 for 54 layers, blocks of 3, 90 epochs: K = 7; the first move is seen after K + 1 epochs.
+    path = fastest_path(NormTrend(), layers=54, block=3, epochs=90)
+    assert path[:8] == [0] * 8
+    assert path[8:16] == [3] * 8
+    assert path[-1] == 33
+
+
+def test_a_quadratic_schedule_rises_to_the_cap():
+    schedule = known_schedules(20, 10)["quadratic"]
+    assert schedule == Quadratic(c1=15, c2=0.15)
+    # floor(15 - 0.15 (E - 10)^2) for E = 0 .. 9
+    assert fastest_path(schedule, layers=20, block=1, epochs=10) == [0, 2, 5, 7, 9, 11, 12, 13, 14, 14]
+
+
+def test_work_of_a_step():
+    # METHOD: SGD 3 per layer, 2 for the first; local 2; frozen 1.
+    flops = [1.0, 10.0, 100.0]
+    assert step_work("local", 0, flops) == 2 + 30 + 300
+    assert step_work("local", 2, flops) == 2 + 20 + 300
+    assert step_work("freeze", 2, flops) == 1 + 10 + 300
+
+
+def test_predicted_speedup_is_that_of_the_path():
+    flops = [1.0, 1.0, 1.0]
+    known = {0: 8.0, 2: 5.0}  # freeze: work 8 and 5, so time and work are one, and boundary 1 takes 7
+    speedup = predicted_speedup("freeze", [0, 1, 2, 2], sgd_ms=8.0, step_ms=known, forward_flops=flops)
+    assert speedup == pytest.approx(4 * 8.0 / (8 + 7 + 5 + 5))
+
+
+@pytest.fixture(scope="module")
+def result():
+    settings = BenchSettings("resnet8", 4, 8, width=4, rounds=2, warm_up=1, boundaries=(0.0, 0.25, 0.75), every=2)
+    return bench(settings, CPU, lambda text: None).as_dict()
+
+
+def test_json_has_the_agreed_fields(result):
+    named = {"device", "torch", "model", "batch", "image_size", "precision", "layers", "plain_step_ms", "rows"}
+    assert named <= result.keys()
+    assert all(list(row) == ROW for row in result["rows"])
+    assert json.loads(json.dumps(result))["rows"] == result["rows"]
+
+
+def test_rows_agree_with_one_another(result):
+    rows = {(row["method"], row["boundary"]): row for row in result["rows"]}
+    assert set(rows) == {("sgd", 0), ("local", 0)} | {
+        (method, boundary) for method in ("local", "freeze", "local/2") for boundary in (2, 7)
+    }
+    sgd = rows["sgd", 0]
+    for (method, boundary), row in rows.items():
+        assert row["speedup"] == pytest.approx(sgd["step_ms"] / row["step_ms"])
+        assert row["ideal"] == pytest.approx(sgd["flops"] / row["flops"])
+        assert row["efficiency"] == pytest.approx(row["limit_ms"] / row["step_ms"])
+        if boundary:
+            parts = result["parts_ms"][boundary]
+            share = {"freeze": 0.0, "local": 1.0, "local/2": 0.5}[method]
+            assert row["limit_ms"] == pytest.approx(parts["prefix"] + parts["suffix"] + share * parts["products"])
+            assert row["peak_memory_bytes"] < sgd["peak_memory_bytes"]
+    assert rows["local", 0]["flops"] == sgd["flops"]
+    assert rows["freeze", 7]["flops"] < rows["local/2", 7]["flops"] < rows["local", 7]["flops"]
+    assert len(result["layer_times"]) == result["layers"] == 10
+    assert {row["schedule"] for row in result["predictions"]} == {"norm-trend", "quadratic"}
+
+
+def test_measuring_leaves_the_random_state_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    settings = BenchSettings("resnet8", 2, 8, width=2, rounds=1, warm_up=1, boundaries=(0.5,), every=1, layers=False)
+    bench(settings, CPU, lambda text: None)
+    torch.testing.assert_close(torch.rand(2), wanted)
+
+
+def test_command_prints_tables_and_writes_files(tmp_path, capsys):
+    arguments = "bench --model resnet8 --width 2 --image-size 8 --batch 2 --rounds 1 --boundaries 0.5 --device cpu"
+    code = main([*arguments.split(), "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")])
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(word in shown for word in ("plain loop", "local/4", "norm-trend"))
+    assert json.loads((tmp_path / "a.json").read_text())["model"] == "resnet8"
+    assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--boundaries 1.5", "1.5"),
+        ("--boundaries half", "half"),
+        ("--batch 0", "batch"),
+        ("--precision fp8", "fp8"),
+        ("--step fast", "fast"),
+        ("--plot a.gif", "a.gif"),
+        ("--json nowhere/a.json", "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, named, capsys):
+    code = main(["bench", "--model", "resnet8", "--device", "cpu", *arguments.split()])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_boundaries_are_fractions():
+    assert parse_boundaries("0,0.5") == (0.0, 0.5)
+    with pytest.raises(LowcalError, match="commas"):
+        parse_boundaries("a")

@@ -128,7 +128,7 @@ WRONG = {
     "model.name=5": "model.name=5: must be text",
     "local.supervision=maybe": "local.supervision=maybe: must be true or false",
     "local.schedule.epochs=[1]": "local.schedule.epochs=[1]: must be a mapping",
-    "data.name=cifar": "data.name=cifar: must be 'digits', 'cifar10', 'image-folder' or 'synthetic'",
+    "data.name=cifar": "data.name=cifar: must be 'digits', 'cifar10', 'cifar100', ",
     "local=5": "local=5: is a section; set one of local.lr, ",
     "alpha=1": "unknown setting 'alpha'; did you mean 'local.schedule.alpha'?",
     "epoch=3": "unknown setting 'epoch'; did you mean 'epochs'?",

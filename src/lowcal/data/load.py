@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Literal
 
-from lowcal.data.cifar import read_cifar10
+from lowcal.data.cifar import CIFAR, read_cifar
 from lowcal.data.dataset import Dataset, Source, channel_statistics, split, subset
 from lowcal.data.digits import read_digits
-from lowcal.data.folder import OnError, read_image_folder
+from lowcal.data.folder import read_image_folder
+from lowcal.data.listing import OnError
 from lowcal.data.synthetic import make_synthetic
 from lowcal.errors import LowcalError, nearest
 
 __all__ = ["DATASETS", "load"]
 
-DATASETS = ("cifar10", "digits", "image-folder", "synthetic")
+DATASETS = ("cifar10", "cifar100", "digits", "image-folder", "synthetic")
 
 
 def load(
@@ -31,9 +32,10 @@ def load(
 ) -> Dataset:
     """Load a dataset into memory; the same arguments give the same images in the same order.
 
-    `data_dir` is for cifar10 and image-folder, `image_size` (pixels) for image-folder and synthetic (default 32),
-    `classes` for synthetic (default 10). With `evaluate="validation"` a stratified `validation_fraction` of the
-    training images takes the test images' place, so that settings can be chosen without looking at those.
+    `data_dir` is for cifar10, cifar100 and image-folder, `image_size` (pixels) for image-folder and synthetic
+    (default 32), `classes` for synthetic (default 10). With `evaluate="validation"` a stratified
+    `validation_fraction` of the training images takes the test images' place, so that settings can be chosen without
+    looking at those.
     `train_images` and `test_images` then draw stratified subsets; `seed` decides both, and what synthetic makes.
     `on_error="skip"` leaves out unreadable files and names them in `Dataset.skipped`.
 
@@ -66,7 +68,7 @@ def load(
 
 
 def _check_settings(name: str, data_dir: Path | None, image_size: int | None, classes: int | None) -> None:
-    if data_dir is not None and name not in ("cifar10", "image-folder"):
+    if data_dir is not None and name not in (*CIFAR, "image-folder"):
         raise LowcalError(f"data {name!r} reads no folder: leave out --data-dir (found {str(data_dir)!r})")
     if image_size is not None and name not in ("image-folder", "synthetic"):
         raise LowcalError(f"data {name!r} has no settable image size: leave out data.image_size ({image_size})")
@@ -81,8 +83,8 @@ def _check_settings(name: str, data_dir: Path | None, image_size: int | None, cl
 def _read(name: str, data_dir: Path | None, image_size: int | None, on_error: OnError, download: bool) -> Source:
     if name == "digits":
         return read_digits()
-    if name == "cifar10":
-        return read_cifar10(data_dir, on_error, download)
+    if name in CIFAR:
+        return read_cifar(name, data_dir, on_error, download)
     if data_dir is None:
         raise LowcalError("data 'image-folder' needs a folder with train/ and test/: give it with --data-dir")
     if image_size is None:

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     `seed` decides subsets and splits, so that runs whose own seeds differ see the same images.
     """
 
-    name: Literal["digits", "cifar10", "image-folder", "synthetic"]
+    name: Literal["digits", "cifar10", "cifar100", "image-folder", "synthetic"]
     seed: Whole = 0
     train_images: Count | None = None
     test_images: Count | None = None

@@ -79,7 +79,6 @@ def refusal_or_success(naming):
     assert naming in message
 
 
-@pytest.mark.xfail(strict=True, reason="a layer met shifts the indices of layers that are local already")
 def test_a_layer_met_in_the_pass_before_a_move_does_not_mix_up_the_layers():
     model = Optional()
     local = controller(model, None)

@@ -59,7 +59,6 @@ def test_a_layer_that_runs_twice_in_the_first_forward():
         model(INPUTS)
 
 
-@pytest.mark.xfail(strict=True, reason="uses of a layer after the first forward pass are not counted")
 def test_a_layer_that_comes_to_run_twice_after_the_first_forward():
     class Later(Twice):
         times = 1

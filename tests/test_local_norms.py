@@ -104,7 +104,6 @@ def test_detach_lets_the_batch_decide_again():
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.xfail(strict=True, reason="detach sets the training mode of every normalisation layer")
 def test_a_normalisation_layer_that_the_user_set_to_eval_stays_so():
     model, optimizer, local = prepared("running")
     model.norm3.eval()

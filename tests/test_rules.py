@@ -170,9 +170,7 @@ def test_a_sum_beyond_the_range_of_float16_stays_finite_and_right(kind, half_inp
 @pytest.mark.parametrize(
     "scale",
     [
-        pytest.param(1e-3, marks=pytest.mark.xfail(strict=True, reason="scaled factors underflow")),
-        *(1e-2, 1.0, 300.0),
-        pytest.param(600.0, marks=pytest.mark.xfail(strict=True, reason="scaled sums overflow")),
+        *(1e-3, 1e-2, 1.0, 300.0, 600.0),
     ],
 )
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -233,7 +231,7 @@ def test_defaults_are_the_published_ones_for_cifar():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lr", -0.1), ("lr", math.nan), ("lr", math.inf),
-     pytest.param("lr", "0.1", marks=pytest.mark.xfail(strict=True, reason="TypeError")),
+     ("lr", "0.1"),
      ("decay", -0.5), ("decay", math.nan), ("decay_every", 0), ("decay_every", -3), ("decay_every", 1.5),
      ("scale", "x"), ("every", 0), ("every", -1), ("every", 1.5)],
 )  # fmt: skip

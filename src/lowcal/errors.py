@@ -1,9 +1,11 @@
-"""The one exception raised for what a user did, and the hint at the name they may have meant."""
+"""The one exception raised for what a user did, and what its messages and checks share."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
 
-__all__ = ["LowcalError", "nearest"]
+__all__ = ["LowcalError", "is_count", "is_number", "nearest"]
 
 
 class LowcalError(ValueError):
@@ -24,3 +26,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"; did you mean {lowered[close[0]]!r}?"
     return f"; choose from {', '.join(known)}" if known else ""
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite real number; a truth value is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether `value` is a whole number of at least `least`; a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -58,7 +58,7 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
         LowcalError: there is none, one is lazy and not yet materialised, or one has a parametrised weight.
     """
     # Attention's output projection is never called as a module: its weight goes into one fused product.
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, LAYER_TYPES) and not isinstance(module, NonDynamicallyQuantizableLinear)
@@ -82,6 +82,14 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
                 "remove the parametrization before LoCal is built (torch.nn.utils.parametrize.remove_parametrizations)"
             )
     return layers
+
+
+def runs_twice(name: str) -> str:
+    """What is said of a layer that one forward pass runs twice."""
+    return (
+        f"layer '{name}' runs twice in one forward pass, so it has no single input and output to learn from; "
+        "give each use a module of its own"
+    )
 
 
 class Tracer(TorchFunctionMode):
@@ -116,10 +124,7 @@ class Tracer(TorchFunctionMode):
         if name is None:
             return
         if name in self._ran:
-            raise LowcalError(
-                f"layer '{name}' runs twice in one forward pass, so it has no single input and output to learn from; "
-                "give each use a module of its own"
-            )
+            raise LowcalError(runs_twice(name))
         self._ran.append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -201,7 +206,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def own_parameters(order: Order, model: nn.Module) -> dict[str, list[Tensor]]:
+def own_parameters(order: Order, model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """For each layer in `order` the parameters that leave SGD with it: its own first, then its followers."""
     parameters = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in order.layers}
     for follower, layer in order.followers.items():

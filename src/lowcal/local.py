@@ -9,13 +9,12 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count
 from lowcal.hooks import Hook
-from lowcal.layers import Order, Tracer, own_parameters, recurring_block, trace, weight_layers
+from lowcal.layers import Order, Tracer, own_parameters, recurring_block, runs_twice, trace, weight_layers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule
 from lowcal.state import check_state
@@ -69,7 +68,7 @@ class LoCal:
         norm_stats: Literal["batch", "running"] = "batch",
         example_inputs: Any = None,
     ) -> None:
-        if not isinstance(epochs, int) or epochs < 1:
+        if not is_count(epochs):
             raise LowcalError(
                 f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1"
             )
@@ -93,13 +92,15 @@ class LoCal:
 
         self._order = Order()
         self._modules: list[nn.Module] = []
-        self._parameters: dict[str, list[Tensor]] = {}
+        self._parameters: dict[str, list[nn.Parameter]] = {}
         self._block = 1
         self._tracer: Tracer | None = None
         self._learners: list[int] = []  # local layers whose weights updates move
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
         self._window = Window()
         self._required: dict[Tensor, bool] = {}  # requires_grad of local layers' parameters before they became local
+        self._stilled: set[nn.Module] = set()  # normalisation layers made to use their running statistics
+        self._ran: set[int] | None = None  # local layers that this forward pass has run
         self._handles: list[RemovableHandle] = []
         self._watch: list[RemovableHandle] = []  # those that go when the order of layers is known
         self._finalizer = weakref.finalize(self, _remove, self._handles, self._watch)
@@ -209,7 +210,7 @@ class LoCal:
             LowcalError: `state` is no such state, belongs to another network, or is behind the present boundary;
                 nothing has changed then.
         """
-        order = check_state(state, self.model, self._candidates, self.boundary)
+        order = check_state(state, self.model, self._candidates, self.layers, self.boundary)
         if order.layers:
             self._take(order)
             if state["boundary"] > self.boundary:
@@ -227,9 +228,8 @@ class LoCal:
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
         self._required.clear()
-        if self.norm_stats == "running":
-            for name in self._order.norms:
-                self.model.get_submodule(name).train(self.model.training)
+        for norm in self._stilled:
+            norm.training = self.model.training
         for module in self._candidates.values():
             _controllers.pop(module, None)
 
@@ -285,6 +285,9 @@ class LoCal:
 
     def _take(self, order: Order) -> None:
         self.schedule.check(len(order.layers), self.epochs)
+        late = set(order.layers[: self.boundary]) - set(self.layers)
+        if late:
+            raise LowcalError(_comes_late(late.pop()))
         _clear(self._watch)
         known = self.layers[self.boundary] if self.layers else None
         self._order = order
@@ -302,10 +305,7 @@ class LoCal:
         if not (module.training and torch.is_grad_enabled()):
             return
         if self.boundary:
-            raise LowcalError(
-                f"layer '{name}' runs for the first time after the boundary has moved, so its place is not known; "
-                "give LoCal example_inputs with which every layer runs"
-            )
+            raise LowcalError(_comes_late(name))
         _clear(self._watch)
         self._watch_next_forward()
 
@@ -328,7 +328,7 @@ class LoCal:
         self._start = self._weight(self.boundary).clone()
 
     def _check_target(self, target: int) -> None:
-        if not isinstance(target, int) or not self.boundary <= target < len(self.layers):
+        if not is_count(target, least=self.boundary) or target >= len(self.layers):
             raise LowcalError(
                 f"the boundary cannot move to {target!r}: it is at {self.boundary} and never moves back, and of the "
                 f"{len(self.layers)} layers the last learns by SGD; "
@@ -339,7 +339,11 @@ class LoCal:
         if not self.boundary:
             self._handles.append(self.optimizer.register_step_post_hook(Hook(self._after_step)))
             if self.rule.collects:
-                self._handles += self._window.watch(self._modules)
+                self._handles += [
+                    self.model.register_forward_pre_hook(Hook(self._begin_pass)),
+                    self.model.register_forward_hook(Hook(self._end_pass), always_call=True),
+                    *self._window.watch(self._modules),
+                ]
         newly_local = self.layers[self.boundary : target]
         for index, name in enumerate(newly_local, start=self.boundary):
             learns = self._modules[index].weight.requires_grad  # a layer that the user froze stays as it is
@@ -356,18 +360,33 @@ class LoCal:
             for name, layer in self._order.norms.items():
                 if layer in newly_local:
                     norm = self.model.get_submodule(name)
-                    self._handles.append(norm.register_forward_pre_hook(Hook(_use_running_statistics)))
+                    self._handles.append(norm.register_forward_pre_hook(Hook(self._still)))
         self.boundary = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
 
+    def _still(self, norm: nn.Module, _: Any) -> None:
+        if norm.training:
+            norm.training = False
+            self._stilled.add(norm)
+
     # The step
+
+    def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
+        self._ran = set()
+
+    def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        self._ran = None
 
     def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
         if not (module.training and torch.is_grad_enabled()) or self._steps % self.rule.every:
             return
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
             return
+        if self._ran is not None:
+            if index in self._ran:
+                raise LowcalError(runs_twice(self.layers[index]))
+            self._ran.add(index)
         inputs = args[0] if args else kwargs["input"]
         with torch.no_grad():
             self._window.add(index, self.rule.update(module, inputs.detach(), outputs.detach()))
@@ -388,8 +407,11 @@ class LoCal:
         self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
 
 
-def _use_running_statistics(norm: _NormBase, _: Any) -> None:
-    norm.training = False
+def _comes_late(name: str) -> str:
+    return (
+        f"layer '{name}' runs for the first time after the boundary has moved, so its place is not known; "
+        "give LoCal example_inputs with which every layer runs"
+    )
 
 
 def _clear(handles: list[RemovableHandle]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count, is_number
 
 
 @runtime_checkable
@@ -69,13 +68,13 @@ class Hebbian:
     collects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise LowcalError(f"Hebbian: lr is {self.lr}; give a positive number (published: 0.01)")
-        if not 0 < self.decay <= 1:
-            raise LowcalError(f"Hebbian: decay is {self.decay}; give a factor above 0 and at most 1")
+        if not (is_number(self.lr) and self.lr > 0):
+            raise LowcalError(f"Hebbian: lr is {self.lr!r}; give a positive number (published: 0.01)")
+        if not (is_number(self.decay) and 0 < self.decay <= 1):
+            raise LowcalError(f"Hebbian: decay is {self.decay!r}; give a factor above 0 and at most 1")
         for name in ("decay_every", "every"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise LowcalError(f"Hebbian: {name} is {value!r}; give a whole number of at least 1")
         if self.scale not in ("absolute", "relative"):
             raise LowcalError(f"Hebbian: scale is {self.scale!r}; choose 'absolute' or 'relative'")
@@ -134,12 +133,9 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
         tensor([[3., 3.]])
     """
     a, z = inputs.to(outputs.dtype), outputs
-    # Half precision overflows in a sum over a batch's positions, so both factors are scaled by a power of two.
-    shrink = 1.0
+    unit: Tensor | None = None
     if z.dtype == torch.float16:
-        summed = max(z.numel() / module.weight.shape[0], 1.0)
-        shrink = 2.0 ** -(math.ceil(math.log2(summed)) // 2)
-        a, z = a * shrink, z * shrink
+        a, z, unit = _within_half_range(a, z, summed=z.numel() // module.weight.shape[0])
     if isinstance(module, nn.Linear):
         update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -150,7 +146,19 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
     update = update.to(torch.promote_types(module.weight.dtype, torch.float32))
-    return update if shrink == 1.0 else update / shrink**2
+    return update if unit is None else update * unit
+
+
+def _within_half_range(a: Tensor, z: Tensor, summed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales both factors so that sums of `summed` products stay in half precision's range.
+
+    Returns:
+        The scaled factors, and what one of their products' unit is worth (0-d, single precision).
+    """
+    half = summed**-0.5
+    smallest = torch.finfo(torch.float16).smallest_normal
+    peaks = [torch.linalg.vector_norm(factor, torch.inf).clamp_min(smallest) for factor in (a, z)]
+    return a / peaks[0] * half, z / peaks[1] * half, peaks[0].float() * peaks[1].float() * summed
 
 
 def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor) -> Tensor:

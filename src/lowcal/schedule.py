@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count, is_number
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class NormTrend(Schedule):
     interval: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise LowcalError(f"NormTrend: alpha is {self.alpha}; give a number of at least 0 (published: 0.95)")
+        if not (is_number(self.alpha) and self.alpha >= 0):
+            raise LowcalError(f"NormTrend: alpha is {self.alpha!r}; give a number of at least 0 (published: 0.95)")
         _check_fraction("NormTrend", self.max_fraction)
         for name in ("shift", "interval"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not is_count(value):
                 raise LowcalError(f"NormTrend: {name} is {value!r}; give a whole number of at least 1, or None")
 
     def __call__(self, progress: Progress) -> int:
@@ -99,8 +99,8 @@ class Quadratic(Schedule):
     def __post_init__(self) -> None:
         for name in ("c1", "c2"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise LowcalError(f"Quadratic: {name} is {value}; give a number of at least 0")
+            if not (is_number(value) and value >= 0):
+                raise LowcalError(f"Quadratic: {name} is {value!r}; give a number of at least 0")
         _check_fraction("Quadratic", self.max_fraction)
 
     def __call__(self, progress: Progress) -> int:
@@ -129,13 +129,13 @@ class Fixed(Schedule):
                 f"Fixed: {self.boundaries!r} is no mapping; give layers by epoch, as in Fixed({{10: 3, 20: 6}})"
             )
         for key in self.boundaries:
-            if not isinstance(key, int) or key < 1:
+            if not is_count(key):
                 raise LowcalError(
                     f"Fixed: epoch {key!r} cannot move the boundary; "
                     "give whole epochs of at least 1, or call move_to before training"
                 )
         for epoch, layers in sorted(self.boundaries.items()):
-            if not isinstance(layers, int) or layers < previous:
+            if not is_count(layers, least=previous):
                 raise LowcalError(
                     f"Fixed: {layers!r} layers at epoch {epoch} after {previous} before; "
                     "give whole numbers that do not fall, since the boundary never moves back"
@@ -174,5 +174,7 @@ def cap(layers: int, max_fraction: float) -> int:
 
 
 def _check_fraction(owner: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise LowcalError(f"{owner}: max_fraction is {value}; give a fraction above 0 and at most 1 (published: 0.75)")
+    if not (is_number(value) and 0 < value <= 1):
+        raise LowcalError(
+            f"{owner}: max_fraction is {value!r}; give a fraction above 0 and at most 1 (published: 0.75)"
+        )

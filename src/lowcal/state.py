@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count, is_number
 from lowcal.layers import Order
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -28,13 +28,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def check_state(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, nn.Module], boundary: int) -> Order:
+def check_state(
+    state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, nn.Module], known: tuple[str, ...], boundary: int
+) -> Order:
     """The order of layers that `state` holds, once all of `state` has proved sound.
 
     Args:
         state: what `LoCal.state_dict` gave.
         model: the network that it is meant for.
         layers: its possible layers by name.
+        known: those of them that are known to run; a state may know more.
         boundary: where the boundary is now.
 
     Raises:
@@ -48,20 +51,28 @@ def check_state(state: Mapping[str, Any], model: nn.Module, layers: Mapping[str,
         if not isinstance(state.get(key, _KINDS), kinds):
             raise LowcalError(f"load_state_dict: '{key}' is missing or damaged; give what LoCal.state_dict() returned")
     for key in ("losses", "changes"):
-        if not all(isinstance(value, float) for value in state[key]):
+        if not all(is_number(value) for value in state[key]):
             raise LowcalError(f"load_state_dict: '{key}' holds something other than numbers; the state is damaged")
     names = state["layers"]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise LowcalError("load_state_dict: 'layers' holds something other than different names; the state is damaged")
     for name in names:
         if name not in layers:
             raise LowcalError(
                 f"load_state_dict: the state's layer '{name}' is not in this {type(model).__name__}; "
                 "load it into the network that it was saved from"
             )
+    for name in known:
+        if name not in names:
+            raise LowcalError(
+                f"load_state_dict: this {type(model).__name__} runs layer '{name}', which the state does not have; "
+                "load it into the network that it was saved from"
+            )
     parameters = {name for name, _ in model.named_parameters()}
     modules = {name for name, _ in model.named_modules()}
-    for kind, known in (("followers", parameters), ("norms", modules)):
+    for kind, own in (("followers", parameters), ("norms", modules)):
         for name, layer in state[kind].items():
-            if name not in known or layer not in names:
+            if name not in own or layer not in names:
                 raise LowcalError(
                     f"load_state_dict: '{name}' ({kind}) is not in this {type(model).__name__}; "
                     "load the state into the network that it was saved from"
@@ -84,8 +95,9 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
     sound = (
         0 <= state["boundary"] <= last
         and state["sign"] in (-1, 1)
+        and len(state["losses"]) == state["epoch"]
         and min(state["epoch"], state["steps"], state["skipped"]) >= 0
-        and all(isinstance(move, list) and len(move) == 2 for move in moves)
+        and all(isinstance(move, list) and len(move) == 2 and all(is_count(n, 0) for n in move) for move in moves)
         and all(a[1] < b[1] for a, b in pairwise(moves))
         and (moves[-1][1] if moves else 0) == state["boundary"]
     )

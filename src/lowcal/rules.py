@@ -132,20 +132,20 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
         >>> hebbian_update(layer, torch.ones(3, 2), torch.ones(3, 1))
         tensor([[3., 3.]])
     """
-    a, z = inputs.to(outputs.dtype), outputs
-    unit: Tensor | None = None
-    if z.dtype == torch.float16:
-        a, z, unit = _within_half_range(a, z, summed=z.numel() // module.weight.shape[0])
-    if isinstance(module, nn.Linear):
-        update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        update = _conv_weight(module, a, z)
-    else:
+    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise LowcalError(
             f"hebbian_update: {type(module).__name__} is no linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
-    update = update.to(torch.promote_types(module.weight.dtype, torch.float32))
+    a, z, weight = inputs.to(outputs.dtype), outputs, module.weight
+    unit: Tensor | None = None
+    if z.dtype == torch.float16:
+        a, z, unit = _within_half_range(a, z, summed=z.numel() // weight.shape[0])
+    if isinstance(module, nn.Linear):
+        update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
+    else:
+        update = _conv_weight(module, a, z)
+    update = update.to(torch.promote_types(weight.dtype, torch.float32))
     return update if unit is None else update * unit
 
 

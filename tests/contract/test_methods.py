@@ -11,10 +11,11 @@ from torch import nn
 
 from lowcal import LowcalError
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
-from lowcal.methods import METHODS, Method, build_method
+from lowcal.methods import METHODS, Method, PruneSettings, StochasticDepthSettings, build_method
+from lowcal.models import build_model
 from lowcal.training.step import build_step
 
-from ..networks import Residual, convnet, images
+from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights
 
 EPOCHS = 5
@@ -22,23 +23,34 @@ MOVES = {1: 1, 3: 3}
 CPU = torch.device("cpu")
 FACTS = {"local_lr", "sign", "transition_change", "skipped_updates"}
 
+OTHER_SETTINGS = {
+    "stochastic_depth": StochasticDepthSettings(survival=0.4),
+    "prune": PruneSettings(every=2, threshold=0.35),  # so high that channels go in this short time
+}
+
 every_method = pytest.mark.parametrize("name", METHODS)
+boundary_methods = pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].section == "local"])
+
+
+def network() -> nn.Module:
+    return build_model("resnet8", classes=3, in_channels=2, width=4)
 
 
 class Training:
     """A network in training by a method: five epochs of three steps."""
 
-    def __init__(self, name: str, network: type[nn.Module] = Residual, **settings):
+    def __init__(self, name: str, **settings):
         torch.manual_seed(3)
         self.model = network()
         self.optimizer = sgd(self.model)
         schedule = ScheduleSettings(name="fixed", epochs=MOVES)
         values = {"lr": 0.05, "schedule": schedule, **settings}
+        section = METHODS[name].section if name in METHODS else None
         self.method = build_method(
             name,
             self.model,
             self.optimizer,
-            LocalSettings(**values),
+            OTHER_SETTINGS.get(section, LocalSettings(**values)),
             epochs=EPOCHS,
             example_inputs=images(1)[0][0],
         )
@@ -50,6 +62,10 @@ class Training:
         self.model.train()
         losses = [step(*batch) for batch in images(3, seed=10 + number)]
         return self.method.end_epoch(float(torch.stack(losses).mean()))
+
+    def learning(self) -> dict:
+        """What learns by SGD, and the network's shape."""
+        return {name: (value.shape, value.requires_grad) for name, value in self.model.named_parameters()}
 
     def state(self) -> dict:
         return {
@@ -77,7 +93,24 @@ def test_it_is_registered_under_its_name(name):
     assert METHODS[name].name == name
     training = Training(name)
     assert type(training.method) is METHODS[name]
-    assert training.method.layers == ("stem", "first", "second", "shortcut", "middle", "head")
+    assert training.method.layers[:3] == ("stem.0", "stages.0.0.conv1", "stages.0.0.conv2")
+    assert training.method.layers[-1] == "head"
+
+
+def test_each_does_here_what_it_is_there_for():
+    ends = {}
+    for name in METHODS:
+        training = Training(name)
+        for number in range(EPOCHS):
+            training.epoch(number)
+        ends[name] = training
+    assert {name: ends[name].method.boundary for name in ends if ends[name].method.boundary} == dict.fromkeys(
+        ("local", "freeze"), 3
+    )
+    whole = sum(parameter.numel() for parameter in network().parameters())
+    assert [n for n in ends if sum(p.numel() for p in ends[n].model.parameters()) != whole] == ["prune"]
+    heads = [tuple(ends[name].model.head.bias.tolist()) for name in ends]
+    assert len(set(heads)) == len(METHODS)
 
 
 @every_method
@@ -98,9 +131,9 @@ def test_the_boundary_starts_at_zero_and_never_goes_backwards(name):
 def test_it_says_when_the_step_must_be_built_anew(name):
     training = Training(name)
     for number in range(EPOCHS):
-        learning = {key: value.requires_grad for key, value in training.model.named_parameters()}
+        before = training.learning()
         changed = training.epoch(number)
-        assert changed == (learning != {k: v.requires_grad for k, v in training.model.named_parameters()})
+        assert changed == (training.learning() != before)
 
 
 @every_method
@@ -139,15 +172,15 @@ def test_detach_leaves_no_hook(name, epochs):
     for number in range(epochs):
         training.epoch(number)
     training.method.detach()
-    plain = Residual()
+    plain = network()
     assert hooks(training.model, training.optimizer) == hooks(plain, sgd(plain))
 
 
-@every_method
+@boundary_methods
 @pytest.mark.parametrize("norm_stats", ["batch", "running"])
 def test_with_boundary_zero_it_is_bitwise_sgd(name, norm_stats):
-    one = Training(name, convnet, schedule=ScheduleSettings(name="fixed", epochs={}), norm_stats=norm_stats)
-    two = Training("sgd", convnet)
+    one = Training(name, schedule=ScheduleSettings(name="fixed", epochs={}), norm_stats=norm_stats)
+    two = Training("sgd")
     for number in range(EPOCHS):
         one.epoch(number)
         two.epoch(number)

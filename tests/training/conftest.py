@@ -13,8 +13,8 @@ def _remembered_costs(monkeypatch):
     dry_cost = trainer.dry_cost
 
     def remember(method, shape, *, precision):
-        model = str(method.model)
-        key = (method.name, method.boundary, method.period, method.settings.norm_stats, model, shape, precision)
+        weights = [(name, value.shape) for name, value in method.model.named_parameters()]
+        key = (method.name, method.boundary, str(method.settings), str(weights), shape, precision)
         if key not in _costs:
             _costs[key] = dry_cost(method, shape, precision=precision)
         return _costs[key]

@@ -1,5 +1,6 @@
 """Runs small enough to be repeated many times: 22 images of 6x6, three classes, a network with dropout."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,29 +11,30 @@ from torch import Tensor, nn
 
 from lowcal.data import Augmentation, Batches, Images
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
-from lowcal.methods import build_method
+from lowcal.methods import PruneSettings, StochasticDepthSettings, build_method, find_method
+from lowcal.models import BasicBlock
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
-MOVES = {1: 1, 3: 3}
+MOVES = {1: 1, 3: 4}
+OTHER_SETTINGS = {
+    "stochastic_depth": StochasticDepthSettings(survival=0.4),
+    "prune": PruneSettings(every=2, threshold=0.25),  # so high that channels go in this short time
+}
 TIMES = ("seconds", "total_seconds", "step_ms", "images_per_second")
 
 
 def network() -> nn.Module:
-    """Four layers: three convolutions, two of them normalised, and a classifier."""
+    """Seven layers: a stem, two residual blocks, the second with a convolution in its shortcut, and a classifier."""
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(2, 4, 3, padding=1),
-            norm1=nn.BatchNorm2d(4),
-            act1=nn.ReLU(inplace=True),
-            conv2=nn.Conv2d(4, 4, 3, padding=1, bias=False),
-            norm2=nn.BatchNorm2d(4),
-            act2=nn.ReLU(),
+            stem=nn.Conv2d(2, 4, 3, padding=1),
+            one=BasicBlock(4, 4, stride=1),
             drop=nn.Dropout(0.3),
-            conv3=nn.Conv2d(4, 6, 3, stride=2),
-            act3=nn.ReLU(),
+            two=BasicBlock(4, 6, stride=2),
+            pool=nn.AdaptiveAvgPool2d(1),
             flat=nn.Flatten(),
-            head=nn.Linear(24, 3),
+            head=nn.Linear(6, 3),
         )
     )
 
@@ -83,12 +85,12 @@ def make_run(
             "label": "tiny",
         }
         folder = RunFolder.create(path, recipe="name: tiny\n", environment={"device": "cpu"}, identity=identity)
+    own = OTHER_SETTINGS.get(find_method(method).section, local or settings())
+    attached = build_method(method, model, optimizer, own, epochs=epochs, example_inputs=train.example(1), seed=seed)
     return Run(
         model=model,
         optimizer=optimizer,
-        method=build_method(
-            method, model, optimizer, local or settings(), epochs=epochs, example_inputs=train.example(1)
-        ),
+        method=attached,
         train=train,
         test=Batches(images(13, seed=6), batch=8, **statistics),
         epochs=epochs,
@@ -126,18 +128,17 @@ def log(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]
 
 
-class Spoilt(nn.Module):
-    """A network whose answers are spoilt by `spoil` in the forward pass number `at`, counted from 1."""
+def spoilt(at: int, spoil: Callable[[Tensor], Tensor], *, training: bool = True) -> nn.Module:
+    """A network whose scores `spoil` changes in pass number `at`, counted from 1, of training or of evaluation."""
+    passes = itertools.count(1)
 
-    def __init__(self, at: int, spoil: Callable[[Tensor], Tensor], *, training: bool = True) -> None:
-        super().__init__()
-        self.net = network()
-        self.at, self.spoil, self.passes, self.counts_training = at, spoil, 0, training
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores = self.net(x)
+    def hook(model: nn.Module, inputs: Any, scores: Tensor) -> Tensor | None:
         # Tracing and dry runs are passes too, but without a graph or without data.
-        if scores.is_meta or self.training != self.counts_training or self.training != torch.is_grad_enabled():
-            return scores
-        self.passes += 1
-        return self.spoil(scores) if self.passes == self.at else scores
+        if scores.is_meta or model.training != training or torch.is_grad_enabled() != training:
+            return None
+        return spoil(scores) if next(passes) == at else None
+
+    torch.manual_seed(0)
+    model = network()
+    model.register_forward_hook(hook)
+    return model

@@ -8,17 +8,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
-from lowcal.training.cost import dry_cost, held_bytes
+from lowcal.training.cost import dry_cost, flop_counter, held_bytes
 from lowcal.training.step import build_step
 
+from ..networks import convnet
 from ..support import same, sgd, snapshot
+from .runs import OTHER_SETTINGS
 
 CPU = torch.device("cpu")
-SHAPES = {"chain": (4, 2, 6, 6), "resnet8": (3, 1, 8, 8), "resnet18": (2, 3, 32, 32)}
+SHAPES = {"chain": (4, 2, 6, 6), "grouped": (4, 2, 6, 6), "resnet8": (3, 1, 8, 8), "resnet18": (2, 3, 32, 32)}
 
 
 def chain():
-    """Four layers, each the only one that reads the one before; torch counts grouped convolutions wrongly."""
+    """Four layers, each the only one that reads the one before."""
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         nn.BatchNorm2d(4),
@@ -35,6 +37,8 @@ def chain():
 def network(name):
     if name == "chain":
         return chain()
+    if name == "grouped":
+        return convnet()
     return build_model(name, classes=10, in_channels=SHAPES[name][1], width=4)
 
 
@@ -42,7 +46,8 @@ def built(name, method, boundary=0, precision="float32", **settings):
     model = network(name)
     optimizer = sgd(model)
     local = LocalSettings(schedule=ScheduleSettings(name="fixed", epochs={}), **settings)
-    attached = build_method(method, model, optimizer, local, epochs=2, example_inputs=torch.zeros(SHAPES[name]))
+    own = OTHER_SETTINGS.get(METHODS[method].section, local)
+    attached = build_method(method, model, optimizer, own, epochs=2, example_inputs=torch.zeros(SHAPES[name]))
     attached.move_to(boundary)
     return model, optimizer, attached
 
@@ -62,7 +67,7 @@ def real_step(name, model, optimizer, method, precision="float32"):
     model.train()
     step = build_step("eager", model, optimizer, method, device=CPU, precision=precision, scaler=None)
     images = torch.randn(SHAPES[name])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) if name != "grouped" else flop_counter() as counter:
         step(images, torch.arange(len(images)) % 3)
     for handle in handles:
         handle.remove()
@@ -80,7 +85,17 @@ def arithmetic(layers, boundary, share):
 @pytest.mark.parametrize(("method", "share"), [("sgd", 3), ("local", 2), ("freeze", 1)])
 @pytest.mark.parametrize(
     ("name", "boundary"),
-    [("chain", 0), ("chain", 1), ("chain", 3), ("resnet8", 0), ("resnet8", 4), ("resnet8", 9), ("resnet18", 11)],
+    [
+        ("chain", 0),
+        ("chain", 1),
+        ("chain", 3),
+        ("grouped", 0),
+        ("grouped", 2),
+        ("resnet8", 0),
+        ("resnet8", 4),
+        ("resnet8", 9),
+        ("resnet18", 11),
+    ],
 )
 def test_flops_are_those_of_a_real_step_and_of_the_arithmetic(name, boundary, method, share):
     if method == "sgd":
@@ -120,12 +135,27 @@ def test_updates_now_and_then_cost_their_share():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_dry_run_changes_nothing(name):
-    model, optimizer, method = built("chain", name)
-    real_step("chain", model, optimizer, method)
+    model, optimizer, method = built("resnet8", name)
+    real_step("resnet8", model, optimizer, method)
     before = snapshot(model, optimizer), method.state_dict()
     for precision in ("float32", "bf16"):
-        dry_cost(method, SHAPES["chain"], precision=precision)
+        dry_cost(method, SHAPES["resnet8"], precision=precision)
     assert same((snapshot(model, optimizer), method.state_dict()), before)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("needs", [False, True])
+def test_products_of_convolutions_are_counted_by_hand(kind, groups, needs):
+    layer = kind(4, 8, 3, stride=2, groups=groups)
+    inputs = torch.randn(3, 4, *[9] * (layer.weight.dim() - 2), requires_grad=needs)
+    with flop_counter() as counter:
+        outputs = layer(inputs)
+        outputs.sum().backward()
+    # Each weight meets each position of what it slides over, in a multiplication and an addition.
+    over = inputs if kind is nn.ConvTranspose2d else outputs
+    positions = over.numel() // over.shape[1]
+    assert counter.get_total_flops() == 2 * layer.weight.numel() * positions * (3 if needs else 2)
 
 
 @pytest.mark.parametrize(("decay", "copies"), [(0.0, 3), (0.1, 4)])

@@ -11,7 +11,7 @@ from lowcal.methods import METHODS
 from lowcal.training.epoch import Progress
 
 from ..support import hooks, same, snapshot
-from .runs import MOVES, Spoilt, log, make_run, network, run_on, settings, state
+from .runs import MOVES, log, make_run, network, run_on, settings, spoilt, state
 
 
 def broken_off(scores):
@@ -24,8 +24,17 @@ def whole(tmp_path_factory):
     return {name: state(run_on(make_run(tmp_path_factory.mktemp(name) / "run", name))) for name in METHODS}
 
 
+def test_the_methods_do_in_these_runs_what_they_are_there_for(whole):
+    plain = whole["sgd"]["model"]
+    assert whole["local"]["learning"]["two.conv1.weight"] is False
+    assert {name: value.shape for name, value in whole["prune"]["model"].items()} != {
+        name: value.shape for name, value in plain.items()
+    }
+    assert len({log[-1]["train_loss"] for log in (state["log"] for state in whole.values())}) == len(METHODS)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cut", range(1, 6))
+@pytest.mark.parametrize("cut", [1, 2, 4])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, whole, method, cut):
     run_on(make_run(tmp_path / "run", method), cut)
     torch.manual_seed(99)  # another process has other global generators
@@ -34,7 +43,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, whole, method,
     assert run.finished == cut
     run_on(run)
     assert same(state(run), whole[method])
-    assert run.method.boundary == (0 if method == "sgd" else max(MOVES.values()))
+    assert run.method.boundary == (max(MOVES.values()) if method in ("local", "freeze") else 0)
 
 
 @pytest.mark.parametrize(
@@ -105,15 +114,15 @@ def test_a_record_says_what_the_epoch_did(tmp_path):
     run = run_on(make_run(tmp_path / "run"))
     records = run.folder.read_epochs()
     assert [record["epoch"] for record in records] == list(range(6))
-    assert [record["boundary"] for record in records] == [0, 1, 1, 3, 3, 3]
+    assert [record["boundary"] for record in records] == [0, 1, 1, 4, 4, 4]
     assert [record["steps"] for record in records] == [5] * 6
     assert {record["batch"] for record in records} == {5}
-    assert {record["layers"] for record in records} == {4}
+    assert {record["layers"] for record in records} == {7}
     assert [record["lr"] for record in records] == [0.1 * 0.7**epoch for epoch in range(6)]
     assert records[-1]["total_seconds"] == pytest.approx(sum(record["seconds"] for record in records))
     assert all(record["flops"] > 0 and record["peak_memory_bytes"] > 0 for record in records)
     assert records[0]["flops"] > records[1]["flops"] > records[3]["flops"]
-    assert records[0]["peak_memory_bytes"] > records[1]["peak_memory_bytes"] > records[3]["peak_memory_bytes"]
+    assert records[0]["peak_memory_bytes"] > records[3]["peak_memory_bytes"]
     assert {record["local_lr"] for record in records} == {0.05}
     assert {record["sign"] for record in records} <= {1, -1}
     assert all(record["transition_change"] > 0 for record in records)
@@ -147,7 +156,7 @@ def test_progress_ends_with_the_epoch(tmp_path, monkeypatch):
         *((0, step, 5, 0) for step in range(1, 6)),
         *((1, step, 5, 1) for step in range(1, 6)),
     ]
-    assert all(p.loss > 0 and p.images_per_second > 0 and p.layers == 4 and p.epochs == 3 for p in shown)
+    assert all(p.loss > 0 and p.images_per_second > 0 and p.layers == 7 and p.epochs == 3 for p in shown)
     assert shown[-1].seconds_left > 0
     run.run_epoch(shown.append)
     assert shown[-1].seconds_left == 0
@@ -165,12 +174,12 @@ def test_the_summary_is_of_all_epochs(tmp_path):
     assert summary["top1_error"] == records[-1]["top1_error"]
     assert summary["best_top1_error"] == min(record["top1_error"] for record in records)
     assert summary["flops"] == sum(record["flops"] for record in records)
-    assert (summary["method"], summary["boundary"], summary["layers"]) == ("local", 1, 4)
+    assert (summary["method"], summary["boundary"], summary["layers"]) == ("local", 1, 7)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole, value):
-    run = make_run(tmp_path / "run", model=Spoilt(5 * 2 + 3, lambda scores: scores * value))
+    run = make_run(tmp_path / "run", model=spoilt(5 * 2 + 3, lambda scores: scores * value))
     run_on(run, 2)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with pytest.raises(LowcalError, match=r"became nan at step 3 of epoch 3 of 6; lower the learning rate") as error:
@@ -180,13 +189,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole, value):
     assert len(log(run)) == 2
     with pytest.raises(LowcalError, match="broken off"):
         run.run_epoch()
-    again = make_run(tmp_path / "run", model=Spoilt(0, lambda scores: scores))
+    again = make_run(tmp_path / "run")
     again.resume()
-    assert same(log(run_on(again)), whole["local"]["log"])
+    assert same(state(run_on(again)), whole["local"])
 
 
 def test_a_test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    run = make_run(tmp_path / "run", "sgd", model=Spoilt(2, lambda scores: scores * torch.nan, training=False))
+    run = make_run(tmp_path / "run", "sgd", model=spoilt(2, lambda scores: scores * torch.nan, training=False))
     with pytest.raises(LowcalError, match="test loss is nan"):
         run.run_epoch()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -201,16 +210,16 @@ def test_a_diverging_learning_rate_is_named(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("steps", [1, 4, 5 * 3 + 1])
 def test_an_interrupted_run_goes_on_from_the_last_epoch(tmp_path, whole, method, steps):
-    run = make_run(tmp_path / "run", method, model=Spoilt(steps, broken_off))
+    run = make_run(tmp_path / "run", method, model=spoilt(steps, broken_off))
     before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
         run_on(run)
     assert torch.equal(torch.get_rng_state(), before)
-    again = make_run(tmp_path / "run", method, model=Spoilt(0, broken_off))
+    again = make_run(tmp_path / "run", method)
     notes = again.resume()
     assert again.finished == steps // 5
     assert notes == (() if again.finished else ("no epoch had been finished; started from the first",))
-    assert same(log(run_on(again)), whole[method]["log"])
+    assert same(state(run_on(again)), whole[method])
 
 
 @pytest.mark.parametrize("finished", [0, 2])
@@ -282,7 +291,7 @@ def test_a_checkpoint_without_its_log_is_refused(tmp_path):
         make_run(tmp_path / "run").resume()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "prune"])  # which changes the modules too
 def test_running_leaves_no_hooks_but_the_methods(tmp_path, method):
     run = make_run(tmp_path / "run", method, epochs=4)
     before = hooks(run.model, run.optimizer)

@@ -88,6 +88,10 @@ def test_to_device_keeps_everything_else():
         ({"name": "synthetic", "image_size": 0}, "data.image_size is 0"),
         ({"name": "synthetic", "train_images": 5}, "data.train_images is 5, fewer than the 10 classes"),
         ({"name": "image-folder"}, "needs a folder"),
+        ({"name": "imagenet"}, r"needs a folder with train/ and val/: give it with --data-dir"),
+        ({"name": "imagenet", "workers": -1}, "data.workers is -1, but must be at least 0"),
+        ({"name": "cifar10", "workers": 2}, "needs no workers: leave out data.workers"),
+        ({"name": "cifar100", "image_size": 64}, "no settable image size"),
         ({"name": "image-folder", "data_dir": "x"}, "data.image_size"),
     ],
 )

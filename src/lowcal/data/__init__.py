@@ -1,7 +1,20 @@
-"""Image data: datasets by name, decoded once, and batches that are made on the training device."""
+"""Image data: datasets by name, decoded once or file by file, and batches that are made on the training device."""
 
 from lowcal.data.batches import Batches
-from lowcal.data.dataset import Augmentation, Dataset, Images
-from lowcal.data.load import DATASETS, load
+from lowcal.data.dataset import Augmentation, Dataset, Files, Images
+from lowcal.data.file_batches import FileBatches
+from lowcal.data.load import DATASETS, load, make_loader
+from lowcal.data.loader import Loader
 
-__all__ = ["DATASETS", "Augmentation", "Batches", "Dataset", "Images", "load"]
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Batches",
+    "Dataset",
+    "FileBatches",
+    "Files",
+    "Images",
+    "Loader",
+    "load",
+    "make_loader",
+]

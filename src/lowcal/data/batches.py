@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcal.data.dataset import Augmentation, Images
+from lowcal.data.loader import Normalise, check_batch, check_state
 from lowcal.errors import LowcalError
 
 __all__ = ["Batches"]
 
 
 class Batches:
-    """An iterable over (x, y): x float32 (n, C, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
+    """A `Loader` of images in memory: x float32 (n, C, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
 
     Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
     order, with `augmentation` each image a new crop and flip; both come from generators of their own that start
@@ -44,9 +45,7 @@ class Batches:
         self.batch = batch
         self.shuffle = shuffle
         self.augmentation = augmentation
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        mean_, std_ = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
-        self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
+        self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
         self._order = torch.Generator().manual_seed(seed)
         self._draws = torch.Generator(device=self.device).manual_seed(seed)
         self._epoch_start = self._order.get_state()
@@ -60,13 +59,7 @@ class Batches:
 
     @batch.setter
     def batch(self, value: int) -> None:
-        if value < 1:
-            raise LowcalError(f"batch is {value}, but must be at least 1")
-        if value > len(self.images):
-            raise LowcalError(
-                f"batch is {value}, larger than the data ({len(self.images)} images): "
-                f"set it to at most {len(self.images)}"
-            )
+        check_batch(value, len(self.images))
         self._batch = value
 
     def __len__(self) -> int:
@@ -104,14 +97,7 @@ class Batches:
 
         Raises LowcalError, and changes nothing, if the state is of other data or of another kind of device.
         """
-        missing = {"images", "batch", "position", "order", "draws"} - state.keys()
-        if missing:
-            raise LowcalError(f"state of the batches lacks {', '.join(sorted(missing))}: not one of ours")
-        if state["images"] != len(self.images):
-            raise LowcalError(
-                f"state of the batches is of {state['images']} images, the data has {len(self.images)}: "
-                "resume with the same data"
-            )
+        check_state(state, {"images", "batch", "position", "order", "draws"}, len(self.images))
         if state["draws"].shape != self._draws.get_state().shape:
             raise LowcalError(
                 f"state of the batches is of another device than {self.device.type}: resume on the same kind"
@@ -123,11 +109,10 @@ class Batches:
         self._epoch_start = self._order.get_state()
 
     def _make(self, index: Tensor, augmentation: Augmentation | None) -> Tensor:
-        pixels = self.images.pixels[index]
+        pixels = self.images.pixels_at(index)
         if augmentation is not None:
             pixels = self._crop_and_flip(pixels, augmentation)
-        x = torch.addcmul(self._shift, pixels.to(torch.float32), self._scale)
-        return x.contiguous(memory_format=self.memory_format)
+        return self._normalise(pixels)
 
     def _crop_and_flip(self, pixels: Tensor, augmentation: Augmentation) -> Tensor:
         """Shift each image by up to `pad` pixels each way over black, and mirror about half of them."""

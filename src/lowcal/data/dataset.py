@@ -1,33 +1,95 @@
-"""Images in memory, and what is drawn from them: channel statistics, stratified subsets and splits."""
+"""Images in memory or in files, and what is drawn from them: channel statistics, stratified subsets and splits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from lowcal.data.decoders import Decoders
 from lowcal.errors import LowcalError
 
-__all__ = ["Augmentation", "Dataset", "Images", "Source", "channel_statistics", "split", "subset"]
+__all__ = ["Augmentation", "Dataset", "Files", "Images", "Source", "Split", "channel_statistics", "split", "subset"]
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded images: `pixels` uint8 (N, C, H, W), `labels` int64 (N,)."""
+    """Decoded images: `pixels` uint8 (N, C, H, W), `labels` int64 (N,).
+
+    With `rows`, int64 (N,), there are fewer pixels than labels: image i has the pixels at `rows[i]`.
+    """
 
     pixels: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation per channel, on the scale 0 to 1."""
+        return channel_statistics(self.pixels)
+
+    def pixels_at(self, index: Tensor) -> Tensor:
+        """Return the pixels, uint8 (n, C, H, W), of the images at the positions `index`, int64 (n,)."""
+        return self.pixels[index if self.rows is None else self.rows[index]]
+
     def to(self, device: torch.device | str) -> Self:
         """Return the images on `device`; those that are there already share their memory."""
-        return type(self)(self.pixels.to(device), self.labels.to(device))
+        rows = None if self.rows is None else self.rows.to(device)
+        return type(self)(self.pixels.to(device), self.labels.to(device), rows)
 
     def take(self, index: Tensor) -> Self:
-        """Return the images at the positions `index`, int64 (n,), as a copy."""
-        return type(self)(self.pixels[index], self.labels[index])
+        """Return the images at the positions `index`, int64 (n,); their pixels are copied unless some share them."""
+        if self.rows is None:
+            return type(self)(self.pixels[index], self.labels[index])
+        return type(self)(self.pixels, self.labels[index], self.rows[index])
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files that are decoded anew for each batch: `paths`, and `labels` int64 (N,) beside them.
+
+    `mean` and `std` per channel, on the scale 0 to 1, are given, as finding them would take decoding every file.
+    """
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    decoders: Decoders
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return 3, self.decoders.size, self.decoders.size
+
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation per channel."""
+        return self.mean, self.std
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the files as they are: what is decoded goes to a device batch by batch."""
+        return self
+
+    def take(self, index: Tensor) -> Self:
+        """Return the files at the positions `index`, int64 (n,)."""
+        paths = tuple(self.paths[i] for i in index.tolist())
+        return replace(self, paths=paths, labels=self.labels[index])
+
+
+Split = Images | Files
 
 
 @dataclass(frozen=True)
@@ -43,9 +105,9 @@ class Source:
     """What a dataset's own module reads, before anything is drawn from it."""
 
     classes: tuple[str, ...]
-    train: Images
-    test: Images
-    augmentation: Augmentation
+    train: Split
+    test: Split
+    augmentation: Augmentation | None
     skipped: tuple[str, ...] = ()
 
 
@@ -53,39 +115,30 @@ class Source:
 class Dataset:
     """Training and test images; `mean` and `std` per channel of the training images on the scale 0 to 1.
 
-    `augmentation` suits the kind of image (digits are not mirrored); `skipped` names each file left out and why.
+    `augmentation` suits the kind of image (digits are not mirrored), and is None where the decoding of files crops and
+    mirrors; `skipped` names each file left out and why.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: Images
-    test: Images
+    train: Split
+    test: Split
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation: Augmentation
+    augmentation: Augmentation | None
     skipped: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        channels, height, width = self.train.pixels.shape[1:]
-        return channels, height, width
+        return self.train.shape
 
     def to(self, device: torch.device | str) -> Self:
         """Return the dataset with its images on `device`."""
-        return type(self)(
-            self.name,
-            self.classes,
-            self.train.to(device),
-            self.test.to(device),
-            self.mean,
-            self.std,
-            self.augmentation,
-            self.skipped,
-        )
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(pixels: Tensor) -> Statistics:
     """Mean and standard deviation per channel of uint8 (N, C, H, W), on the scale 0 to 1, from histograms.
 
     A channel without any variation gets the deviation 1, so that normalising it gives zeros.
@@ -102,7 +155,7 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def subset(images: Images, count: int, seed: int, what: str) -> Images:
+def subset(images: Split, count: int, seed: int, what: str) -> Split:
     """Draw `count` images so that each class keeps its share; `what` names the setting in errors."""
     if count > len(images):
         raise LowcalError(
@@ -116,7 +169,7 @@ def subset(images: Images, count: int, seed: int, what: str) -> Images:
     return images.take(_stratified(images.labels, count, seed))
 
 
-def split(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+def split(images: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     """Split into the rest and a held-out `fraction`, in which each class has its share."""
     classes = len(images.labels.unique())
     count = round(fraction * len(images))

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from lowcal.errors import LowcalError
 
-__all__ = ["decode_files", "read_rgb"]
+__all__ = ["decode_files", "read_rgb", "try_files", "warnings_as_needed"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a file over it is taken for a decompression bomb
 CHUNK = 128  # files per task
 
 
-def read_rgb(path: str) -> Image.Image:
+def read_rgb(path: str, *, reduced: bool = False) -> Image.Image:
     """Read one file as 8-bit RGB: the first frame, upright by its EXIF tag, transparency over white.
+
+    With `reduced` a JPEG comes at an eighth of its size, for which all its bytes are read in about half the time.
 
     Raises LowcalError with the reason, without the file's name, for whatever cannot be read.
     """
@@ -31,6 +33,8 @@ def read_rgb(path: str) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise LowcalError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+            if reduced:
+                image.draft(image.mode, (1, 1))
             image.load()
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
             return _to_rgb(upright)
@@ -75,29 +79,44 @@ def decode_files(
     pixels = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8)
     rows: NDArray[Any] = pixels.numpy()
 
-    def decode(start: int) -> list[tuple[int, str]]:
+    def decode(index: int) -> None:
+        rows[index] = np.asarray(fit(read_rgb(paths[index]), size)).transpose(2, 0, 1)
+
+    read = torch.ones(len(paths), dtype=torch.bool)
+    for index, reason in _failures(decode, len(paths)):
+        read[index] = False
+        on_failure(paths[index], reason)
+    return pixels, read
+
+
+def try_files(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Read each file, and name in their order those that cannot be read, with the reason."""
+    for index, reason in _failures(lambda index: read_rgb(paths[index], reduced=True), len(paths)):
+        yield paths[index], reason
+
+
+def _failures(work: Callable[[int], object], count: int) -> Iterator[tuple[int, str]]:
+    """Call `work` with 0 to `count` - 1, in threads, and give in order those that raise LowcalError, and why."""
+
+    def work_through(start: int) -> list[tuple[int, str]]:
         failures = []
-        for index in range(start, min(start + CHUNK, len(paths))):
+        for index in range(start, min(start + CHUNK, count)):
             try:
-                rows[index] = np.asarray(fit(read_rgb(paths[index]), size)).transpose(2, 0, 1)
+                work(index)
             except LowcalError as error:
                 failures.append((index, str(error)))
         return failures
 
-    read = torch.ones(len(paths), dtype=torch.bool)
-    with _warnings_as_needed(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings_as_needed(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for failures in pool.map(decode, range(0, len(paths), CHUNK)):
-                for index, reason in failures:
-                    read[index] = False
-                    on_failure(paths[index], reason)
+            for failures in pool.map(work_through, range(0, count, CHUNK)):
+                yield from failures
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    return pixels, read
 
 
 @contextmanager
-def _warnings_as_needed() -> Iterator[None]:
+def warnings_as_needed() -> Iterator[None]:
     """Make Pillow's bomb warning an error and keep its remarks on odd metadata silent; holds for all threads."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -3,17 +3,24 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from lowcal.data.batches import Batches
 from lowcal.data.cifar import CIFAR, read_cifar
-from lowcal.data.dataset import Dataset, Source, channel_statistics, split, subset
+from lowcal.data.dataset import Dataset, Images, Source, split, subset
 from lowcal.data.digits import read_digits
+from lowcal.data.file_batches import FileBatches
 from lowcal.data.folder import read_image_folder
+from lowcal.data.imagenet import read_imagenet
 from lowcal.data.listing import OnError
+from lowcal.data.loader import Loader
 from lowcal.data.synthetic import make_synthetic
 from lowcal.errors import LowcalError, nearest
 
-__all__ = ["DATASETS", "load"]
+__all__ = ["DATASETS", "load", "make_loader"]
 
-DATASETS = ("cifar10", "cifar100", "digits", "image-folder", "synthetic")
+DATASETS = ("cifar10", "cifar100", "digits", "image-folder", "imagenet", "synthetic")
+FOLDERS = (*CIFAR, "image-folder", "imagenet")
 
 
 def load(
@@ -29,11 +36,13 @@ def load(
     validation_fraction: float = 0.2,
     on_error: OnError = "stop",
     download: bool = True,
+    workers: int | None = None,
 ) -> Dataset:
-    """Load a dataset into memory; the same arguments give the same images in the same order.
+    """Load a dataset, into memory except for imagenet; the same arguments give the same images in the same order.
 
-    `data_dir` is for cifar10, cifar100 and image-folder, `image_size` (pixels) for image-folder and synthetic
-    (default 32), `classes` for synthetic (default 10). With `evaluate="validation"` a stratified
+    `data_dir` is for cifar10, cifar100, image-folder and imagenet, `image_size` (pixels) for image-folder, imagenet
+    (default 224) and synthetic (default 32), `classes` for synthetic (default 10), `workers` (processes that decode;
+    default: one per processor, at most 16) for imagenet. With `evaluate="validation"` a stratified
     `validation_fraction` of the training images takes the test images' place, so that settings can be chosen without
     looking at those.
     `train_images` and `test_images` then draw stratified subsets; `seed` decides both, and what synthetic makes.
@@ -43,7 +52,7 @@ def load(
     """
     if name not in DATASETS:
         raise LowcalError(f"unknown data {name!r}{nearest(name, DATASETS)}")
-    _check_settings(name, data_dir, image_size, classes)
+    _check_settings(name, data_dir, image_size, classes, workers)
     for what, value in (("train_images", train_images), ("test_images", test_images)):
         if value is not None and value < 1:
             raise LowcalError(f"data.{what} is {value}, but must be at least 1")
@@ -53,7 +62,7 @@ def load(
             train=train_images or 2048, test=test_images or 512, seed=seed,
         )  # fmt: skip
     else:
-        source = _read(name, data_dir, image_size, on_error, download)
+        source = _read(name, data_dir, image_size, on_error, download, workers)
     train, test = source.train, source.test
     if evaluate == "validation":
         train, test = split(train, validation_fraction, seed)
@@ -63,14 +72,35 @@ def load(
         train = subset(train, train_images, seed, "data.train_images")
     if test_images is not None:
         test = subset(test, test_images, seed, "data.test_images")
-    mean, std = channel_statistics(train.pixels)
+    mean, std = train.statistics()
     return Dataset(name, source.classes, train, test, mean, std, source.augmentation, source.skipped)
 
 
-def _check_settings(name: str, data_dir: Path | None, image_size: int | None, classes: int | None) -> None:
-    if data_dir is not None and name not in (*CIFAR, "image-folder"):
+def make_loader(
+    data: Dataset, *, training: bool, batch: int, device: torch.device | str, seed: int = 0, channels_last: bool = False
+) -> Loader:
+    """The loader of the training images, in a new order and augmented in each pass, or of the test images as they are.
+
+    Images in memory go to the device once, files are decoded ahead of their use. `seed` decides order and augmentation.
+    """
+    images = data.train if training else data.test
+    if isinstance(images, Images):
+        return Batches(
+            images, batch=batch, mean=data.mean, std=data.std, device=device, seed=seed, shuffle=training,
+            augmentation=data.augmentation if training else None, channels_last=channels_last,
+        )  # fmt: skip
+    return FileBatches(
+        images, batch=batch, mean=data.mean, std=data.std, device=device, seed=seed, shuffle=training,
+        augment=training, channels_last=channels_last,
+    )  # fmt: skip
+
+
+def _check_settings(
+    name: str, data_dir: Path | None, image_size: int | None, classes: int | None, workers: int | None
+) -> None:
+    if data_dir is not None and name not in FOLDERS:
         raise LowcalError(f"data {name!r} reads no folder: leave out --data-dir (found {str(data_dir)!r})")
-    if image_size is not None and name not in ("image-folder", "synthetic"):
+    if image_size is not None and name not in ("image-folder", "imagenet", "synthetic"):
         raise LowcalError(f"data {name!r} has no settable image size: leave out data.image_size ({image_size})")
     if image_size is not None and image_size < 1:
         raise LowcalError(f"data.image_size is {image_size}, but must be at least 1")
@@ -78,13 +108,23 @@ def _check_settings(name: str, data_dir: Path | None, image_size: int | None, cl
         raise LowcalError(f"data {name!r} brings its own classes: leave out data.classes (found {classes})")
     if classes is not None and classes < 2:
         raise LowcalError(f"data.classes is {classes}, but must be at least 2")
+    if workers is not None and name != "imagenet":
+        raise LowcalError(f"data {name!r} is held in memory and needs no workers: leave out data.workers ({workers})")
+    if workers is not None and workers < 0:
+        raise LowcalError(f"data.workers is {workers}, but must be at least 0 (decode in the main process)")
 
 
-def _read(name: str, data_dir: Path | None, image_size: int | None, on_error: OnError, download: bool) -> Source:
+def _read(
+    name: str, data_dir: Path | None, image_size: int | None, on_error: OnError, download: bool, workers: int | None
+) -> Source:
     if name == "digits":
         return read_digits()
     if name in CIFAR:
         return read_cifar(name, data_dir, on_error, download)
+    if name == "imagenet":
+        if data_dir is None:
+            raise LowcalError("data 'imagenet' needs a folder with train/ and val/: give it with --data-dir")
+        return read_imagenet(data_dir, image_size, on_error, workers)
     if data_dir is None:
         raise LowcalError("data 'image-folder' needs a folder with train/ and test/: give it with --data-dir")
     if image_size is None:

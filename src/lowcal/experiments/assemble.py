@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lowcal.data import Batches, Dataset, Images, load
+from lowcal.data import Dataset, Loader, load, make_loader
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe import Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
@@ -41,7 +41,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
-    """The recipe's images, in memory."""
+    """The recipe's images."""
     return load(data_dir=data_dir, **recipe.data.model_dump())
 
 
@@ -95,8 +95,8 @@ def build_run(
         model=model,
         optimizer=optimizer,
         method=attached,
-        train=_batches(recipe, data, data.train, device, training=True),
-        test=_batches(recipe, data, data.test, device, training=False),
+        train=_loader(recipe, data, device, training=True),
+        test=_loader(recipe, data, device, training=False),
         epochs=recipe.epochs,
         lr_at=lr_at(recipe),
         precision=recipe.precision,
@@ -136,15 +136,8 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
     return model, optimizer, attached
 
 
-def _batches(recipe: Recipe, data: Dataset, images: Images, device: torch.device, *, training: bool) -> Batches:
-    return Batches(
-        images,
-        batch=recipe.batch if training else min(len(images), max(recipe.batch, EVALUATION_BATCH)),
-        mean=data.mean,
-        std=data.std,
-        device=device,
-        seed=recipe.seed,
-        shuffle=training,
-        augmentation=data.augmentation if training else None,
-        channels_last=recipe.channels_last,
+def _loader(recipe: Recipe, data: Dataset, device: torch.device, *, training: bool) -> Loader:
+    batch = recipe.batch if training else min(len(data.test), max(recipe.batch, EVALUATION_BATCH))
+    return make_loader(
+        data, training=training, batch=batch, device=device, seed=recipe.seed, channels_last=recipe.channels_last
     )

@@ -36,10 +36,11 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The images; `evaluate="validation"` holds out a part of the training images in the test set's place.
 
+    `workers` processes decode imagenet's files (None: one per processor, 16 at most); they change no image.
     `seed` decides subsets and splits, so that runs whose own seeds differ see the same images.
     """
 
-    name: Literal["digits", "cifar10", "cifar100", "image-folder", "synthetic"]
+    name: Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
     seed: Whole = 0
     train_images: Count | None = None
     test_images: Count | None = None
@@ -49,6 +50,7 @@ class DataSettings(Settings):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     on_error: Literal["stop", "skip"] = "stop"
     download: bool = True
+    workers: Whole | None = None
 
 
 class OptimizerSettings(Settings):

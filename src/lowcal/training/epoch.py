@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from lowcal.data import Batches
+from lowcal.data import Loader
 from lowcal.training.step import Step
 
 CHECK_EVERY = 100  # steps; looking at the losses waits for the device
@@ -90,7 +90,7 @@ def now(device: torch.device) -> float:
 
 def train_epoch(
     step: Step,
-    batches: Batches,
+    batches: Loader,
     *,
     device: torch.device,
     epoch: int,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lowcal.data import Batches
+from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
@@ -57,8 +57,8 @@ class Run:
         model: nn.Module,
         optimizer: Optimizer,
         method: Method,
-        train: Batches,
-        test: Batches,
+        train: Loader,
+        test: Loader,
         epochs: int,
         lr_at: Callable[[int], float],
         precision: str,

@@ -1,0 +1,80 @@
+"""What every loader is, and what those of this package share: checks and normalisation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowcal.errors import LowcalError
+
+__all__ = ["Loader", "Normalise", "check_batch", "check_state"]
+
+
+class Loader(Protocol):
+    """Mini-batches of one split, on the training device: all that training and evaluation know of data.
+
+    A pass over it is an epoch: each image once, the last batch may be smaller.
+    """
+
+    @property
+    def batch(self) -> int:
+        """Images per batch; may be set between passes."""
+
+    @batch.setter
+    def batch(self, value: int) -> None: ...
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Start a pass, or go on with the one that `load_state_dict` brought; x (n, C, H, W) float32, y (n,) int64."""
+
+    def example(self, count: int) -> Tensor:
+        """The first `count` images as evaluation sees them; moves no random state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next batch depends on: tensors and plain values, also in the middle of a pass."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state` was taken.
+
+        Raises LowcalError, and changes nothing, if the state is not of such a loader or of other data.
+        """
+
+
+class Normalise:
+    """From uint8 pixels (n, C, H, W) on `device` to float32, less `mean` and over `std`, which are on the scale 0 to 1.
+
+    The result lies with its channels last in memory if asked for.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, device: torch.device, channels_last: bool
+    ) -> None:
+        mean_, std_ = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+        self._scale, self._shift = 1 / (255 * std_), -mean_ / std_
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the images normalised, without waiting for the device."""
+        x = torch.addcmul(self._shift, pixels.to(torch.float32), self._scale)
+        return x.contiguous(memory_format=self._memory_format)
+
+
+def check_batch(batch: int, images: int) -> None:
+    """Refuse a batch that is empty or larger than the data."""
+    if batch < 1:
+        raise LowcalError(f"batch is {batch}, but must be at least 1")
+    if batch > images:
+        raise LowcalError(f"batch is {batch}, larger than the data ({images} images): set it to at most {images}")
+
+
+def check_state(state: Mapping[str, Any], keys: set[str], images: int) -> None:
+    """Refuse a state that lacks one of `keys`, or is of another number of images."""
+    if missing := keys - state.keys():
+        raise LowcalError(f"state of the batches lacks {', '.join(sorted(missing))}: not one of ours")
+    if state["images"] != images:
+        raise LowcalError(
+            f"state of the batches is of {state['images']} images, the data has {images}: resume with the same data"
+        )

@@ -219,8 +219,8 @@ def bench(
     """Measure a training step at each boundary, beside a plain loop and the least that it can take."""
     from lowcal.console_bench import bench_text
     from lowcal.experiments.assemble import find_device
-    from lowcal.experiments.bench import BenchSettings, parse_boundaries
     from lowcal.experiments.bench import bench as run
+    from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
     from lowcal.models import MODELS
     from lowcal.training.record import atomic_write
 

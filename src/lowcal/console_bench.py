@@ -88,3 +88,40 @@ def _layers(result: Mapping[str, Any]) -> str:
     ]
     total = (f"all {len(times)} layers", f"{local:.4g}", f"{backward:.4g}", f"{backward / local:.2f}x")
     return table(("layer (slowest first)", "local ms", "backward ms", "ratio"), [*rows, total], left=(0,))
+
+
+def targets_text(result: Mapping[str, Any], targets: Mapping[str, float]) -> str:
+    """The ratios that docs/performance.md sets targets for, beside the targets.
+
+    Args:
+        targets: by name; "efficiency" is the least, the others are the most that is wanted.
+    """
+    rows = {(row["method"], row["boundary"]): row for row in result["rows"]}
+    boundaries = sorted({boundary for _, boundary in rows} - {0})
+    sgd, last = rows["sgd", 0], boundaries[-1]
+    found = [
+        ("boundary 0 / plain", "", rows["local", 0]["step_ms"] / result["plain_step_ms"]),
+        ("sgd / plain", "", sgd["step_ms"] / result["plain_step_ms"]),
+        ("memory", f"at {last}", rows["local", last]["peak_memory_bytes"] / sgd["peak_memory_bytes"]),
+    ]
+    for boundary in boundaries:
+        freeze = rows["freeze", boundary]
+        for method in ("local", "freeze"):
+            row = rows[method, boundary]
+            found.append(("efficiency", f"{method} at {boundary}", row["efficiency"]))
+            found.append(("speed-up / ideal", f"{method} at {boundary}", row["speedup"] / row["ideal"]))
+        every = next((name for name, _ in rows if name.startswith("local/")), None)
+        if every:
+            ratio = rows[every, boundary]["step_ms"] / freeze["step_ms"]
+            found.append((f"every {every.removeprefix('local/')} / freeze", f"at {boundary}", ratio))
+        found.append(
+            ("move / step", f"to {boundary}", result["moves_ms"][boundary] / rows["local", boundary]["step_ms"])
+        )
+    least = ("efficiency", "speed-up / ideal")
+    wanted = {"speed-up / ideal": 1.0, "move / step": 1.0, **targets}
+    lines = []
+    for name, where, value in sorted(found, key=lambda line: line[0]):
+        is_met = value >= wanted[name] if name in least else value <= wanted[name]
+        sign = ">=" if name in least else "<="
+        lines.append((name, where, f"{value:.3f}", f"{sign} {wanted[name]:.2f}", "met" if is_met else "missed"))
+    return table(("ratio", "where", "measured", "target", ""), lines, left=(0, 1, 4))

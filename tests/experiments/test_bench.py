@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowcal.cli import main
+from lowcal.console_bench import targets_text
 from lowcal.errors import LowcalError
-from lowcal.experiments.bench import BenchSettings, bench, parse_boundaries
+from lowcal.experiments.bench import bench
+from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
 from lowcal.experiments.limits import Parts
 from lowcal.experiments.predict import fastest_path, known_schedules, predicted_speedup, step_work
 from lowcal.experiments.program import record
@@ -244,6 +246,15 @@ def test_rows_agree_with_one_another(result):
     assert rows["freeze", 7]["flops"] < rows["local/2", 7]["flops"] < rows["local", 7]["flops"]
     assert len(result["layer_times"]) == result["layers"] == 10
     assert {row["schedule"] for row in result["predictions"]} == {"norm-trend", "quadratic"}
+
+
+def test_targets_stand_beside_what_was_measured(result):
+    wanted = {"boundary 0 / plain": 9e9, "sgd / plain": 0.0, "efficiency": 0.0, "every 2 / freeze": 9e9, "memory": 1.0}
+    lines = targets_text(result, wanted).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    verdicts = {line.split("  ")[0]: line.split()[-1] for line in lines[2:]}
+    assert verdicts["efficiency"] == verdicts["boundary 0 / plain"] == verdicts["memory"] == "met"
+    assert verdicts["sgd / plain"] == "missed"
 
 
 def test_measuring_leaves_the_random_state_alone():

@@ -121,7 +121,7 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
         momentum=sgd.momentum,
         weight_decay=sgd.weight_decay,
         nesterov=sgd.nesterov,
-        fused=device.type == "cuda",  # there it is the fastest, and under fp16 the one that never waits
+        fused=True,  # the fastest, and under fp16 on CUDA the one that never waits
     )
     example = torch.zeros(1, *shape, device=device)
     attached = build_method(

@@ -50,10 +50,9 @@ def take_turns(
     samples: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     was_enabled = gc.isenabled()
+    gc.disable()  # a collection would fall into some sample or other
     try:
         for turn in range(-warm_up, rounds):
-            gc.collect()
-            gc.disable()
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 milliseconds = _sample(works[name], runs, device)

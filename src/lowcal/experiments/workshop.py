@@ -1,0 +1,157 @@
+"""Copies of one network for everything that a bench times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.limits import Parts
+from lowcal.experiments.recipe import LocalSettings
+from lowcal.experiments.timing import Work
+from lowcal.layers import trace
+from lowcal.methods import Method, build_method
+from lowcal.models import build_model, check_input
+from lowcal.training.cost import Cost, dry_cost, held_bytes
+from lowcal.training.step import autocast, build_scaler, build_step
+
+LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
+
+
+class Workshop:
+    """The network, its images, and copies of it for everything that is timed."""
+
+    def __init__(self, settings: BenchSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        shape = (3, settings.image_size, settings.image_size)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            self.model = build_model(settings.model, classes=settings.classes, width=settings.width)
+            check_input(self.model, settings.model, shape)
+            self.images = torch.randn(settings.batch, *shape).to(device)
+            self.labels = torch.randint(settings.classes, (settings.batch,)).to(device)
+        self.model = self.model.to(device).train()
+        if settings.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.order = trace(self.model, self.images[:1])
+        depth = len(self.order.layers)
+        self.boundaries = sorted({int(fraction * depth + 1e-9) for fraction in settings.boundaries} - {0})
+        self.forward_flops = _forward_flops(self.model, self.images, self.order.layers)
+
+    def optimizer(self, parameters: Sequence[Tensor]) -> Optimizer:
+        """As training has it."""
+        return SGD(list(parameters), lr=LR, momentum=0.9, weight_decay=5e-4, fused=True)
+
+    def arms(self) -> dict[str, Arm]:
+        """Methods at boundaries, by name; each has a copy of the network."""
+        every = self.settings.every
+        arms = [Arm(self, "sgd", 0), Arm(self, "local", 0)]
+        for boundary in self.boundaries:
+            arms += [Arm(self, "local", boundary), Arm(self, "freeze", boundary)]
+            if every > 1:
+                arms.append(Arm(self, "local", boundary, every))
+        return {f"{arm.label} {arm.method.boundary}": arm for arm in arms}
+
+    def parts(self, boundary: int) -> dict[str, Work]:
+        """The parts of the limit."""
+        parts = Parts(
+            copy.deepcopy(self.model),
+            self.optimizer,
+            self.images,
+            self.labels,
+            boundary=boundary,
+            precision=self.settings.precision,
+        )
+        return {"prefix": parts.prefix, "suffix": parts.suffix, "products": parts.products}
+
+    def plain_step(self) -> Callable[[], None]:
+        """A loop's body as anyone would write it."""
+        model, images, labels = copy.deepcopy(self.model), self.images, self.labels
+        optimizer = SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
+        device, precision = self.device, self.settings.precision
+        scaler = build_scaler(device, precision)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with autocast(device, precision):
+                loss = F.cross_entropy(model(images), labels)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+        return step
+
+
+class Arm:
+    """A method at a boundary, on a network of its own."""
+
+    def __init__(self, shop: Workshop, method: str, boundary: int, every: int = 1) -> None:
+        settings = shop.settings
+        self.label = method if every == 1 else f"{method}/{every}"
+        self.model = copy.deepcopy(shop.model)
+        self.optimizer = shop.optimizer(list(self.model.parameters()))
+        self.method: Method = build_method(
+            method,
+            self.model,
+            self.optimizer,
+            LocalSettings(lr=LR, every=every, norm_stats=settings.norm_stats),  # type: ignore[arg-type]
+            epochs=settings.epochs,
+            example_inputs=shop.images[:1],
+        )
+        start = perf_counter()
+        self.method.move_to(boundary)
+        self.step = build_step(
+            settings.step,
+            self.model,
+            self.optimizer,
+            self.method,
+            device=shop.device,
+            precision=settings.precision,
+            scaler=build_scaler(shop.device, settings.precision),
+        )
+        self.move_ms = 1000.0 * (perf_counter() - start)
+
+    def work(self, shop: Workshop) -> Work:
+        """Its step, to be timed."""
+        return Work(lambda: self.step(shop.images, shop.labels), period=self.method.period)
+
+    def cost(self, images: Tensor, precision: str) -> Cost:
+        """FLOPs of its step and bytes, counted."""
+        return dry_cost(self.method, images.shape, precision=precision)
+
+    def peak(self, shop: Workshop, counted: int) -> int:
+        """Peak memory of a step: measured on CUDA, elsewhere as `counted`."""
+        if shop.device.type != "cuda":
+            return counted
+        others = torch.cuda.memory_allocated(shop.device) - held_bytes(self.model, self.optimizer)
+        torch.cuda.reset_peak_memory_stats(shop.device)
+        for _ in range(self.method.period):
+            self.step(shop.images, shop.labels)
+        return torch.cuda.max_memory_allocated(shop.device) - others
+
+
+def _forward_flops(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[float]:
+    """FLOPs of each layer's forward pass, from its output's size."""
+    twin = copy.deepcopy(model).to("meta")
+    flops: dict[str, float] = {}
+    for name in layers:
+
+        def count(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            flops[name] = 2.0 * output.numel() * module.weight[0].numel()  # type: ignore[index]
+
+        twin.get_submodule(name).register_forward_hook(count)
+    with torch.no_grad():
+        twin(images.to("meta"))
+    return [flops[name] for name in layers]

@@ -104,6 +104,14 @@ def test_an_arm_that_diverges_is_named_and_the_others_are_kept(tmp_path):
         run_compare(tmp_path / "out", recipe("optimizer.lr=1e30"), ["sgd", "freeze"])
 
 
+def test_a_run_computes_with_the_recipes_threads_and_gives_the_others_back(tmp_path):
+    before = torch.get_num_threads()
+    run_compare(tmp_path / "out", recipe("epochs=1", f"threads={before + 1}"), ["sgd"])
+    environment = json.loads((tmp_path / "out" / "sgd-seed0" / "environment.json").read_text())
+    assert environment["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_channels_last_reaches_network_and_batches(tmp_path):
     chosen = recipe("channels_last=true")
     run = build_run(chosen, method="sgd", folder=tmp_path / "run", data=load_data(chosen, None), device=CPU)

@@ -14,6 +14,7 @@ from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
 from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
 from lowcal.report import Report, write_report
 from lowcal.training.record import RunFolder
@@ -71,18 +72,19 @@ def train_in_turn(
 
     `later` epochs of other arms come after these; the watcher is told.
     """
-    runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
-    watcher.begin(arms, [run.finished for run in runs], recipe.epochs, later=later)
-    for run in runs:
-        run.warm_up()
-    pairs = list(zip(arms, runs, strict=True))
-    for epoch in range(recipe.epochs):
-        first = epoch % len(pairs)
-        for arm, run in pairs[first:] + pairs[:first]:
-            if run.finished == epoch:
-                advance(arm, run, watcher)
-    for run in runs:
-        run.finish()
+    with cpu_threads(recipe.threads):
+        runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
+        watcher.begin(arms, [run.finished for run in runs], recipe.epochs, later=later)
+        for run in runs:
+            run.warm_up()
+        pairs = list(zip(arms, runs, strict=True))
+        for epoch in range(recipe.epochs):
+            first = epoch % len(pairs)
+            for arm, run in pairs[first:] + pairs[:first]:
+                if run.finished == epoch:
+                    advance(arm, run, watcher)
+        for run in runs:
+            run.finish()
 
 
 def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: torch.device, watcher: Watcher) -> Run:

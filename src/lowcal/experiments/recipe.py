@@ -132,7 +132,10 @@ class PruneSettings(Settings):
 
 
 class Recipe(Settings):
-    """Every setting of a run. `label` is the line that tables and reports show for it."""
+    """Every setting of a run.
+
+    `label` is the line that tables and reports show for it; `threads` are torch's on the CPU (None: torch's choice).
+    """
 
     name: Name
     label: Name
@@ -142,6 +145,7 @@ class Recipe(Settings):
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     channels_last: bool = False
     step: Literal["auto", "eager"] = "auto"
+    threads: Count | None = None
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings

@@ -13,6 +13,7 @@ from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import advance, note_skipped, prepare
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.threads import cpu_threads
 from lowcal.training.record import RunFolder
 
 
@@ -60,9 +61,10 @@ def train(
     note_skipped(data, watcher)
     check(recipe, [method], data)
     arm = Arm(method, recipe.seed)
-    run = prepare(recipe, arm, folder, data=data, device=device, watcher=watcher)
-    watcher.begin([arm], [run.finished], recipe.epochs)
-    run.warm_up()
-    while not run.done:
-        advance(arm, run, watcher)
-    return run.finish()
+    with cpu_threads(recipe.threads):
+        run = prepare(recipe, arm, folder, data=data, device=device, watcher=watcher)
+        watcher.begin([arm], [run.finished], recipe.epochs)
+        run.warm_up()
+        while not run.done:
+            advance(arm, run, watcher)
+        return run.finish()

@@ -175,6 +175,23 @@ def test_with_survival_one_it_is_bitwise_the_plain_network(network):
     assert same(optimizer.state_dict(), plain_optimizer.state_dict())
 
 
+def test_a_fused_optimizer_takes_the_same_steps():
+    """Its kernel asks for the momentum of all parameters, also of those that were never stepped."""
+    ends = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = NETWORKS["ours"]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=fused)
+        settings = StochasticDepthSettings(0.3)
+        example = batches(1)[0][0]
+        _method = build_method("stochastic-depth", model, optimizer, settings, epochs=1, example_inputs=example)
+        for batch in batches(6):
+            train_step(model.train(), optimizer, batch)
+        ends.append(weights(model))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_it_draws_from_its_own_generator_alone():
     model = NETWORKS["ours"]()
     _, method = built(model)

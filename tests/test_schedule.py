@@ -166,8 +166,7 @@ def test_fixed_holds_from_its_epoch_on():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", -0.1), ("alpha", math.nan), ("alpha", math.inf),
-     ("alpha", "x"),
+    [("alpha", -0.1), ("alpha", math.nan), ("alpha", math.inf), ("alpha", "x"),
      ("shift", 0), ("shift", -2), ("shift", 1.5),
      ("max_fraction", 1.1), ("max_fraction", -0.1), ("max_fraction", 0.0), ("max_fraction", math.nan),
      ("interval", 0), ("interval", -1), ("interval", 2.5)],

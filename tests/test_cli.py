@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from lowcal.cli import main
-from lowcal.experiments.recipe_files import recipe_names
 from lowcal.training.trainer import Run
 
 # A network and images small enough for a test: 64 images, 2 epochs, four steps each.
@@ -364,9 +363,9 @@ def test_a_closed_pipe_is_quiet(here):
     assert result.returncode in {0, 141}
 
 
-def test_every_packaged_recipe_starts(here, capsys):
-    for name in recipe_names():
-        settings = ["epochs=1", "batch=8", "model.width=4", "lr_schedule.warmup_epochs=0"]
+def test_the_published_recipe_and_its_twin_train(here, capsys):
+    for name in ("resnet18-cifar10", "resnet18-cifar10-modern"):
+        settings = ["epochs=1", "batch=8", "model.width=4"]
         data = "data={name: synthetic, train_images: 16, test_images: 8, image_size: 8, classes: 2}"
         options = [part for setting in (*settings, data) for part in ("--set", setting)]
         assert main(["train", "--recipe", name, *options, "--out", name, "--quiet"]) == 0

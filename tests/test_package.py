@@ -24,7 +24,7 @@ LEVELS = [
     {"training"},
     {"report"},
     {"experiments"},
-    {"cli", "console", "__main__"},
+    {"cli", "console", "console_bench", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {

@@ -1,11 +1,15 @@
-"""Low-calorie SGD: train convolutional networks in less time and memory by letting their first layers learn locally."""
+"""Low-calorie SGD: train convolutional networks in less time and memory by letting first layers learn locally."""
 
-from lowcal.errors import LowcalError
-from lowcal.local import LoCal
-from lowcal.parallel import DistributedLoCal
-from lowcal.rules import Frozen, Hebbian, hebbian_update
-from lowcal.schedule import Fixed, NormTrend, Quadratic
-from lowcal.supervision import LossTrend
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowcal.errors import LowcalError
+    from lowcal.local import LoCal
+    from lowcal.parallel import DistributedLoCal
+    from lowcal.rules import Frozen, Hebbian, hebbian_update
+    from lowcal.schedule import Fixed, NormTrend, Quadratic
+    from lowcal.supervision import LossTrend
 
 __version__ = "0.1.0"
 
@@ -21,3 +25,27 @@ __all__ = [
     "Quadratic",
     "hebbian_update",
 ]
+
+_HOMES = {
+    "DistributedLoCal": "parallel",
+    "Fixed": "schedule",
+    "Frozen": "rules",
+    "Hebbian": "rules",
+    "LoCal": "local",
+    "LossTrend": "supervision",
+    "LowcalError": "errors",
+    "NormTrend": "schedule",
+    "Quadratic": "schedule",
+    "hebbian_update": "rules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are loaded when first used: torch takes seconds, which the command's help and error lines need not wait for.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowcal' has no attribute {name!r}")
+    return getattr(import_module(f"lowcal.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

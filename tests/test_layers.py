@@ -36,6 +36,19 @@ def test_parameters_follow_the_layer_run_last_before_them(boundary):
         assert parameter.requires_grad is (boundary < since[name.partition(".")[0]]), name
 
 
+def test_reading_the_shape_of_a_parameter_is_no_use_of_it():
+    class Reads(Residual):
+        def forward(self, x):
+            return super().forward(x.to(self.gain.dtype).expand(-1, *x.shape[1:-1], self.gain.shape[1] + 2))
+
+    model = Reads()
+    local = controller(model, images(1)[0][0])
+    local.move_to(2)
+    assert model.gain.requires_grad
+    local.move_to(3)
+    assert not model.gain.requires_grad
+
+
 def test_layers_are_known_after_the_first_forward():
     model = Residual()
     local = controller(model, None)
@@ -66,6 +79,19 @@ def test_a_layer_left_out_of_the_first_forward_takes_its_place_later():
     for _ in range(2):
         model(vectors(1)[0][0])
     assert local.layers == ("one", "two", "three", "head")
+
+
+def test_a_layer_met_in_the_middle_of_an_epoch_does_not_restart_the_epoch():
+    model = Optional()
+    local = controller(model, None)
+    model.skip = True
+    start = model.one.weight.detach().clone()  # the transition layer throughout
+    for index, batch in enumerate(vectors(4)):
+        model.skip = index < 2
+        train_step(model, local.optimizer, batch)
+    assert len(local.layers) == 4
+    local.end_epoch(1.0)
+    assert local.change == pytest.approx(float((model.one.weight.detach() - start).norm()), rel=1e-5)
 
 
 @contextmanager
@@ -153,6 +179,9 @@ def test_a_parameter_that_the_user_froze_stays_frozen(name):
     model.get_parameter(name).requires_grad_(False)
     local = controller(model, vectors(1)[0][0])
     local.move_to(2)
+    before = weights(model)
+    train_step(model, local.optimizer, vectors(1)[0])
+    assert name not in changed(before, model)
     local.detach()
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == [name]
 

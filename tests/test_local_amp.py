@@ -28,13 +28,14 @@ def zeroing(model, optimizer, spelling):
     }[spelling]
 
 
-def run(plan, *, kind="sgd", fused=False, order="between", spelling="set_to_none", micro=1, every=1):
+def run(plan, *, kind="sgd", fused=False, order="between", spelling="set_to_none", micro=1, frozen=()):
     """Weights after the steps of `plan`, pairs of (seed of the data, whether its gradient is infinite)."""
     torch.manual_seed(2)
     model = convnet(norm=False)
     optimizer = KINDS[kind](model.parameters(), fused)
-    rule = lowcal.Hebbian(every=every)
-    local = lowcal.LoCal(model, optimizer, epochs=9, rule=rule, example_inputs=images(1)[0][0])
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    local = lowcal.LoCal(model, optimizer, epochs=9, example_inputs=images(1)[0][0])
     zero_grad = zeroing(model, optimizer, spelling)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=10**6)
     train_step(model, optimizer, images(1)[0], order=order, zero_grad=zero_grad, scaler=scaler)
@@ -67,6 +68,11 @@ def test_a_skipped_step_leaves_no_trace(kind, fused, order):
 def test_a_skipped_step_leaves_no_trace_however_gradients_are_zeroed(micro, spelling, fused, order):
     options = {"fused": fused, "order": order, "spelling": spelling, "micro": micro}
     assert same(run(MIXED, **options)[0], run(GOOD, **options)[0])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_skipped_step_leaves_no_trace_when_the_user_froze_the_last_layer(order):
+    assert same(run(MIXED, order=order, frozen=["head"])[0], run(GOOD, order=order, frozen=["head"])[0])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

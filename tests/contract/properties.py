@@ -24,7 +24,8 @@ def is_a_frozen_dataclass(value):
 
 def is_a_value(value):
     """Equal to its copies, usable as a key, and shown as the call that makes it."""
-    for twin in (copy.deepcopy(value), pickle.loads(pickle.dumps(value)), eval(repr(value), vars(lowcal))):
+    names = {name: getattr(lowcal, name) for name in lowcal.__all__}
+    for twin in (copy.deepcopy(value), pickle.loads(pickle.dumps(value)), eval(repr(value), names)):
         assert twin == value
         assert hash(twin) == hash(value)
         assert repr(twin) == repr(value)

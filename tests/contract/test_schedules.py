@@ -5,9 +5,8 @@ import itertools
 
 import pytest
 
-import lowcal
 from lowcal import Fixed, NormTrend, Quadratic
-from lowcal.schedule import Progress
+from lowcal.schedule import Progress, Schedule
 
 from . import properties
 
@@ -67,7 +66,7 @@ def test_the_order_in_a_fixed_schedule_does_not_matter():
 
 def test_a_schedule_of_ones_own():
     @dataclasses.dataclass(frozen=True)
-    class EachEpoch(lowcal.schedule.Schedule):
+    class EachEpoch(Schedule):
         def __call__(self, progress):
             return min(progress.boundary + 1, progress.layers - 1)
 

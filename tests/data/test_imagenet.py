@@ -13,6 +13,11 @@ from lowcal.errors import LowcalError
 
 SIZE = 32
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12 on
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a single processor
+]
+
 
 @pytest.fixture
 def root(tmp_path):

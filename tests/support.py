@@ -59,7 +59,7 @@ def train_step(
 
 
 def train_epoch(model: nn.Module, optimizer: Optimizer, local: Any, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """One epoch of the loop in DESIGN, its mean loss handed to `local` (None: plain SGD)."""
+    """One epoch of the README's loop, its mean loss handed to `local` (None: plain SGD)."""
     model.train()
     losses = [train_step(model, optimizer, batch) for batch in batches]
     if local is not None:

@@ -1,4 +1,4 @@
-"""What a boundary saves: no tensor of the prefix is kept for backward, and the work is METHOD's arithmetic."""
+"""What a boundary saves: no tensor of the prefix is kept for backward, and the work is that of docs/method.md."""
 
 import gc
 import weakref
@@ -97,7 +97,7 @@ def flops(model, optimizer, batch):
     return counter.get_total_flops()
 
 
-# METHOD, "Speed-up": SGD 3 per layer, 2 where the input needs no gradient; local 2; frozen 1
+# docs/method.md, "Speed-up": SGD 3 per layer, 2 where the input needs no gradient; local 2; frozen 1
 @pytest.mark.parametrize(("rule", "share"), [(lowcal.Hebbian(), 2), (lowcal.Frozen(), 1)], ids=["hebbian", "frozen"])
 def test_flops_are_those_of_the_method(rule, share):
     model, layers = plain_convs()

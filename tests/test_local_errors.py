@@ -291,3 +291,16 @@ def test_an_error_in_the_middle_of_training_spoils_nothing():
         results.append((weights(model), local.state_dict()))
     assert same(*results)
     assert not changed(results[0][0], model)
+
+
+def test_a_layer_that_the_user_froze_may_be_left_out_of_the_optimizer():
+    model = mlp()
+    frozen = next(model.children()).requires_grad_(False)
+    before = frozen.weight.clone()
+    optimizer = sgd(nn.ModuleList(list(model.children())[1:]))
+    local = make(model, optimizer)
+    local.move_to(2)
+    train_step(model, optimizer, vectors(1)[0])
+    assert torch.equal(frozen.weight, before)
+    local.detach()
+    assert not frozen.weight.requires_grad

@@ -61,7 +61,7 @@ def loss_of(output):
 
 
 def since(name):
-    """For each parameter the boundary from which on it learns no more, by METHOD's rule for followers."""
+    """For each parameter the boundary from which on it learns no more, by docs/method.md's rule for followers."""
     model, _ = build(name)
     order, owners = executed(name)
     begun = {}

@@ -428,7 +428,8 @@ def _remove(*lists: list[RemovableHandle]) -> None:
 def _check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, module in layers.items():
-        if id(module.weight) not in held:
+        weight = module.get_parameter("weight")
+        if weight.requires_grad and id(weight) not in held:
             raise LowcalError(
                 f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own "
                 "parameters, as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"

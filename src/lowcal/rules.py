@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from lowcal.errors import LowcalError, is_count, is_number
 
@@ -137,28 +139,38 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
             f"hebbian_update: {type(module).__name__} is no linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
-    a, z, weight = inputs.to(outputs.dtype), outputs, module.weight
-    unit: Tensor | None = None
-    if z.dtype == torch.float16:
-        a, z, unit = _within_half_range(a, z, summed=z.numel() // weight.shape[0])
-    if isinstance(module, nn.Linear):
-        update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
-    else:
-        update = _conv_weight(module, a, z)
-    update = update.to(torch.promote_types(weight.dtype, torch.float32))
-    return update if unit is None else update * unit
+    dtype = _product_dtype(outputs)
+    a, z = inputs.to(dtype), outputs.to(dtype)
+    device = z.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if type(module).forward not in _PLAIN_FORWARDS:
+            update = _product_by_autograd(module, a, z)
+        elif isinstance(module, nn.Linear):
+            update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
+        else:
+            update = _conv_weight(module, a, z)
+    return update.to(torch.promote_types(module.weight.dtype, torch.float32))
 
 
-def _within_half_range(a: Tensor, z: Tensor, summed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales both factors so that sums of `summed` products stay in half precision's range.
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
-    Returns:
-        The scaled factors, and what one of their products' unit is worth (0-d, single precision).
-    """
-    half = summed**-0.5
-    smallest = torch.finfo(torch.float16).smallest_normal
-    peaks = [torch.linalg.vector_norm(factor, torch.inf).clamp_min(smallest) for factor in (a, z)]
-    return a / peaks[0] * half, z / peaks[1] * half, peaks[0].float() * peaks[1].float() * summed
+
+def _product_dtype(outputs: Tensor) -> torch.dtype:
+    """The type to multiply in: half precision overflows in sums over a batch's positions."""
+    if outputs.dtype != torch.float16:
+        return outputs.dtype
+    has_bfloat16 = outputs.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _product_by_autograd(module: nn.Module, a: Tensor, z: Tensor) -> Tensor:
+    """The weight-gradient product of a layer whose class computes its output in a way of its own (timm's pad there)."""
+    weight = module.get_parameter("weight").detach().to(a.dtype).requires_grad_()
+    tensors = {name: p.detach().to(a.dtype) for name, p in module.named_parameters()} | {"weight": weight}
+    # The class's own forward, since calling the module would run its hooks again.
+    with torch.enable_grad(), _reparametrize_module(module, tensors):
+        outputs = module.forward(a)
+    return torch.autograd.grad(outputs, weight, z)[0]
 
 
 def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Window:
     or else they would be applied together with those of the next step. Zeroing has many forms (`zero_grad` of
     optimizer or model, before or after the forward pass, to None or to zero), so it is read off the gradient of one
     weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in place, if and
-    only if nothing was zeroed in between.
+    only if nothing was zeroed in between. A forward pass in training mode that is never back-propagated counts towards
+    the next step, as it does for running statistics; evaluate in evaluation mode or without gradients.
 
     Attributes:
         exchange: set for data-parallel training, where updates are summed over the ranks.

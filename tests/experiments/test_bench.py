@@ -200,7 +200,7 @@ def test_a_quadratic_schedule_rises_to_the_cap():
 
 
 def test_work_of_a_step():
-    # METHOD: SGD 3 per layer, 2 for the first; local 2; frozen 1.
+    # docs/method.md: SGD 3 per layer, 2 for the first; local 2; frozen 1.
     flops = [1.0, 10.0, 100.0]
     assert step_work("local", 0, flops) == 2 + 30 + 300
     assert step_work("local", 2, flops) == 2 + 20 + 300

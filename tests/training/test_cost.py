@@ -75,7 +75,7 @@ def real_step(name, model, optimizer, method, precision="float32"):
 
 
 def arithmetic(layers, boundary, share):
-    """METHOD, Speed-up: SGD 3 per layer, 2 where the input needs no gradient; `share` for those before the boundary."""
+    """docs/method.md: SGD 3 per layer, 2 where the input needs no gradient; `share` for those before the boundary."""
     total = 0
     for index, (forward, has_gradient) in enumerate(layers.values()):
         total += forward * (share if index < boundary else 3 if has_gradient else 2)

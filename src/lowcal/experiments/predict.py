@@ -37,7 +37,7 @@ def known_schedules(layers: int, epochs: int) -> dict[str, Schedule]:
 
 
 def step_work(method: str, boundary: int, forward_flops: Sequence[float]) -> float:
-    """Work of a step in forward passes' FLOPs: SGD 3 per layer, 2 for the first; local 2; frozen 1 (METHOD)."""
+    """Work of a step in forward passes' FLOPs: SGD 3 per layer, 2 for the first; local 2; frozen 1 (docs/method.md)."""
     sgd = [2.0, *[3.0] * (len(forward_flops) - 1)]
     factors = [WORK[method] if index < boundary else factor for index, factor in enumerate(sgd)]
     return sum(factor * flops for factor, flops in zip(factors, forward_flops, strict=True))

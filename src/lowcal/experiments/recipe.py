@@ -54,7 +54,7 @@ class DataSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """SGD's settings; the paper names no momentum, METHOD takes 0.9."""
+    """SGD's settings; the paper names no momentum, 0.9 is the usual one."""
 
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
-    from lowcal.rules import Frozen, Hebbian, hebbian_update
+    from lowcal.rules import Frozen, Hebbian, Refresh, hebbian_update
     from lowcal.schedule import Fixed, NormTrend, Quadratic
     from lowcal.supervision import LossTrend
 
@@ -23,6 +23,7 @@ __all__ = [
     "LowcalError",
     "NormTrend",
     "Quadratic",
+    "Refresh",
     "hebbian_update",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "LowcalError": "errors",
     "NormTrend": "schedule",
     "Quadratic": "schedule",
+    "Refresh": "rules",
     "hebbian_update": "rules",
 }
 

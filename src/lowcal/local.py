@@ -36,7 +36,7 @@ class LoCal:
         model: any network with linear or convolution layers. Its classes and ``state_dict`` keys stay as they are.
         optimizer: the optimizer that holds the model's parameters. Its ``param_groups`` stay as they are.
         epochs: epochs in the whole training, E_max.
-        rule: what local layers do: `Hebbian` (the paper's), `Frozen`, or one of your own.
+        rule: what local layers do: `Hebbian` (the paper's), `Frozen`, `Refresh`, or one of your own.
         schedule: where the boundary is: `NormTrend` (Algorithm 1), `Quadratic` (Eq. 3), `Fixed`.
         supervision: the sign of local updates: `LossTrend` (Algorithm 2); None: always +1.
         norm_stats: how normalisation layers before the boundary normalise in training: by "batch" statistics, going on
@@ -74,6 +74,10 @@ class LoCal:
             )
         if norm_stats not in ("batch", "running"):
             raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
+        if not isinstance(rule, Rule):
+            raise LowcalError(
+                f"LoCal: {rule!r} is no rule; give lowcal.Hebbian(), Frozen(), Refresh() or one like them"
+            )
         self._candidates = weight_layers(model)
         _check_held(self._candidates, optimizer)
         _check_free(self._candidates)
@@ -221,6 +225,7 @@ class LoCal:
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
         self._steps = state["steps"]
         self._skipped = torch.tensor(state["skipped"], dtype=torch.int64)
+        self._open()
 
     def detach(self) -> None:
         """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""
@@ -349,9 +354,8 @@ class LoCal:
             learns = self._modules[index].weight.requires_grad  # a layer that the user froze stays as it is
             for parameter in self._parameters[name]:
                 self._required[parameter] = parameter.requires_grad
-                parameter.requires_grad_(False)
-                parameter.grad = None  # a stale gradient would count in clipping, and be applied
-                self.optimizer.state.pop(parameter, None)
+                if not self.rule.opens:
+                    self.optimizer.state.pop(parameter, None)
             if self.rule.collects and learns:
                 self._learners.append(index)
                 hook = Hook(self._collect, index)
@@ -361,6 +365,7 @@ class LoCal:
                 if layer in newly_local:
                     norm = self.model.get_submodule(name)
                     self._handles.append(norm.register_forward_pre_hook(Hook(self._still)))
+        self._open()
         self.boundary = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
@@ -369,6 +374,14 @@ class LoCal:
         if norm.training:
             norm.training = False
             self._stilled.add(norm)
+
+    def _open(self) -> None:
+        """Lets local layers take part in the coming step's back-propagation, if it is one of those of the rule."""
+        is_open = self.rule.opens and self._steps % self.rule.every == 0
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required and is_open)
+            if not is_open:
+                parameter.grad = None  # a stale gradient would count in clipping, and be applied
 
     # The step
 
@@ -395,6 +408,8 @@ class LoCal:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
+        if self.rule.opens:
+            self._open()
         weights = self._local_weights()
         updates = self._window.take(weights)
         if not updates:

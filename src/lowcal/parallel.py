@@ -50,6 +50,11 @@ class DistributedLoCal(nn.Module):
             raise LowcalError(
                 "DistributedLoCal: local controls another model; build LoCal on the bare model, before it is wrapped"
             )
+        if local.rule.opens:
+            raise LowcalError(
+                f"DistributedLoCal: {local.rule} changes from step to step what is reduced, which is not built yet; "
+                "use lowcal.Frozen() or lowcal.Hebbian()"
+            )
         if ddp_options.get("find_unused_parameters"):
             raise LowcalError(
                 "DistributedLoCal: find_unused_parameters=True is never needed, since DDP is built anew at each move; "

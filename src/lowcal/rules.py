@@ -17,7 +17,7 @@ from lowcal.errors import LowcalError, is_count, is_number
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a local layer does in a training step. `Hebbian` and `Frozen` are two; a user can pass one of their own."""
+    """What a local layer does in a training step: `Hebbian`, `Frozen`, `Refresh`, or a rule of the user's own."""
 
     @property
     def collects(self) -> bool:
@@ -25,8 +25,13 @@ class Rule(Protocol):
         ...
 
     @property
+    def opens(self) -> bool:
+        """Whether local layers learn by the optimizer, from their true gradients, in each `every`-th step."""
+        ...
+
+    @property
     def every(self) -> int:
-        """Updates are made in each `every`-th optimizer step, the first included."""
+        """The rule acts in each `every`-th optimizer step, counted from the first move, the first included."""
         ...
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -68,6 +73,7 @@ class Hebbian:
     scale: Literal["absolute", "relative"] = "absolute"
     every: int = 1
     collects: ClassVar[bool] = True
+    opens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (is_number(self.lr) and self.lr > 0):
@@ -99,6 +105,7 @@ class Frozen:
     """Local layers keep their weights: layer freezing, which the paper compares with (Sec. 3.1)."""
 
     collects: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
     every: ClassVar[int] = 1
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -112,6 +119,26 @@ class Frozen:
     def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
         """Leaves the weights as they are."""
         return torch.zeros((), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Refresh(Frozen):
+    """Local layers are frozen, but take part in full back-propagation in each n-th step. Ours, not the paper's.
+
+    Their momentum is kept between those steps, and moves them in those steps alone.
+
+    Args:
+        every: n, optimizer steps from one with true gradients to the next.
+    """
+
+    every: int = 4  # type: ignore[misc]
+    opens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not is_count(self.every, least=2):
+            raise LowcalError(
+                f"Refresh: every is {self.every!r}; give a whole number of at least 2 (1 would be plain training)"
+            )
 
 
 @torch.no_grad()

@@ -112,6 +112,7 @@ class LocalSettings(Settings):
     decay_every: Count = 30
     scale: Literal["absolute", "relative"] = "absolute"
     every: Count = 1
+    refresh_every: Annotated[int, Field(ge=2)] = 4
     norm_stats: Literal["batch", "running"] = "batch"
     supervision: bool = True
     schedule: ScheduleSettings = ScheduleSettings()

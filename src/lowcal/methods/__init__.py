@@ -12,6 +12,7 @@ from lowcal.methods.base import Method
 from lowcal.methods.freeze import Freeze
 from lowcal.methods.local import Local
 from lowcal.methods.prune import Prune, PruneSettings
+from lowcal.methods.refresh import Refresh
 from lowcal.methods.settings import LocalSettings, ScheduleSettings
 from lowcal.methods.sgd import SGD
 from lowcal.methods.stochastic_depth import StochasticDepth, StochasticDepthSettings
@@ -27,7 +28,9 @@ __all__ = [
     "find_method",
 ]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SGD, Local, Freeze, StochasticDepth, Prune)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (SGD, Local, Freeze, Refresh, StochasticDepth, Prune)
+}
 
 
 def find_method(name: str) -> type[Method]:

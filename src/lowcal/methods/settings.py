@@ -71,6 +71,10 @@ class LocalSettings(Protocol):
         """Optimizer steps from one local update to the next."""
 
     @property
+    def refresh_every(self) -> int:
+        """Of `Refresh`: optimizer steps from one with true gradients to the next."""
+
+    @property
     def norm_stats(self) -> Literal["batch", "running"]:
         """What normalisation before the boundary normalises by."""
 

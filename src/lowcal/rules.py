@@ -169,7 +169,7 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
     dtype = _product_dtype(outputs)
     a, z = inputs.to(dtype), outputs.to(dtype)
     device = z.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if _is_autocasting(device) else nullcontext():
         if type(module).forward not in _PLAIN_FORWARDS:
             update = _product_by_autograd(module, a, z)
         elif isinstance(module, nn.Linear):
@@ -180,6 +180,11 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
 
 
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def _is_autocasting(device: str) -> bool:
+    """Whether autocast is on for that kind of device; torch refuses to say so of one that has none, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _product_dtype(outputs: Tensor) -> torch.dtype:

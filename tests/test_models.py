@@ -62,6 +62,23 @@ def test_width_scales_every_stage():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "first"), [("resnet34", 64), ("resnet50", 64), ("mobilenet_v2", 32)])
+def test_torchvisions_networks_at_another_width(name, first):
+    plain, narrow = build_model(name, classes=10), build_model(name, classes=10, width=first // 2)
+    pairs = list(zip(plain.modules(), narrow.modules(), strict=True))
+    assert [type(one) for one, _ in pairs] == [type(other) for _, other in pairs]
+    channels = [(a.out_channels, b.out_channels) for a, b in pairs if isinstance(a, nn.Conv2d)]
+    if name == "mobilenet_v2":
+        assert channels.pop() == (1280, 1280)
+        assert 0.5 <= sum(b for _, b in channels) / sum(a for a, _ in channels) < 0.6
+    else:
+        assert all(b == a // 2 for a, b in channels)
+    assert narrow(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert all(parameter.device.type == "cpu" for parameter in narrow.parameters())
+    same = build_model(name, classes=10, width=first)
+    assert [p.shape for p in same.parameters()] == [p.shape for p in plain.parameters()]
+
+
 def test_he_initialisation_by_fan_out():
     torch.manual_seed(0)
     model = build_model("resnet18", classes=10)
@@ -112,7 +129,7 @@ def test_names_hold_ours_and_torchvisions():
     ("arguments", "message"),
     [
         ({"name": "resnet19", "classes": 10}, r"unknown model 'resnet19'; did you mean 'resnet18'\?"),
-        ({"name": "resnet50", "classes": 10, "width": 32}, "no settable width"),
+        ({"name": "alexnet", "classes": 10, "width": 32}, "no settable width"),
         ({"name": "resnet50", "classes": 10, "in_channels": 1}, "3 channels, not 1"),
         ({"name": "resnet18", "classes": 10, "width": 0}, "width is 0"),
         ({"name": "resnet18", "classes": 0}, "classes is 0"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError, nearest
+from lowcal.narrow import NARROW, build_narrow
 
 __all__ = ["MODELS", "VGG", "BasicBlock", "SmallResNet", "build_model", "check_input", "model_names"]
 
@@ -125,9 +126,9 @@ MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
 def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | None = None) -> nn.Module:
     """Build a network with fresh weights; the global random state decides them.
 
-    `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16); torchvision's
-    networks have neither a width nor another channel count than 3. Raises LowcalError for an unknown name, or
-    for a setting that the network does not have.
+    `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16), of torchvision's networks of
+    the first layer, and settable for those of `NARROW`; torchvision's take images of 3 channels. Raises LowcalError for
+    an unknown name, or for a setting that the network does not have.
     """
     for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
         if value is not None and value < 1:
@@ -173,12 +174,14 @@ def _torchvision_model(name: str, classes: int, in_channels: int, width: int | N
         ) from error
     if name not in models.list_models(module=models):
         raise LowcalError(f"unknown model {name!r}{nearest(name, model_names())}")
-    if width is not None:
+    if width is not None and name not in NARROW:
         raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
     if in_channels != 3:
         raise LowcalError(
             f"model {name!r} takes images of 3 channels, not {in_channels}: choose from {', '.join(sorted(MODELS))}"
         )
+    if width is not None and width != NARROW[name]:
+        return build_narrow(name, classes=classes, width=width)
     # One output in training as in evaluation; init_weights is stated as torchvision warns of its default.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **options)

@@ -187,3 +187,22 @@ def test_the_digits_step_is_the_one_that_the_validation_split_chose():
     for key in ("epochs", "batch", "model", "data", "optimizer", "lr_schedule"):
         assert now[key] == then[key]
     assert now["local"] | {"lr": 0} == then["local"] | {"lr": 0}
+
+
+@pytest.mark.parametrize("name", ["resnet18-cifar10", "resnet50-imagenet", "mobilenet_v2-imagenet"])
+def test_a_shorter_run_has_the_schedule_compressed_or_its_beginning(name):
+    recipe = load_recipe(name)
+    whole = lr_at(recipe)
+    epochs = recipe.epochs * 4 // 5
+    shorter = [f"epochs={epochs}", f"lr_schedule.epochs={recipe.epochs}"]
+    compressed = lr_at(apply_settings(recipe, shorter))
+    stopped = lr_at(apply_settings(recipe, [*shorter, "lr_schedule.fit=stopped"]))
+    assert [stopped(epoch) for epoch in range(epochs)] == [whole(epoch) for epoch in range(epochs)]
+    assert [compressed(epoch) for epoch in range(0, epochs, 4)] == pytest.approx(
+        [whole(epoch) for epoch in range(0, recipe.epochs, 5)], abs=1e-15
+    )
+
+
+def test_a_schedule_shorter_than_the_run_is_refused():
+    with pytest.raises(LowcalError, match=r"lr_schedule\.epochs=20: must be at least epochs, which is 30"):
+        apply_settings(load_recipe("digits"), ["lr_schedule.epochs=20"])

@@ -69,12 +69,18 @@ class OptimizerSettings(Settings):
 
 
 class RateSettings(Settings):
-    """The learning rate over the epochs; `factor` and `every` (epochs) are those of `step`."""
+    """The learning rate over the epochs; `factor` and `every` (epochs) are those of `step`.
+
+    `epochs` are those that the schedule is laid out for (None: the run's). A run of fewer has the whole schedule, only
+    faster (`fit="compressed"`), or its beginning (`fit="stopped"`).
+    """
 
     name: Literal["step", "cosine", "constant"]
     factor: Fraction = 0.1
     every: Count = 30
     warmup_epochs: Whole = 0
+    epochs: Count | None = None
+    fit: Literal["compressed", "stopped"] = "compressed"
 
 
 class ScheduleSettings(Settings):
@@ -162,23 +168,33 @@ class Recipe(Settings):
             raise ValueError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
         return self
 
+    @model_validator(mode="after")
+    def _schedule_is_as_long(self) -> Recipe:
+        planned = self.lr_schedule.epochs
+        if planned is not None and planned < self.epochs:
+            raise ValueError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
+        return self
+
 
 def lr_at(recipe: Recipe) -> Callable[[int], float]:
     """SGD's learning rate as a pure function of the epoch (counted from 0).
 
     `step` decays by `factor` each `every` epochs, counted from epoch 0; `cosine` falls from the full rate to
     zero at the end of the last epoch. In a warm-up of n epochs, epoch e has (e + 1) / (n + 1) of the rate.
+    Where the schedule is laid out for P epochs and compressed into a run of E, epoch e has the rate of e P / E.
     """
     base, plan, epochs = recipe.optimizer.lr, recipe.lr_schedule, recipe.epochs
+    planned = plan.epochs or epochs
+    run = epochs if plan.fit == "compressed" else planned  # epochs of this run in which the whole schedule would pass
     warmup = plan.warmup_epochs
 
     def rate(epoch: int) -> float:
         if epoch < warmup:
             return base * (epoch + 1) / (warmup + 1)
         if plan.name == "step":
-            return base * plan.factor ** (epoch // plan.every)
+            return base * plan.factor ** (epoch * planned // run // plan.every)
         if plan.name == "cosine":
-            return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+            return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (run - warmup)))
         return base
 
     return rate

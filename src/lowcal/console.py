@@ -67,7 +67,7 @@ class Display:
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """Start the lines of these arms; the time left counts `later` epochs that come after them."""
         self._later = later
-        self._lines = {arm: _Line(done, epochs) for arm, done in zip(arms, finished, strict=True)}
+        self._lines = {arm: _Line(done, arm.epochs or epochs) for arm, done in zip(arms, finished, strict=True)}
         self._started, self._before = time.monotonic(), self._work()
         if self._is_live and not self._live.is_started:
             self._live.start()

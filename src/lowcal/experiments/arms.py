@@ -12,15 +12,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of an experiment: a method and a seed."""
+    """One training run of an experiment: a method and a seed.
+
+    Attributes:
+        variant: names the settings in which it differs from the experiment's other runs of its method; "" for none.
+        epochs: its epochs where they differ from the other arms'.
+    """
 
     method: str
     seed: int
+    variant: str = ""
+    epochs: int | None = None
 
     @property
     def folder(self) -> str:
         """The name of its run folder within the experiment's."""
-        return f"{self.method}-seed{self.seed}"
+        return f"{self.method}{'-' * bool(self.variant)}{self.variant}-seed{self.seed}"
 
 
 class Watcher(Protocol):
@@ -30,7 +37,8 @@ class Watcher(Protocol):
         """Something worth a line, such as a run that is taken up again."""
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
-        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of each.
+        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of those
+        that do not say otherwise.
 
         `later` epochs of other arms come after these.
         """

@@ -74,17 +74,22 @@ def train_in_turn(
     """
     with cpu_threads(recipe.threads):
         runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
-        watcher.begin(arms, [run.finished for run in runs], recipe.epochs, later=later)
-        for run in runs:
-            run.warm_up()
-        pairs = list(zip(arms, runs, strict=True))
-        for epoch in range(recipe.epochs):
-            first = epoch % len(pairs)
-            for arm, run in pairs[first:] + pairs[:first]:
-                if run.finished == epoch:
-                    advance(arm, run, watcher)
-        for run in runs:
-            run.finish()
+        take_turns(arms, runs, watcher, epochs=recipe.epochs, later=later)
+
+
+def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, epochs: int, later: int = 0) -> None:
+    """Train runs that are prepared to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
+    watcher.begin(arms, [run.finished for run in runs], epochs, later=later)
+    for run in runs:
+        run.warm_up()
+    pairs = list(zip(arms, runs, strict=True))
+    for epoch in range(epochs):
+        first = epoch % len(pairs)
+        for arm, run in pairs[first:] + pairs[:first]:
+            if run.finished == epoch and not run.done:
+                advance(arm, run, watcher)
+    for run in runs:
+        run.finish()
 
 
 def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: torch.device, watcher: Watcher) -> Run:

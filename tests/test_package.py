@@ -17,7 +17,7 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
+    {"discovery", "hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
     {"local"},
     {"models", "data"},
     {"parallel", "integrations", "methods"},
@@ -30,6 +30,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {
     "torchvision", "sklearn", "numpy", "PIL", "typer", "rich", "pydantic", "yaml", "matplotlib", "jinja2",
     "lightning", "accelerate", "transformers", "timm", "tensorboard", "optuna", "scipy",
+    "safetensors",
 }  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lowcal.discovery import Discovery
 from lowcal.errors import LowcalError, is_count
 from lowcal.hooks import Hook
-from lowcal.layers import Order, Tracer, own_parameters, recurring_block, runs_twice, trace, weight_layers
+from lowcal.layers import Order, own_parameters, recurring_block, runs_twice, trace, weight_layers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule
 from lowcal.state import check_state
@@ -94,11 +95,10 @@ class LoCal:
         self._steps = 0
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
-        self._order = Order()
+        self._discovery = Discovery(model, self._candidates, self._take)
         self._modules: list[nn.Module] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._block = 1
-        self._tracer: Tracer | None = None
         self._learners: list[int] = []  # local layers whose weights updates move
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
         self._window = Window()
@@ -106,12 +106,11 @@ class LoCal:
         self._stilled: set[nn.Module] = set()  # normalisation layers made to use their running statistics
         self._ran: set[int] | None = None  # local layers that this forward pass has run
         self._handles: list[RemovableHandle] = []
-        self._watch: list[RemovableHandle] = []  # those that go when the order of layers is known
-        self._finalizer = weakref.finalize(self, _remove, self._handles, self._watch)
+        self._finalizer = weakref.finalize(self, _remove, self._handles, self._discovery.handles)
         if example_inputs is not None:
-            self._take(trace(model, example_inputs))
+            self._discovery.take(trace(model, example_inputs))
         else:
-            self._watch_next_forward()
+            self._discovery.watch_next_forward()
         for module in self._candidates.values():
             _controllers[module] = weakref.ref(self)
 
@@ -120,7 +119,7 @@ class LoCal:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers in execution order; empty until a forward pass has shown it."""
-        return self._order.layers
+        return self._discovery.order.layers
 
     @property
     def lr(self) -> float:
@@ -190,11 +189,12 @@ class LoCal:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step and epoch depend on, as plain values and tensors."""
+        order = self._discovery.order
         return {
             "format": 1,
             "layers": list(self.layers),
-            "followers": dict(self._order.followers),
-            "norms": dict(self._order.norms),
+            "followers": dict(order.followers),
+            "norms": dict(order.norms),
             "epoch": self.epoch,
             "boundary": self.boundary,
             "history": [list(move) for move in self.history],
@@ -216,7 +216,7 @@ class LoCal:
         """
         order = check_state(state, self.model, self._candidates, self.layers, self.boundary)
         if order.layers:
-            self._take(order)
+            self._discovery.take(order)
             if state["boundary"] > self.boundary:
                 self._move(state["boundary"])
             self._start = state["start"].to(self._weight(self.boundary).device, copy=True)
@@ -269,50 +269,14 @@ class LoCal:
 
     # The order of layers
 
-    def _watch_next_forward(self) -> None:
-        self._watch += [
-            self.model.register_forward_pre_hook(Hook(self._begin_trace)),
-            self.model.register_forward_hook(Hook(self._end_trace), always_call=True),
-        ]
-
-    def _begin_trace(self, module: nn.Module, inputs: Any) -> None:
-        self._tracer = Tracer(self.model)
-        self._tracer.__enter__()
-
-    def _end_trace(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        tracer, self._tracer = self._tracer, None
-        if tracer is None:
-            return
-        tracer.__exit__(None, None, None)
-        # A pass that failed calls this too, with no output: the next one shows the order.
-        if outputs is not None:
-            self._take(self._order.merged(tracer.order()))
-
     def _take(self, order: Order) -> None:
         self.schedule.check(len(order.layers), self.epochs)
-        late = set(order.layers[: self.boundary]) - set(self.layers)
-        if late:
-            raise LowcalError(_comes_late(late.pop()))
-        _clear(self._watch)
-        known = self.layers[self.boundary] if self.layers else None
-        self._order = order
+        transition = self.layers[self.boundary] if self.layers else None
         self._modules = [self._candidates[name] for name in order.layers]
         self._parameters = own_parameters(order, self.model)
         self._block = recurring_block(self.model, order.layers)
-        if self.layers[self.boundary] != known:
+        if order.layers[self.boundary] != transition:
             self._mark_start()
-        for name, module in self._candidates.items():
-            if name not in order.layers:
-                self._watch.append(module.register_forward_pre_hook(Hook(self._meet, name)))
-
-    def _meet(self, name: str, module: nn.Module, inputs: Any) -> None:
-        """A layer runs that the order of layers lacks: one that the first pass had left out."""
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        if self.boundary:
-            raise LowcalError(_comes_late(name))
-        _clear(self._watch)
-        self._watch_next_forward()
 
     def _known(self, caller: str) -> None:
         if not self.layers:
@@ -361,12 +325,12 @@ class LoCal:
                 hook = Hook(self._collect, index)
                 self._handles.append(self._modules[index].register_forward_hook(hook, with_kwargs=True))
         if self.norm_stats == "running":
-            for name, layer in self._order.norms.items():
+            for name, layer in self._discovery.order.norms.items():
                 if layer in newly_local:
                     norm = self.model.get_submodule(name)
                     self._handles.append(norm.register_forward_pre_hook(Hook(self._still)))
         self._open()
-        self.boundary = target
+        self.boundary = self._discovery.settled = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
 
@@ -422,22 +386,11 @@ class LoCal:
         self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
 
 
-def _comes_late(name: str) -> str:
-    return (
-        f"layer '{name}' runs for the first time after the boundary has moved, so its place is not known; "
-        "give LoCal example_inputs with which every layer runs"
-    )
-
-
-def _clear(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-
-
 def _remove(*lists: list[RemovableHandle]) -> None:
     for handles in lists:
-        _clear(handles)
+        for handle in handles:
+            handle.remove()
+        handles.clear()
 
 
 def _check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:

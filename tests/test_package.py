@@ -19,7 +19,7 @@ LEVELS = [
     {"errors"},
     {"discovery", "hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
     {"local"},
-    {"models", "data"},
+    {"models", "narrow", "data"},
     {"parallel", "integrations", "methods"},
     {"training"},
     {"report"},

@@ -356,6 +356,29 @@ def test_a_real_ctrl_c_in_a_process(here):
     assert error.startswith("lowcal: stopped; go on with: lowcal train ")
 
 
+@pytest.mark.parametrize(("command", "number"), [("train", signal.SIGTERM), ("compare", signal.SIGUSR1)])
+def test_a_scheduler_s_signal_in_a_process_saves_inside_the_epoch(here, command, number):
+    data = "data={name: synthetic, train_images: 8000, test_images: 32, image_size: 8, classes: 4}"
+    options = [*small("epochs=3"), "--set", data, "--out", "out"]
+    arguments = [sys.executable, "-m", "lowcal", command, *options]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if " 1/3 " in line:
+                break
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert error.startswith(f"lowcal: stopped by {number.name}; go on with: lowcal {command} ")
+    assert error.count("\n") == 1
+    result = subprocess.run(
+        [sys.executable, "-m", *shlex.split(error.partition("go on with: ")[2])],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "goes on after step" in result.stdout
+    assert (here / "out" / "summary.json").is_file()
+
+
 def test_a_closed_pipe_is_quiet(here):
     command = f"{shlex.quote(sys.executable)} -m lowcal layers --model resnet18 | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

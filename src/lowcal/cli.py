@@ -1,7 +1,7 @@
 """The command `lowcal`: parses, calls, prints.
 
-A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130 and a line that says how
-to go on; a closed pipe quietly with 141.
+A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130, SIGTERM and SIGUSR1 with
+75, each with a line that says how to go on; a closed pipe quietly with 141.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from typing import Annotated, Any
 import typer
 
 from lowcal.errors import LowcalError, nearest
+from lowcal.training.interrupt import Interrupted, catch_signals
 
 MISTAKE = 2
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 CLOSED_PIPE = 141  # 128 + SIGPIPE
 
@@ -46,6 +49,9 @@ DataDirOption = Annotated[
     Path | None, typer.Option("--data-dir", help="Folder of the images [default: ~/.cache/lowcal].")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="The same as --set deterministic=true: slower on a GPU.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
 
 
@@ -75,6 +81,7 @@ def compare(
     ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train the same network by several methods in turn, and report.
@@ -84,7 +91,7 @@ def compare(
     from lowcal.console import Display, comparison_table
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
 
-    chosen = apply_settings(load_recipe(recipe), settings or [])
+    chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or _free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
@@ -121,6 +128,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     settings: SetOption = None,
     device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train one network by one method."""
@@ -138,7 +146,7 @@ def train(
         base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
     else:
         base, method = load_recipe(recipe or "digits"), method or "local"
-    chosen = apply_settings(base, settings or [])
+    chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or _free_folder(Path("runs") / f"{chosen.name}-{method}")
     more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
     with _resumable(context, folder, more), Display(quiet=quiet) as display:
@@ -268,18 +276,26 @@ def report(
 
 
 class _Stopped(Exception):
-    """Ctrl-C in a run; the message says how to go on."""
+    """A signal in a run; the message says how to go on, `code` is the command's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager
 def _resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iterator[None]:
-    """Turns Ctrl-C into the command that goes on: the present one with the arguments `more`."""
+    """Turns a signal into the command that goes on: the present one with the arguments `more`."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with catch_signals():
+            yield
+    except KeyboardInterrupt as error:
+        by, code = "", INTERRUPTED
+        if isinstance(error, Interrupted) and error.signal != signal.SIGINT:
+            by, code = f" by {error.signal.name}", PREEMPTED
         if not folder.exists():
-            raise
-        raise _Stopped(f"stopped; go on with: {shlex.join(['lowcal', *context.obj, *more])}") from None
+            raise _Stopped(f"stopped{by}; nothing was written", code) from None
+        raise _Stopped(f"stopped{by}; go on with: {shlex.join(['lowcal', *context.obj, *more])}", code) from None
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -307,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return _end(_usage(error), MISTAKE)
     except _Stopped as stop:
-        return _end(str(stop), INTERRUPTED)
+        return _end(str(stop), stop.code)
     except (KeyboardInterrupt, typer.Abort):
         return _end("stopped; nothing was written", INTERRUPTED)
     except SystemExit:  # typer's own answer to a closed pipe

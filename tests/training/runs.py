@@ -63,11 +63,13 @@ def make_run(
     model: nn.Module | None = None,
     lr_at: Callable[[int], float] = lambda epoch: 0.1 * 0.7**epoch,
     checkpoint: bool = True,
+    fused: bool = False,
+    **options: Any,
 ) -> Run:
-    """A run in the folder `path`, which is made if it does not hold one yet."""
+    """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `Run`."""
     torch.manual_seed(seed)
     model = network() if model is None else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01, fused=fused)
     statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25)}
     train = Batches(
         images(22), batch=5, seed=seed, shuffle=True, augmentation=Augmentation(pad=1, flip=True), **statistics
@@ -100,6 +102,7 @@ def make_run(
         folder=folder,
         seed=seed,
         checkpoint=checkpoint,
+        **options,
     )
 
 
@@ -128,15 +131,15 @@ def log(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]
 
 
-def spoilt(at: int, spoil: Callable[[Tensor], Tensor], *, training: bool = True) -> nn.Module:
-    """A network whose scores `spoil` changes in pass number `at`, counted from 1, of training or of evaluation."""
+def spoilt(*places: int, spoil: Callable[[Tensor], Any], training: bool = True) -> nn.Module:
+    """A network whose scores `spoil` changes in the passes `places`, counted from 1, of training or of evaluation."""
     passes = itertools.count(1)
 
     def hook(model: nn.Module, inputs: Any, scores: Tensor) -> Tensor | None:
         # Tracing and dry runs are passes too, but without a graph or without data.
         if scores.is_meta or model.training != training or torch.is_grad_enabled() != training:
             return None
-        return spoil(scores) if next(passes) == at else None
+        return spoil(scores) if next(passes) in places else None
 
     torch.manual_seed(0)
     model = network()

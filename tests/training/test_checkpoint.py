@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowcal import LowcalError
-from lowcal.training.checkpoint import MAGIC, NEXT, PRESENT, PREVIOUS, load_checkpoint, save_checkpoint
+from lowcal.training.checkpoint import FORMAT, MAGIC, NEXT, PRESENT, PREVIOUS, load_checkpoint, save_checkpoint
 
 from ..support import same
 
@@ -29,7 +29,7 @@ def loaded(folder: Path) -> int:
     checkpoint = load_checkpoint(folder)
     assert checkpoint is not None
     epoch = checkpoint.state.pop("finished")
-    assert checkpoint.state.pop("format") == 1
+    assert checkpoint.state.pop("format") == FORMAT
     assert same({"finished": epoch, **checkpoint.state}, state(epoch))
     return epoch
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_version_is_named(folder):
     file = io.BytesIO()
     torch.save({"format": 7}, file)
     (folder / PRESENT).write_bytes(wrapped(file.getvalue()))
-    with pytest.raises(LowcalError, match="has checkpoint format 7, this lowcal reads 1"):
+    with pytest.raises(LowcalError, match="has checkpoint format 7, this lowcal reads 2"):
         load_checkpoint(folder)
 
 

@@ -103,6 +103,8 @@ def build_run(
         device=device,
         folder=files,
         seed=recipe.seed,
+        checkpoint_minutes=recipe.checkpoint.minutes,
+        max_skips=recipe.guard.max_skips,
         step="eager" if recipe.step == "auto" else recipe.step,
     )
 

@@ -12,6 +12,7 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
+from lowcal.experiments.determinism import deterministic
 from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
@@ -72,7 +73,7 @@ def train_in_turn(
 
     `later` epochs of other arms come after these; the watcher is told.
     """
-    with cpu_threads(recipe.threads):
+    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
         runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
         take_turns(arms, runs, watcher, epochs=recipe.epochs, later=later)
 
@@ -100,7 +101,9 @@ def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: to
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
-        if run.finished:
+        if run.finished_steps:
+            watcher.note(f"{arm.folder}: goes on after step {run.finished_steps} of epoch {run.finished + 1}")
+        elif run.finished:
             watcher.note(f"{arm.folder}: goes on after epoch {run.finished} of {run.epochs}")
     return run
 

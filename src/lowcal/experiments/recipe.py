@@ -138,10 +138,23 @@ class PruneSettings(Settings):
     threshold: Positive = 1e-4
 
 
+class CheckpointSettings(Settings):
+    """Within an epoch a run is saved as often as this (None: at the ends of epochs alone)."""
+
+    minutes: Positive | None = 10.0
+
+
+class GuardSettings(Settings):
+    """Steps skipped in a row, for a NaN or infinite loss or gradient, that a run survives; 0: one such loss ends it."""
+
+    max_skips: Whole = 0
+
+
 class Recipe(Settings):
     """Every setting of a run.
 
     `label` is the line that tables and reports show for it; `threads` are torch's on the CPU (None: torch's choice).
+    `deterministic` lets torch use no algorithm whose result changes from run to run, which on a GPU costs speed.
     """
 
     name: Name
@@ -153,6 +166,7 @@ class Recipe(Settings):
     channels_last: bool = False
     step: Literal["auto", "eager"] = "auto"
     threads: Count | None = None
+    deterministic: bool = False
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings
@@ -160,6 +174,8 @@ class Recipe(Settings):
     local: LocalSettings = LocalSettings()
     stochastic_depth: StochasticDepthSettings = StochasticDepthSettings()
     prune: PruneSettings = PruneSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Recipe:

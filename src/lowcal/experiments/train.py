@@ -11,6 +11,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import advance, note_skipped, prepare
+from lowcal.experiments.determinism import deterministic
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
@@ -61,7 +62,7 @@ def train(
     note_skipped(data, watcher)
     check(recipe, [method], data)
     arm = Arm(method, recipe.seed)
-    with cpu_threads(recipe.threads):
+    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
         run = prepare(recipe, arm, folder, data=data, device=device, watcher=watcher)
         watcher.begin([arm], [run.finished], recipe.epochs)
         run.warm_up()

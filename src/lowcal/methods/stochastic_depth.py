@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.methods.base import Method
+from lowcal.methods.momentum import fill_momentum
 from lowcal.methods.residual import ResidualBlock, residual_blocks
 
 
@@ -62,7 +62,7 @@ class StochasticDepth(Method):
         count = len(self._blocks)
         self.survival = tuple(1 - number / count * (1 - settings.survival) for number in range(1, count + 1))
         if settings.survival < 1:
-            _fill_momentum(self.optimizer)
+            fill_momentum(self.optimizer)
         # On the processor, whatever the device, so that all ranks draw the same and no step waits.
         self._generator = torch.Generator().manual_seed(self.seed)
         self._fixed: tuple[bool, ...] | None = None
@@ -144,17 +144,3 @@ class StochasticDepth(Method):
 
     def _scale(self, probability: float, *arguments: Any) -> Tensor | None:
         return None if self.model.training else probability * arguments[2]
-
-
-def _fill_momentum(optimizer: Optimizer) -> None:
-    """Gives parameters that a fused SGD has no momentum for a momentum of zero, with which its first step is the same.
-
-    Its kernel takes the momentum of all parameters or of none (torch 2.15), but blocks meet their first step at
-    different times.
-    """
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, SGD) and group["fused"] and group["momentum"]:
-            for parameter in group["params"]:
-                state = optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

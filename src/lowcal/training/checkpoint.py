@@ -18,7 +18,7 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.training.record import atomic_write
 
-FORMAT = 1
+FORMAT = 2  # 1 had no part of an epoch
 MAGIC = b"lowcal-checkpoint"
 PRESENT = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"

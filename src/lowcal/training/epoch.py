@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lowcal.data import Loader
+from lowcal.errors import LowcalError
+from lowcal.training.part import Part
 from lowcal.training.step import Step
 
 CHECK_EVERY = 100  # steps; looking at the losses waits for the device
@@ -45,40 +45,14 @@ class Progress:
     seconds_left: float
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What one epoch of training gave.
+class Pause(Protocol):
+    """What may come between two steps: a checkpoint, or the end of the program."""
 
-    Attributes:
-        loss: mean over the epoch's images.
-        seconds: wall time of all steps.
-        step_ms: of one step: the median, or on CUDA, where the host runs ahead of the device, the mean.
-        shapes: how many mini-batches of images there were of which shape.
-    """
+    def is_due(self) -> bool:
+        """Whether `__call__` wants to be called now; asked after each step."""
 
-    loss: float
-    seconds: float
-    step_ms: float
-    shapes: Counter[tuple[int, ...]]
-
-    @property
-    def steps(self) -> int:
-        """Steps in the epoch."""
-        return self.shapes.total()
-
-    @property
-    def images(self) -> int:
-        """Images in the epoch."""
-        return sum(shape[0] * count for shape, count in self.shapes.items())
-
-
-class DivergedError(Exception):
-    """A step's loss is NaN or infinite; `step` counts from 1."""
-
-    def __init__(self, loss: float, step: int) -> None:
-        super().__init__(loss, step)
-        self.loss = loss
-        self.step = step
+    def __call__(self) -> None:
+        """Saves; the device has done all that was asked of it, and the losses so far are good."""
 
 
 def now(device: torch.device) -> float:
@@ -91,58 +65,72 @@ def now(device: torch.device) -> float:
 def train_epoch(
     step: Step,
     batches: Loader,
+    part: Part,
     *,
     device: torch.device,
     epoch: int,
     epochs: int,
     boundary: int,
     layers: int,
-    progress: Callable[[Progress], None] | None,
-) -> Trained:
-    """Takes one step with each mini-batch; the arguments that `Progress` has too are for it alone.
+    max_skips: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    pause: Pause | None = None,
+) -> None:
+    """Takes one step with each mini-batch that is left of the epoch; the arguments of `Progress` are for it alone.
+
+    Args:
+        part: what was done of the epoch before; receives what is done now. The time that pauses take is not counted.
+        max_skips: steps that may be skipped in a row; 0: no loss may be other than finite.
+        pause: what may come after each step, the last included.
 
     Raises:
-        DivergedError: a loss is NaN or infinite; it is found within 100 steps.
+        DivergedError: too many losses or gradients are NaN or infinite; it is found within 100 steps.
     """
-    steps = len(batches)
-    losses = torch.zeros(steps, device=device)
-    sizes: list[int] = []
-    times: list[float] = []
-    shapes: Counter[tuple[int, ...]] = Counter()
+    steps = part.steps
     start = last = shown = now(device)
-    for index, (images, labels) in enumerate(batches):
-        losses[index] = step(images, labels)
-        shapes[tuple(images.shape)] += 1
-        sizes.append(len(labels))
+
+    def rest() -> None:
+        nonlocal start, last
+        part.seconds += now(device) - start
+        part.check(max_skips)
+        if pause is not None and pause.is_due():
+            pause()
+        start = last = now(device)
+
+    passing = iter(batches) if part.done < steps else iter(())
+    while True:
+        try:
+            images, labels = next(passing)
+        except StopIteration:
+            break
+        except LowcalError:
+            if pause is not None and pause.is_due():  # a signal to the whole process group ends loading too
+                rest()
+            raise
+        loss = step(images, labels)
         moment = perf_counter()
-        times.append(moment - last)
+        part.add(loss, step.skipped, images.shape, moment - last)
         last = moment
-        done = index + 1
-        if done % CHECK_EVERY == 0 or done == steps:
-            _check(losses[:done])
+        done = part.done
+        if done % CHECK_EVERY == 0:
+            part.check(max_skips)
         if progress and (done == steps or moment - shown >= SHOW_EVERY):
             shown = moment
-            elapsed = moment - start
+            elapsed = part.seconds + moment - start
             progress(
                 Progress(
                     epoch=epoch,
                     epochs=epochs,
                     step=done,
                     steps=steps,
-                    loss=float(losses[:done].mean()),
+                    loss=part.loss_so_far(),
                     boundary=boundary,
                     layers=layers,
-                    images_per_second=sum(sizes) / elapsed,
+                    images_per_second=part.images / elapsed,
                     seconds_left=elapsed / done * (steps - done + steps * (epochs - epoch - 1)),
                 )
             )
-    seconds = now(device) - start
-    loss = float(losses.double().cpu() @ torch.tensor(sizes, dtype=torch.float64)) / sum(sizes)
-    step_seconds = seconds / steps if device.type == "cuda" else statistics.median(times)
-    return Trained(loss, seconds, 1000.0 * step_seconds, shapes)
-
-
-def _check(losses: Tensor) -> None:
-    if not bool(losses.isfinite().all()):
-        first = int((~losses.isfinite()).nonzero()[0])
-        raise DivergedError(float(losses[first]), first + 1)
+        # After the last step the loader must come to its end first: its state is then that of the next epoch.
+        if done < steps and pause is not None and pause.is_due():
+            rest()
+    rest()

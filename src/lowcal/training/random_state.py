@@ -25,21 +25,24 @@ class RandomState:
         self._states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
         if device.type == "cuda":
             self._states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+        self._is_entered = False
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Within it torch's global generators are the run's; after it they are as they were before."""
         before = self._read()
         self._write(self._states)
+        self._is_entered = True
         try:
             yield
         finally:
+            self._is_entered = False
             self._states = self._read()
             self._write(before)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generators' states, one-dimensional uint8 tensors on the processor."""
-        return dict(self._states)
+        return self._read() if self._is_entered else dict(self._states)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave.

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.methods import Method
+from lowcal.methods.momentum import fill_momentum
+from lowcal.training.guard import Guard, overflowed
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +36,14 @@ def build_scaler(device: torch.device, precision: str) -> GradScaler | None:
 
 
 class Step(Protocol):
-    """A training step."""
+    """A training step.
+
+    Attributes:
+        skipped: whether the last call left the network as it was, a 0-d truth value on the device; None if that cannot
+            happen.
+    """
+
+    skipped: Tensor | None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Trains on one mini-batch.
@@ -52,7 +61,8 @@ class Step(Protocol):
 class EagerStep:
     """The step as a plain loop would write it.
 
-    A scaler reads from the device in each step unless the optimizer is built with ``fused=True``.
+    A scaler reads from the device in each step unless the optimizer is built with ``fused=True``; so does `guard`,
+    with which a step whose loss or gradient is NaN or infinite leaves weights, optimizer and buffers as they were.
     """
 
     def __init__(
@@ -64,27 +74,37 @@ class EagerStep:
         device: torch.device,
         precision: str,
         scaler: GradScaler | None,
+        guard: bool = False,
     ) -> None:
+        self.skipped: Tensor | None = None
         self._model = model
         self._optimizer = optimizer
         self._method = method
         self._device = device
         self._precision = precision
         self._scaler = scaler
+        self._guard = Guard(model, optimizer, device) if guard else None
+        if scaler is not None or guard:
+            fill_momentum(optimizer)  # a first step that is skipped would leave it as it was allocated
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says."""
         self._optimizer.zero_grad(set_to_none=True)
+        if self._guard is not None:
+            self._guard.remember()
         with autocast(self._device, self._precision):
             loss = F.cross_entropy(self._model(images), labels)
         penalty = self._method.penalty(loss)
         total = loss if penalty is None else loss + penalty
-        if self._scaler is None:
-            total.backward()
-            self._optimizer.step()
-        else:
-            self._scaler.scale(total).backward()
+        (total if self._scaler is None else self._scaler.scale(total)).backward()
+        if self._guard is not None:
+            self.skipped = self._guard.step(total.detach(), self._scaler)
+        elif self._scaler is not None:
             self._scaler.step(self._optimizer)
+            self.skipped = overflowed(self._scaler, self._optimizer)
+        else:
+            self._optimizer.step()
+        if self._scaler is not None:
             self._scaler.update()
         return loss.detach()
 
@@ -101,6 +121,7 @@ def build_step(
     device: torch.device,
     precision: str,
     scaler: GradScaler | None,
+    guard: bool = False,
 ) -> Step:
     """The training step of the given mode for the network as it is now; build another after each move.
 
@@ -109,4 +130,4 @@ def build_step(
     """
     if mode not in STEPS:
         raise LowcalError(f"there is no step {mode!r}{nearest(mode, STEPS)}")
-    return STEPS[mode](model, optimizer, method, device=device, precision=precision, scaler=scaler)
+    return STEPS[mode](model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
-from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
-from lowcal.training.cost import Cost, dry_cost, held_bytes
-from lowcal.training.epoch import DivergedError, Progress, Trained, now, train_epoch
+from lowcal.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lowcal.training.epoch import Progress, now, train_epoch
 from lowcal.training.evaluate import evaluate
+from lowcal.training.finish import export_weights, write_summary
+from lowcal.training.interrupt import deferred, raise_if_requested, requested
+from lowcal.training.meter import Meter
+from lowcal.training.part import DivergedError, Part
 from lowcal.training.random_state import RandomState
 from lowcal.training.record import RunFolder
+from lowcal.training.resume import Learner, check_identity, identity
 from lowcal.training.step import Step, build_scaler, build_step
 
 __all__ = ["Progress", "Run"]
@@ -45,6 +45,9 @@ class Run:
         folder: receives the records and the checkpoints.
         seed: of torch's global generators, as this run sees them.
         checkpoint: whether each epoch's end is saved.
+        checkpoint_minutes: within an epoch it is saved as often as this; None: not.
+        max_skips: steps that may be skipped in a row since their loss or gradient is NaN or infinite; 0: the run stops
+            at the first loss that is.
         step: how a step is run; "eager".
 
     Attributes:
@@ -66,6 +69,8 @@ class Run:
         folder: RunFolder,
         seed: int,
         checkpoint: bool = True,
+        checkpoint_minutes: float | None = 10.0,
+        max_skips: int = 0,
         step: str = "eager",
     ) -> None:
         self.model, self.optimizer, self.method = model, optimizer, method
@@ -76,18 +81,28 @@ class Run:
         self.finished = 0
         self._lr_at = lr_at
         self._checkpoint = checkpoint
+        self._save_every = math.inf if checkpoint_minutes is None or not checkpoint else 60.0 * checkpoint_minutes
+        self._max_skips = max_skips
         self._mode = step
         self._seconds = 0.0
-        self._random = RandomState(seed, self.device)
-        self._scaler = build_scaler(self.device, precision)
-        self._step = self._build_step(model, optimizer, method, self._scaler)
-        self._costs: dict[tuple[int, ...], Cost] = {}
-        self._is_whole = True  # False from an epoch's start to its end: a part of an epoch cannot be gone on from
+        self._in_a_row = 0  # skipped steps with which the last epoch ended
+        self._part: Part | None = None  # of the epoch that a checkpoint was saved in
+        self._saved_steps = 0  # of the running epoch
+        random, scaler = RandomState(seed, self.device), build_scaler(self.device, precision)
+        self._learner = Learner(model, optimizer, method, scaler, random)
+        self._step = self._build_step(self._learner)
+        self._meter = Meter(method, self.device, precision)
+        self._is_whole = True  # False from an epoch's start to its end: a broken-off run cannot be gone on from
 
     @property
     def done(self) -> bool:
         """Whether all epochs are finished."""
         return self.finished >= self.epochs
+
+    @property
+    def finished_steps(self) -> int:
+        """Steps of the coming epoch that were done before the run was resumed."""
+        return self._part.done if self._part else 0
 
     def warm_up(self, steps: int = 3) -> None:
         """Trains copies of everything for a few steps, so that the first epoch's time has no start-up in it."""
@@ -95,12 +110,12 @@ class Run:
         images, labels = next(iter(self.train))
         self.train.load_state_dict(before)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            model, optimizer, method = self._copies(images[:1])
-            model.train()
-            step = self._build_step(model, optimizer, method, build_scaler(self.device, self.precision))
+            twin = self._twin(images[:1])
+            twin.model.train()
+            step = self._build_step(twin)
             for _ in range(steps):
                 step(images, labels)
-            method.detach()
+            twin.method.detach()
         now(self.device)
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
@@ -111,7 +126,8 @@ class Run:
 
         Raises:
             LowcalError: the loss became NaN or infinite, the run is finished, or its last epoch was broken off. The
-                folder is then as the last finished epoch left it.
+                folder is then as the last checkpoint left it.
+            Interrupted: a signal asked for the end; the run is saved as it was at the end of the last step.
         """
         if self.done:
             raise LowcalError(
@@ -122,44 +138,48 @@ class Run:
                 f"the run in {self.folder.path} was broken off inside an epoch; resume it from its checkpoint"
             )
         self._is_whole = False
+        part = self._part or Part(len(self.train), self.device, in_a_row=self._in_a_row)
+        self._part, self._saved_steps = None, part.done
         epoch, boundary, lr = self.finished, self.method.boundary, self._lr_at(self.finished)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self._random.entered():
-            others = self._mark_memory()
-            trained = self._train(progress)
-            flops, peak = self._count(trained.shapes, others)
-            test_loss, top1_error = evaluate(self.model, self.test, device=self.device, precision=self.precision)
-        if not math.isfinite(test_loss):
-            raise self._diverged(f"the test loss is {test_loss}", trained.steps)
-        changed = self.method.end_epoch(trained.loss)
-        self._seconds += trained.seconds
-        record = {
-            "epoch": epoch,
-            "boundary": boundary,
-            "layers": len(self.method.layers),
-            "train_loss": trained.loss,
-            "test_loss": test_loss,
-            "top1_error": top1_error,
-            "seconds": trained.seconds,
-            "total_seconds": self._seconds,
-            "steps": trained.steps,
-            "step_ms": trained.step_ms,
-            "images_per_second": trained.images / trained.seconds,
-            "lr": lr,
-            "batch": self.train.batch,
-            "flops": flops,
-            "peak_memory_bytes": peak,
-            **self.method.facts(),
-        }
-        if changed:
-            self._step = self._build_step(self.model, self.optimizer, self.method, self._scaler)
-            self._costs.clear()
-        self.finished += 1
-        self.folder.append(record)
-        if self._checkpoint:
-            save_checkpoint(self.folder.path, self._state_dict())
-        self._is_whole = True
+        with deferred():
+            with self._learner.random.entered():
+                self._meter.start()
+                self._train(part, progress)
+                loss = part.mean_loss()
+                if not math.isfinite(loss):
+                    raise self._diverged("every step was skipped, the last", part.steps)
+                flops, peak = self._meter.count(part.shape_counts(), max(part.peak, self._meter.peak()))
+                batches = self._interruptible(part)
+                test_loss, top1_error = evaluate(self.model, batches, device=self.device, precision=self.precision)
+            if not math.isfinite(test_loss):
+                raise self._diverged(f"the test loss is {test_loss}", part.steps)
+            changed = self.method.end_epoch(loss)
+            self._seconds += part.seconds
+            record = {
+                "epoch": epoch,
+                "boundary": boundary,
+                "layers": len(self.method.layers),
+                "train_loss": loss,
+                "test_loss": test_loss,
+                "top1_error": top1_error,
+                **part.facts(),
+                "total_seconds": self._seconds,
+                "lr": lr,
+                "batch": self.train.batch,
+                "flops": flops,
+                "peak_memory_bytes": peak,
+                **self.method.facts(),
+            }
+            self._in_a_row = part.in_a_row()
+            if changed:
+                self._renew()
+            self.finished += 1
+            self.folder.append(record)
+            self._save(None)
+            self._is_whole = True
+            raise_if_requested()
         return record
 
     def resume(self) -> tuple[str, ...]:
@@ -178,31 +198,21 @@ class Run:
                 raise LowcalError(f"{self.folder.path} has no checkpoint; start the run anew in another folder")
             self.folder.truncate(0)
             return ("no epoch had been finished; started from the first",)
-        state, path = checkpoint.state, checkpoint.path
-        self._check_identity(state, path)
+        check_identity(checkpoint.state.get("run"), self._identity(), checkpoint.path)
+        batches = self.train.state_dict()
         try:
-            copies = self._copies(self.train.example(1))
-            scaler = build_scaler(self.device, self.precision)
-            self._load(state, *copies, scaler, RandomState(self.seed, self.device))
-            copies[-1].detach()
-            seconds, finished = float(state["seconds"]), int(state["finished"])
-            self.train.load_state_dict(state["batches"])
-            self.folder.truncate(finished)
+            self._take(checkpoint)
         except Exception as error:  # each of the parts refuses what it cannot load with an error of its own
+            self.train.load_state_dict(batches)
             first_line = str(error).partition("\n")[0]
             raise LowcalError(
-                f"{path} does not fit this run ({type(error).__name__}: {first_line}); "
+                f"{checkpoint.path} does not fit this run ({type(error).__name__}: {first_line}); "
                 "resume with the lowcal and the recipe that wrote it"
             ) from error
-        self._load(state, self.model, self.optimizer, self.method, self._scaler, self._random)
-        self._seconds, self.finished = seconds, finished
-        self._step = self._build_step(self.model, self.optimizer, self.method, self._scaler)
-        self._costs.clear()
-        self._is_whole = True
         return checkpoint.passed_over
 
     def finish(self) -> dict[str, Any]:
-        """Writes the folder's `summary.json` and returns what it holds.
+        """Writes the network's weights and the folder's `summary.json`; returns what the latter holds.
 
         Raises:
             LowcalError: there are epochs left.
@@ -212,117 +222,123 @@ class Run:
                 f"the run in {self.folder.path} has finished {self.finished} of {self.epochs} epochs; "
                 "go on with it first"
             )
-        records = self.folder.read_epochs()
-        last = records[-1]
-        errors = [record["top1_error"] for record in records]
-        summary = {
-            **self.folder.read_identity(),
-            "top1_error": last["top1_error"],
-            "best_top1_error": min(errors),
-            "seconds": last["total_seconds"],
-            "flops": sum(record["flops"] for record in records),
-            "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
-            "boundary": last["boundary"],
-            "layers": last["layers"],
-        }
-        return self.folder.write_summary(summary)
+        export_weights(self.model, self.folder.path)
+        return write_summary(self.folder)  # last: its presence says that the run is finished
 
     # One epoch
 
-    def _train(self, progress: Callable[[Progress], None] | None) -> Trained:
+    def _train(self, part: Part, progress: Callable[[Progress], None] | None) -> None:
         self.model.train()
         try:
-            return train_epoch(
+            train_epoch(
                 self._step,
                 self.train,
+                part,
                 device=self.device,
                 epoch=self.finished,
                 epochs=self.epochs,
                 boundary=self.method.boundary,
                 layers=len(self.method.layers),
+                max_skips=self._max_skips,
                 progress=progress,
+                pause=_Saving(self, part),
             )
         except DivergedError as error:
-            raise self._diverged(f"the training loss became {error.loss}", error.step) from None
+            raise self._diverged(str(error), error.step) from None
+
+    def _interruptible(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images for evaluation; a signal ends it, with the run saved as it was before."""
+        random = self._learner.random.state_dict()
+        for batch in self.test:
+            if requested():
+                self._save(part, random=random)
+                raise_if_requested()
+            yield batch
 
     def _diverged(self, what: str, step: int) -> LowcalError:
-        kept = (
-            f"the last checkpoint is that of epoch {self.finished}"
-            if self._checkpoint and self.finished
-            else "nothing is saved"
-        )
+        if not self._checkpoint or not (self.finished or self._saved_steps):
+            kept = "nothing is saved"
+        elif self._saved_steps:
+            kept = f"the last checkpoint is that of step {self._saved_steps} of this epoch"
+        else:
+            kept = f"the last checkpoint is that of epoch {self.finished}"
         return LowcalError(
             f"{what} at step {step} of epoch {self.finished + 1} of {self.epochs}; "
             f"lower the learning rate, which is {self._lr_at(self.finished):g} ({kept})"
         )
 
-    def _count(self, shapes: Counter[tuple[int, ...]], others: int) -> tuple[int, int]:
-        """FLOPs of an epoch's steps, and the most memory that one of them takes."""
-        for shape in shapes:
-            if shape not in self._costs:
-                self._costs[shape] = dry_cost(self.method, shape, precision=self.precision)
-        flops = sum(self._costs[shape].flops * count for shape, count in shapes.items())
-        if self.device.type == "cuda":
-            return flops, torch.cuda.max_memory_allocated(self.device) - others
-        return flops, max(self._costs[shape].peak_bytes for shape in shapes)
+    # Building, saving and loading
 
-    def _mark_memory(self) -> int:
-        """Starts the count of peak memory; returns the bytes that belong to data sets and to other runs."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device) - held_bytes(self.model, self.optimizer)
-
-    # Building and saving
-
-    def _build_step(self, model: nn.Module, optimizer: Optimizer, method: Method, scaler: GradScaler | None) -> Step:
+    def _build_step(self, learner: Learner) -> Step:
         return build_step(
-            self._mode, model, optimizer, method, device=self.device, precision=self.precision, scaler=scaler
+            self._mode,
+            learner.model,
+            learner.optimizer,
+            learner.method,
+            device=self.device,
+            precision=self.precision,
+            scaler=learner.scaler,
+            guard=self._max_skips > 0,
         )
 
-    def _copies(self, example: Tensor) -> tuple[nn.Module, Optimizer, Method]:
-        model, optimizer = copy.deepcopy((self.model, self.optimizer))
-        return model, optimizer, self.method.twin(model, optimizer, example)
+    def _renew(self) -> None:
+        """What depends on the network's shape and on what learns in it."""
+        self._step = self._build_step(self._learner)
+        self._meter.renew()
+
+    def _twin(self, example: Tensor) -> Learner:
+        return self._learner.twin(example, seed=self.seed, device=self.device, precision=self.precision)
 
     def _identity(self) -> dict[str, Any]:
-        recipe = hashlib.sha256(self.folder.recipe.encode()).hexdigest()
-        return {"method": self.method.name, "recipe": recipe, "seed": self.seed, "epochs": self.epochs}
+        return identity(self.folder, method=self.method.name, seed=self.seed, epochs=self.epochs)
 
-    def _check_identity(self, state: Mapping[str, Any], path: Path) -> None:
-        saved = state.get("run")
-        for name, own in self._identity().items():
-            value = saved.get(name) if isinstance(saved, dict) else None
-            if value != own:
-                found = "differs" if name == "recipe" else f"is {value!r}, this run's is {own!r}"
-                raise LowcalError(
-                    f"{path} is of another run: its {name} {found}; choose another folder or resume that run"
-                )
-
-    def _state_dict(self) -> dict[str, Any]:
-        return {
+    def _save(self, part: Part | None, *, random: dict[str, Tensor] | None = None) -> None:
+        """Saves the run at the end of an epoch (None), or with `part` of the next one done."""
+        if not self._checkpoint:
+            return
+        if part is not None:
+            part.peak = max(part.peak, self._meter.peak())
+            self._saved_steps = part.done
+        state = {
             "run": self._identity(),
             "finished": self.finished,
             "seconds": self._seconds,
-            "method": self.method.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict() if self._scaler else None,
+            "in_a_row": self._in_a_row,
+            "part": None if part is None else part.state_dict(),
             "batches": self.train.state_dict(),
-            "random": self._random.state_dict(),
+            **self._learner.state_dict(),
         }
+        save_checkpoint(self.folder.path, state if random is None else {**state, "random": random})
 
-    @staticmethod
-    def _load(
-        state: Mapping[str, Any],
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        scaler: GradScaler | None,
-        random: RandomState,
-    ) -> None:
-        method.load_state_dict(state["method"])  # first: it may give the network another shape
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler:
-            scaler.load_state_dict(state["scaler"])
-        random.load_state_dict(state["random"])
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Takes over a checkpoint's state, once copies have shown that all of it fits."""
+        state = checkpoint.state
+        twin = self._twin(self.train.example(1))
+        twin.load_state_dict(state)
+        twin.method.detach()
+        seconds, finished, in_a_row = float(state["seconds"]), int(state["finished"]), int(state["in_a_row"])
+        self.train.load_state_dict(state["batches"])
+        part = None
+        if state["part"] is not None:
+            part = Part(len(self.train), self.device)
+            part.load_state_dict(state["part"])
+        self.folder.truncate(finished)
+        self._learner.load_state_dict(state)
+        self._seconds, self.finished, self._in_a_row, self._part = seconds, finished, in_a_row, part
+        self._renew()
+
+
+class _Saving:
+    """The `Pause` between steps in which a run saves, because it is time or because a signal came."""
+
+    def __init__(self, run: Run, part: Part) -> None:
+        self._run, self._part = run, part
+        self._last = monotonic()
+
+    def is_due(self) -> bool:
+        return requested() or monotonic() - self._last >= self._run._save_every
+
+    def __call__(self) -> None:
+        self._run._save(self._part)
+        raise_if_requested()
+        self._last = monotonic()

@@ -1,0 +1,77 @@
+"""Signals that end a run: in training they wait for the end of the step, so that what was done can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# SIGTERM is what schedulers and `kill` send; SIGUSR1 is what SLURM can be told to send some time before it.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end; `signal` says which."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+class _Desk:
+    """Where signals arrive: there is one in a process, as there is one handler for each signal."""
+
+    received: int | None = None
+    deferred = 0  # how many `deferred` are entered
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        is_impatient = number == signal.SIGINT and self.received is not None  # a second Ctrl-C
+        if self.deferred and not is_impatient:
+            self.received = self.received or number
+            return
+        raise Interrupted(number)
+
+
+_desk = _Desk()
+
+
+@contextmanager
+def catch_signals() -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and SIGUSR1 raise `Interrupted`, at once or as `deferred` says.
+
+    Only the main thread can set handlers; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _desk.received = None
+    before = {number: signal.signal(number, _desk.receive) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _desk.received = None
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within it a signal waits until `raise_if_requested` is called; a second Ctrl-C does not."""
+    _desk.deferred += 1
+    try:
+        yield
+    finally:
+        _desk.deferred -= 1
+
+
+def requested() -> bool:
+    """Whether a signal waits."""
+    return _desk.received is not None
+
+
+def raise_if_requested() -> None:
+    """Raises `Interrupted` if a signal waits."""
+    if _desk.received is not None:
+        raise Interrupted(_desk.received)

@@ -1,0 +1,48 @@
+"""What a run's epochs cost: FLOPs, and the most memory that a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lowcal.methods import Method
+from lowcal.training.cost import Cost, dry_cost, held_bytes
+
+
+class Meter:
+    """Counts an epoch's FLOPs by dry runs, its memory by the device where that can, else by dry runs too.
+
+    Args:
+        method: attached to the network; `renew` is to be called when either changes.
+        device: where the network is.
+        precision: of its steps.
+    """
+
+    def __init__(self, method: Method, device: torch.device, precision: str) -> None:
+        self._method, self._device, self._precision = method, device, precision
+        self._costs: dict[tuple[int, ...], Cost] = {}
+        self._others = 0  # bytes on the device that belong to data sets and to other runs
+
+    def renew(self) -> None:
+        """Forgets what steps cost."""
+        self._costs.clear()
+
+    def start(self) -> None:
+        """Starts the count of peak memory."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            own = held_bytes(self._method.model, self._method.optimizer)
+            self._others = torch.cuda.memory_allocated(self._device) - own
+
+    def peak(self) -> int:
+        """Most bytes since `start`; 0 on a device that does not count them."""
+        return torch.cuda.max_memory_allocated(self._device) - self._others if self._device.type == "cuda" else 0
+
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
+        """FLOPs of so many steps of images of such shapes, and the bytes of one: `peak`, unless that is 0."""
+        for shape in shapes:
+            if shape not in self._costs:
+                self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
+        flops = sum(self._costs[shape].flops * count for shape, count in shapes.items())
+        return flops, peak or max(self._costs[shape].peak_bytes for shape in shapes)

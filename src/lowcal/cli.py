@@ -263,6 +263,44 @@ def bench(
 
 
 @app.command()
+def reproduce(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table8, or figure3 to figure6.")],
+    cells: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas, as --dry-run names them; * and ? fit anything.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, with seeds counted up.")] = 1,
+    scale: Annotated[str, typer.Option(help="full (as published), small or tiny.")] = "full",
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and how long.")] = False,
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Folder of all results; tables share their runs.")] = Path("runs/reproduce"),
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Run a table or figure of the paper, and show its figures beside the published ones.
+
+    Runs that are in the folder already are not trained again; interrupted ones go on where they stopped.
+    """
+    from lowcal.console import Display
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.reproduce import dry_run, plan_text
+    from lowcal.experiments.reproduce import reproduce as run
+    from lowcal.experiments.reproduction.results import Results
+    from lowcal.experiments.reproduction.scales import find_scale
+
+    results = Results(out, find_scale(scale), settings=settings or [], data_dir=data_dir)
+    where = find_device(device)
+    if dry:
+        print(plan_text(*dry_run(name, results, seeds=seeds, cells=cells, device=where)))
+        return
+    with _resumable(context, out, []), Display(quiet=quiet) as display:
+        found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
+    print(f"\n{found.sheet.text()}\n")
+    print(f"written: {', '.join(str(file) for file in found.files)}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")],

@@ -37,10 +37,9 @@ class Watcher(Protocol):
         """Something worth a line, such as a run that is taken up again."""
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
-        """The arms that run from here on in turn, the epochs that each has behind it, and the epochs of those
-        that do not say otherwise.
+        """The arms that run from here on in turn, and the epochs that each has behind it.
 
-        `later` epochs of other arms come after these.
+        Each has `epochs` epochs unless it says otherwise; `later` epochs of other arms come after these.
         """
 
     def step(self, arm: Arm, progress: Progress) -> None:

@@ -1,0 +1,216 @@
+"""The paper's tables and figures, run and shown beside the published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowcal.experiments.arms import Watcher
+from lowcal.experiments.folders import refuse_unwritable
+from lowcal.experiments.reproduction import rivals, rows
+from lowcal.experiments.reproduction.cells import choose
+from lowcal.experiments.reproduction.drawing import draw
+from lowcal.experiments.reproduction.estimate import epoch_seconds
+from lowcal.experiments.reproduction.paper import paper
+from lowcal.experiments.reproduction.plans import Plan, make_plan
+from lowcal.experiments.reproduction.results import Results
+from lowcal.experiments.reproduction.rows import runs_of
+from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.report.figures import save
+from lowcal.report.runs import RunData
+from lowcal.report.sheet import Column, Sheet
+from lowcal.report.tables import duration
+from lowcal.training.record import FORMAT, atomic_write, write_json
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A table as it stands, and the files that it was written to."""
+
+    sheet: Sheet
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training that a table needs.
+
+    Attributes:
+        cell: its id.
+        state: what there is of it, or why it cannot be run.
+        seconds: what is left of it at the speed of a plain SGD step; None for nothing or if it was not measured.
+    """
+
+    cell: str
+    seed: int | None
+    state: str
+    seconds: float | None
+
+
+def reproduce(
+    name: str,
+    results: Results,
+    *,
+    seeds: int,
+    cells: str | None = None,
+    device: torch.device,
+    watcher: Watcher,
+) -> Reproduced:
+    """Train what is missing of table or figure `name`, and write it to the results folder.
+
+    Args:
+        seeds: runs of each cell, with seeds counted up from the recipe's.
+        cells: patterns of the cells to be trained, see `choose`; None: all.
+
+    Raises:
+        LowcalError: the name, a pattern, the folder or the data are wrong, or a run diverges.
+    """
+    plan = make_plan(name, results.base)
+    chosen = choose(plan.cells, cells)
+    results.refuse_others(plan.cells, seeds)
+    refuse_unwritable(results.out)
+    waiting = missing(results, chosen, seeds)
+    done = len(chosen) * seeds - len(waiting)
+    if done:
+        watcher.note(f"{results.out}: {done} of {len(chosen) * seeds} runs are finished already")
+    if waiting:
+        for recipe in dict.fromkeys(cell.recipe for cell, _ in waiting):
+            results.images(recipe)  # refused before the folder is made
+        results.begin()
+        train_missing(results, waiting, device=device, watcher=watcher)
+    return write(plan, results, seeds)
+
+
+def dry_run(
+    name: str, results: Results, *, seeds: int, cells: str | None = None, device: torch.device
+) -> tuple[Plan, list[Planned]]:
+    """What `reproduce` would train, and how long it would take at most; nothing is written.
+
+    One SGD step of each network is measured; a step with local or frozen layers takes less.
+    """
+    plan = make_plan(name, results.base)
+    chosen = choose(plan.cells, cells)
+    results.refuse_others(plan.cells, seeds)
+    waiting = set(missing(results, chosen, seeds))
+    speeds: dict[tuple[str, int], float] = {}
+    entries = []
+    for cell in chosen:
+        recipe = results.recipe(cell)
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            state = results.state(cell, seed)
+            if (cell, seed) not in waiting:
+                entries.append(Planned(cell.id, seed, "finished", None))
+                continue
+            kind = (cell.recipe, recipe.batch)
+            if kind not in speeds:
+                speeds[kind] = epoch_seconds(recipe, device)
+            left = state.epochs - state.finished
+            words = f"{state.finished} of {state.epochs} epochs done" if state.finished else f"{left} epochs"
+            entries.append(Planned(cell.id, seed, words, left * speeds[kind]))
+    entries += [
+        Planned(f"{line.recipe}: {line.strategy}", None, f"not built yet: {line.missing}", None)
+        for line in plan.lines
+        if line.missing
+    ]
+    return plan, entries
+
+
+def write(plan: Plan, results: Results, seeds: int) -> Reproduced:
+    """Write the table as Markdown, CSV and JSON and its pictures as SVG and PNG, from the runs that are finished."""
+    sheet = make_sheet(plan, results, seeds)
+    results.begin()
+    stem = results.out / results.name(plan.name)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("md", "csv", "json")]
+    atomic_write(files[0], sheet.markdown().encode())
+    atomic_write(files[1], sheet.csv().encode())
+    write_json(files[2], _as_json(plan, results, seeds, sheet))
+    for name, figure in draw(plan, results, seeds).items():
+        for kind in ("svg", "png"):
+            files.append(stem.with_name(f"{stem.name}-{name}.{kind}"))
+            save(figure, files[-1])
+    return Reproduced(sheet, tuple(files))
+
+
+def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
+    """The table from the runs that are finished, with what a reader must know."""
+    columns, found = _rows(plan, results, seeds)
+    recipes = list(dict.fromkeys(line.recipe for line in plan.lines))
+    marks = results.marks(recipes)
+    title = f"{plan.title} ({marks}: not the paper's experiment)" if marks else plan.title
+    runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
+    notes = [*_machines(runs), *results.sizes(recipes), *plan.notes]
+    notes += [f"Not built yet: {line.recipe}, {line.strategy}: {line.missing}." for line in plan.lines if line.missing]
+    if plan.kind in ("equal-accuracy", "equal-time"):
+        unfinished = [cell.id for cell in plan.cells if len(results.complete(cell, seeds)) < seeds]
+        notes += [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
+    if any(row.get("seeds") and row["seeds"] > 1 for row in found):
+        notes.append("± is the sample deviation over seeds.")
+    if plan.kind == "results" and (apart := rows.not_in_turn(plan, results, seeds)):
+        notes.append(f"Not trained in turn with sgd, so that a drift of the machine may show: {'; '.join(apart)}.")
+    if plan.kind == "results":
+        notes.append("The paper's speed-ups are of a GTX 1080 Ti.")
+    return Sheet(title, columns, found, notes, group=None if plan.kind == "equal-time" else "network")
+
+
+def _rows(plan: Plan, results: Results, seeds: int) -> tuple[Sequence[Column], list[dict[str, Any]]]:
+    match plan.kind:
+        case "results":
+            return rows.RESULTS, rows.result_rows(plan, results, seeds)
+        case "boundary":
+            return rows.BOUNDARY, rows.boundary_rows(plan, results, seeds)
+        case "memory":
+            half = paper()["figure4"]["half_memory_epoch"]
+            return rows.MEMORY, rows.memory_rows(plan, results, seeds, paper_half_epoch=half)
+        case "equal-accuracy":
+            return rivals.EQUAL_ACCURACY, rivals.equal_accuracy_rows(plan, results, seeds)
+        case "equal-time":
+            return rivals.EQUAL_TIME, rivals.equal_time_rows(plan, results, seeds)
+
+
+def _machines(runs: Iterable[RunData]) -> list[str]:
+    found = {
+        f"{run.environment.get('device_name') or run.environment.get('device')}, torch {run.environment.get('torch')}"
+        for run in runs
+    }
+    if not found:
+        return ["No run is finished yet."]
+    more = "; times of different machines are not compared" if len(found) > 1 else ""
+    return [f"Measured on {' and '.join(sorted(found))}{more}."]
+
+
+def _as_json(plan: Plan, results: Results, seeds: int, sheet: Sheet) -> Mapping[str, Any]:
+    runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
+    names = ("device", "device_name", "threads", "torch", "lowcal", "commit", "started")
+    return {
+        "format": FORMAT,
+        "table": plan.name,
+        "title": sheet.title,
+        "scale": results.scale.name,
+        "settings": list(results.settings),
+        "synthetic": sorted({line.recipe for line in plan.lines if results.is_synthetic(line.recipe)}),
+        "seeds": seeds,
+        "rows": list(sheet.rows),
+        "notes": list(sheet.notes),
+        "runs": {
+            f"{run.path.parent.name}/{run.name}": {name: run.environment.get(name) for name in names} for run in runs
+        },
+    }
+
+
+def plan_text(plan: Plan, entries: Sequence[Planned]) -> str:
+    """What `--dry-run` prints."""
+    lines = [plan.title, ""]
+    longest = max((len(entry.cell) for entry in entries), default=0)
+    for entry in entries:
+        seed = "" if entry.seed is None else f"seed {entry.seed}"
+        time = "" if entry.seconds is None else f"at most {duration(entry.seconds)}"
+        lines.append(f"{entry.cell:<{longest}}  {seed:<7}  {entry.state}{', ' * bool(time)}{time}".rstrip())
+    waiting = [entry.seconds for entry in entries if entry.seconds is not None]
+    lines += ["", f"{len(waiting)} runs, at most {duration(sum(waiting))} of training" if waiting else "nothing to run"]
+    if waiting:
+        lines.append("from a few SGD steps of each network; without decoding, evaluation and start-up")
+    return "\n".join(lines)

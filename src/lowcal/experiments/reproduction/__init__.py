@@ -1,0 +1,1 @@
+"""The paper's tables and figures as plans: which runs each needs, and what it makes of them."""

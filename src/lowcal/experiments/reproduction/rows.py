@@ -1,0 +1,168 @@
+"""The rows of each kind of table, from the finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from lowcal.experiments.reproduction.cells import Cell
+from lowcal.experiments.reproduction.plans import Line, Plan
+from lowcal.experiments.reproduction.results import Results
+from lowcal.report.runs import RunData
+from lowcal.report.sheet import Column
+
+Row = dict[str, Any]
+
+RESULTS = (
+    Column("strategy", "strategy"),
+    Column("paper_top1_error", "error, paper", "percent"),
+    Column("top1_error", "measured, %", "percent"),
+    Column("paper_speedup", "speed-up, paper", "ratio"),
+    Column("speedup", "measured", "ratio"),
+    Column("boundary", "boundary", "number"),
+    Column("seeds", "seeds", "number"),
+    Column("state", "state"),
+)
+BOUNDARY = (
+    Column("strategy", "strategy"),
+    Column("layers", "layers", "number"),
+    Column("first_move", "first move, epoch", "number"),
+    *(Column(f"boundary_{part}", f"boundary at {part}%", "number") for part in (25, 50, 75, 100)),
+    Column("seeds", "seeds", "number"),
+    Column("state", "state"),
+)
+MEMORY = (
+    Column("strategy", "strategy"),
+    Column("first_bytes", "first epoch", "memory"),
+    Column("last_bytes", "last epoch", "memory"),
+    Column("paper_half_epoch", "half from epoch, paper", "number"),
+    Column("half_epoch", "measured", "number"),
+    Column("seeds", "seeds", "number"),
+    Column("state", "state"),
+)
+
+
+def result_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
+    """Error and speed-up of each line, paper beside measured; `loss` is the error above SGD's in points."""
+    rows = []
+    for line in plan.lines:
+        runs = runs_of(line.cell, results, seeds)
+        baseline = _baseline(plan, line.recipe)
+        plain = runs_of(baseline, results, seeds)
+        error = mean_or_none([run.results["top1_error"] for run in runs])
+        plain_error = mean_or_none([run.results["top1_error"] for run in plain])
+        ratios = _speedups(plain, runs)
+        rows.append(
+            _start(line)
+            | {
+                "paper_top1_error": line.paper.top1_error,
+                "top1_error": error,
+                "top1_error_std": deviation([run.results["top1_error"] for run in runs]),
+                "paper_speedup": line.paper.speedup,
+                "speedup": mean_or_none(ratios),
+                "speedup_std": None if line.cell == baseline else deviation(ratios),
+                "loss": None if error is None or plain_error is None else error - plain_error,
+                "seconds": mean_or_none([run.results["seconds"] for run in runs]),
+                "flops": mean_or_none([run.results["flops"] for run in runs]),
+                "boundary": mean_or_none([run.results["boundary"] for run in runs]),
+                "layers": runs[0].results["layers"] if runs else None,
+                "epochs": runs[0].planned if runs else None,
+            }
+            | _end(line, runs, seeds)
+        )
+    return rows
+
+
+def boundary_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
+    """How far the boundary is after parts of the training, as a mean over seeds."""
+    rows = []
+    for line in plan.lines:
+        runs = runs_of(line.cell, results, seeds)
+        paths = [[record["boundary"] for record in run.records] for run in runs]
+        row = _start(line) | {"layers": runs[0].results["layers"] if runs else None}
+        moves = [next((epoch for epoch, at in enumerate(path, 1) if at > 0), None) for path in paths]
+        row["first_move"] = mean_or_none(moves)
+        for part in (25, 50, 75, 100):
+            row[f"boundary_{part}"] = mean_or_none([path[max(0, len(path) * part // 100 - 1)] for path in paths])
+        rows.append(row | _end(line, runs, seeds))
+    return rows
+
+
+def memory_rows(plan: Plan, results: Results, seeds: int, *, paper_half_epoch: int) -> list[Row]:
+    """The peak memory of an epoch at the start and the end, and the first epoch with at most half of the first's."""
+    rows = []
+    for line in plan.lines:
+        runs = runs_of(line.cell, results, seeds)
+        paths = [[record["peak_memory_bytes"] for record in run.records] for run in runs]
+        halves = [next((epoch for epoch, at in enumerate(path, 1) if at <= path[0] / 2), None) for path in paths]
+        is_local = line.cell is not None and line.cell.method == "local"
+        rows.append(
+            _start(line)
+            | {
+                "first_bytes": mean_or_none([path[0] for path in paths]),
+                "last_bytes": mean_or_none([path[-1] for path in paths]),
+                "paper_half_epoch": paper_half_epoch if is_local else None,
+                "half_epoch": mean_or_none(halves),
+            }
+            | _end(line, runs, seeds)
+        )
+    return rows
+
+
+def runs_of(cell: Cell | None, results: Results, seeds: int) -> list[RunData]:
+    """The finished runs of a cell; none for none."""
+    return results.complete(cell, seeds) if cell else []
+
+
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """The mean; None for no values or where one is unknown."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known and len(known) == len(values) else None
+
+
+def deviation(values: Sequence[float | None]) -> float | None:
+    """The sample deviation; None for fewer than two values or where one is unknown."""
+    known = [value for value in values if value is not None]
+    return stdev(known) if len(known) > 1 and len(known) == len(values) else None
+
+
+def not_in_turn(plan: Plan, results: Results, seeds: int) -> list[str]:
+    """The lines whose speed-up is between runs of different processes, in words."""
+    found = []
+    for line in plan.lines:
+        baseline = _baseline(plan, line.recipe)
+        if line.cell is None or baseline is None or line.cell == baseline:
+            continue
+        pairs = _pairs(runs_of(baseline, results, seeds), runs_of(line.cell, results, seeds))
+        if any(not results.took_turns(line.recipe, one.name, other.name) for one, other in pairs):
+            found.append(f"{line.recipe}, {line.strategy}")
+    return found
+
+
+def _baseline(plan: Plan, recipe: str) -> Cell | None:
+    return next((cell for cell in plan.cells if cell.recipe == recipe and cell.method == "sgd"), None)
+
+
+def _pairs(plain: Sequence[RunData], runs: Sequence[RunData]) -> list[tuple[RunData, RunData]]:
+    by_seed = {run.seed: run for run in plain}
+    pairs = [(by_seed[run.seed], run) for run in runs if run.seed in by_seed]
+    return [(one, other) for one, other in pairs if one.machine == other.machine]
+
+
+def _speedups(plain: Sequence[RunData], runs: Sequence[RunData]) -> list[float]:
+    return [one.results["seconds"] / other.results["seconds"] for one, other in _pairs(plain, runs)]
+
+
+def _start(line: Line) -> Row:
+    return {"network": line.recipe, "strategy": line.strategy, "cell": line.cell.id if line.cell else None}
+
+
+def _end(line: Line, runs: Sequence[RunData], seeds: int) -> Row:
+    if line.missing:
+        state = "not built yet"
+    elif not runs:
+        state = "not run"
+    else:
+        state = f"{len(runs)} of {seeds} seeds" if len(runs) < seeds else ""
+    return {"seeds": len(runs) or None, "state": state}

@@ -1,0 +1,62 @@
+"""Training the cells that are missing, those of one network and seed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from lowcal.experiments.arms import Watcher
+from lowcal.experiments.assemble import check, load_data
+from lowcal.experiments.compare import note_skipped, prepare, take_turns
+from lowcal.experiments.reproduction.cells import Cell
+from lowcal.experiments.reproduction.results import Results
+from lowcal.experiments.threads import cpu_threads
+
+
+def missing(results: Results, cells: Sequence[Cell], seeds: int) -> list[tuple[Cell, int]]:
+    """The cells whose runs are not finished, with the seed, in the order in which they are trained."""
+    waiting = []
+    for recipe, group in groupby(cells, key=lambda cell: cell.recipe):
+        first, own = results.base(recipe).seed, list(group)
+        waiting += [
+            (cell, seed)
+            for seed in range(first, first + seeds)
+            for cell in own
+            if not results.state(cell, seed).is_complete
+        ]
+    return waiting
+
+
+def train_missing(
+    results: Results, waiting: Sequence[tuple[Cell, int]], *, device: torch.device, watcher: Watcher
+) -> None:
+    """Train what `missing` found; runs that were interrupted go on where they stopped.
+
+    Raises:
+        LowcalError: data is not there or cannot be used, a cell does not fit it, or a run diverges.
+    """
+    for recipe in dict.fromkeys(cell.recipe for cell, _ in waiting):
+        results.images(recipe)  # found now, not after hours of training
+    left = sum(results.recipe(cell).epochs - results.state(cell, seed).finished for cell, seed in waiting)
+    for name, group in groupby(waiting, key=lambda entry: entry[0].recipe):
+        own = list(group)
+        data = load_data(results.base(name), results.images(name))
+        note_skipped(data, watcher)
+        for cell in dict.fromkeys(cell for cell, _ in own):
+            check(results.recipe(cell), [cell.method], data)
+        for seed, in_turn in groupby(own, key=lambda entry: entry[1]):
+            cells = [cell for cell, _ in in_turn]
+            arms = [results.arm(cell, seed) for cell in cells]
+            recipes = [results.recipe(cell) for cell in cells]
+            watcher.note(f"{name}, seed {seed}: {', '.join(cell.name for cell in cells)}")
+            results.note_turns(name, [arm.folder for arm in arms])
+            epochs = max(recipe.epochs for recipe in recipes)
+            left -= sum(results.recipe(cell).epochs - results.state(cell, seed).finished for cell in cells)
+            with cpu_threads(recipes[0].threads):
+                runs = [
+                    prepare(recipe, arm, results.group(name) / arm.folder, data=data, device=device, watcher=watcher)
+                    for recipe, arm in zip(recipes, arms, strict=True)
+                ]
+                take_turns(arms, runs, watcher, epochs=epochs, later=left)

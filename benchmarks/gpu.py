@@ -1,6 +1,6 @@
 """The figures of docs/performance.md on a CUDA GPU: step times, limits, layers; under 25 minutes.
 
-    python benchmarks/cuda.py --out results/bench-cuda
+    python benchmarks/gpu.py --out results/bench-cuda
 
 Writes a JSON file and a picture for each network, and prints the figures beside the targets. Networks that are out of
 time or memory are named and left out.

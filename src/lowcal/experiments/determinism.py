@@ -31,7 +31,7 @@ def deterministic(on: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        reason = str(error).partition(".")[0]
+        reason = str(error).partition(", but")[0].partition("\n")[0]
         raise LowcalError(f"{reason}; use the CPU, another network, or --set deterministic=false") from error
     finally:
         torch.use_deterministic_algorithms(before[0])

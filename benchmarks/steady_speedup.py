@@ -1,7 +1,7 @@
 """Speed-ups of a comparison with bursts of other work on the machine taken out: `steady_speedup.py FOLDER`.
 
-Each epoch's step time is replaced by the median over all epochs of the method, of all seeds, at the same boundary. Reads the
-run folders in FOLDER, prints and writes FOLDER/steady.md.
+Each epoch's step time is replaced by the median over all epochs of the method, of all seeds, at the same boundary.
+Reads the run folders in FOLDER, prints and writes FOLDER/steady.md.
 """
 
 import json
@@ -28,10 +28,12 @@ def main(folder: Path) -> None:
             [json.loads(line) for line in log.read_text().splitlines()]
         )
     times = {method: steady_step_ms(runs) for method, runs in methods.items()}
-    lines = ["| method | steady speed-up | FLOPs |", "| --- | ---: | ---: |"]
     flops = {method: sum(epoch["flops"] for run in runs for epoch in run) for method, runs in methods.items()}
-    for method in sorted(times, key=times.__getitem__, reverse=True):
-        lines.append(f"| {method} | {times['sgd'] / times[method]:.2f}× | {flops[method] / flops['sgd']:.2f}× |")
+    rows = [
+        f"| {method} | {times['sgd'] / times[method]:.2f}× | {flops[method] / flops['sgd']:.2f}× |"
+        for method in sorted(times, key=times.__getitem__, reverse=True)
+    ]
+    lines = ["| method | steady speed-up | FLOPs |", "| --- | ---: | ---: |", *rows]
     table = "\n".join(lines)
     (folder / "steady.md").write_text(table + "\n")
     print(table)

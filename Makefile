@@ -29,8 +29,9 @@ demo: $(STAMP)
 	rm -rf runs/demo
 	$(VENV)/bin/lowcal compare --recipe digits --out runs/demo
 
+# One process a core, each of one thread: threads that wait for one another on busy cores cost more than they give.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

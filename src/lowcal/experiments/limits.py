@@ -1,4 +1,4 @@
-"""The least time that a step at a boundary can take: its parts that cannot be avoided, each by itself (docs/method.md)."""
+"""The least time that a step at a boundary can take: its unavoidable parts, each by itself (docs/method.md)."""
 
 from __future__ import annotations
 

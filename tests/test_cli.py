@@ -182,7 +182,7 @@ WRONG = {
     "model": (["compare", "--set", "model.name=resnet9"], "did you mean"),
     "model of layers": (["layers", "--model", "resnet9"], "did you mean"),
     "model and channels": (["compare", "--set", "model.name=mobilenet_v2"], "3 channels"),
-    "model and width": (["layers", "--model", "mobilenet_v2", "--width", "8"], "width"),
+    "model and width": (["layers", "--model", "alexnet", "--width", "8"], "width"),
     "model and size": (["layers", "--model", "vgg13", "--image-size", "8"], "vgg13"),
     "dataset": (["compare", "--set", "data.name=cifar"], "data.name=cifar"),
     "key": (["compare", "--set", "schedule.alpha=1"], "did you mean 'local.schedule.alpha'"),

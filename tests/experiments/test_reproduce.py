@@ -1,0 +1,191 @@
+"""`lowcal reproduce` end to end on the smallest scale, and what it refuses."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from lowcal.cli import main
+from lowcal.errors import LowcalError
+from lowcal.experiments.reproduce import dry_run, reproduce
+from lowcal.experiments.reproduction.plans import make_plan, plan_names
+from lowcal.experiments.reproduction.results import Results
+from lowcal.experiments.reproduction.scales import SCALES
+
+CPU = torch.device("cpu")
+TWO = "vgg13-cifar10/sgd,vgg13-cifar10/local"
+SHORT = ["epochs=2", "data.train_images=16", "data.test_images=8", "model.width=4"]
+
+
+class Diary:
+    """A watcher that writes down each epoch, and breaks off after so many of them."""
+
+    def __init__(self, most=None):
+        self.notes, self.epochs, self.most = [], [], most
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, arms, finished, epochs, *, later=0):
+        self.later = later
+
+    def step(self, arm, progress):
+        pass
+
+    def epoch(self, arm, record):
+        self.epochs.append((arm.folder, record["epoch"]))
+        if len(self.epochs) == self.most:
+            raise KeyboardInterrupt
+
+
+def run(name, results, diary=None, *, seeds=1, cells=None):
+    return reproduce(name, results, seeds=seeds, cells=cells, device=CPU, watcher=diary or Diary())
+
+
+def refusal(capsys, *arguments):
+    """The one line that the command ends with."""
+    assert main(["reproduce", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_a_table_end_to_end(tmp_path, capsys):
+    """Table 3: two cells are trained, the third is said not to be built; run again, it trains nothing."""
+    out = tmp_path / "out"
+    arguments = ["reproduce", "table3", "--scale", "tiny", "--out", str(out), "--device", "cpu"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "Table 3, growing the batch (scale tiny, synthetic images: not the paper's experiment)" in text
+    assert "Not built yet: resnet50-imagenet, local, growing batch" in text
+    value = json.loads((out / "table3-tiny.json").read_text())
+    rows = {row["strategy"]: row for row in value["rows"]}
+    assert [row["paper_speedup"] for row in value["rows"]] == [1.0, 1.27, 1.34]
+    assert rows["sgd, fixed batch"]["speedup"] == 1
+    assert rows["local, fixed batch"]["speedup"] > 0
+    assert rows["local, growing batch"]["state"] == "not built yet"
+    assert 0 <= rows["local, fixed batch"]["top1_error"] <= 100
+    assert not any("in turn" in note for note in value["notes"])
+    for kind in ("md", "csv"):
+        assert "growing batch" in (out / f"table3-tiny.{kind}").read_text()
+    assert main([*arguments, "--quiet"]) == 0
+    again = capsys.readouterr().out
+    assert json.loads((out / "table3-tiny.json").read_text()) == value
+    assert again.startswith("\nTable 3")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_table_and_figure_end_to_end(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in plan_names():
+        assert main(["reproduce", name, "--scale", "tiny", "--out", str(out), "--device", "cpu", "--quiet"]) == 0
+        value = json.loads((out / f"{name}-tiny.json").read_text())
+        assert {row["state"] for row in value["rows"]} <= {"", "not built yet", "never as good", "none within"}
+        assert "not the paper's experiment" in (out / f"{name}-tiny.md").read_text()
+    pictures = {path.name.removeprefix("figure") for path in out.glob("*.svg")}
+    assert pictures >= {"3-tiny-boundary.svg", "4-tiny-memory.svg", "5-tiny-frontier-resnet50-imagenet.svg"}
+    assert "table7-tiny-frontier-resnet18-cifar10.svg" in pictures
+
+
+def test_a_run_that_was_broken_off_goes_on_and_tables_share_it(tmp_path):
+    results = Results(tmp_path / "out", SCALES["tiny"], settings=SHORT)
+    stopped, resumed, other = Diary(most=3), Diary(), Diary()
+    with pytest.raises(KeyboardInterrupt):
+        run("table2", results, stopped, cells=TWO)
+    run("table2", results, resumed, cells=TWO)
+    epochs = [(folder.partition("-")[0], epoch) for folder, epoch in sorted(stopped.epochs + resumed.epochs)]
+    assert epochs == [("local", 0), ("local", 1), ("sgd", 0), ("sgd", 1)]
+    run("table5", results, other, cells="vgg13-cifar10")
+    assert [folder[:18] for folder, _ in other.epochs] == ["local-unsupervised"] * 2
+    assert any("1 of 2 runs are finished already" in note for note in other.notes)
+
+
+def test_runs_of_one_network_and_seed_take_turns(tmp_path):
+    diary = Diary()
+    found = run("table2", Results(tmp_path / "out", SCALES["tiny"], settings=SHORT), diary, seeds=2, cells=TWO)
+    methods = [(folder.partition("-")[0], folder[-1], epoch) for folder, epoch in diary.epochs]
+    assert methods == [
+        *(("sgd", "0", 0), ("local", "0", 0), ("local", "0", 1), ("sgd", "0", 1)),
+        *(("sgd", "1", 0), ("local", "1", 0), ("local", "1", 1), ("sgd", "1", 1)),
+    ]
+    row = next(row for row in found.sheet.rows if row["cell"] == "vgg13-cifar10/local")
+    assert row["seeds"] == 2
+    assert row["speedup_std"] is not None
+    assert "± is the sample deviation over seeds." in found.sheet.notes
+
+
+def test_a_dry_run_lists_what_is_left_and_writes_nothing(tmp_path, capsys):
+    results = Results(tmp_path / "out", SCALES["tiny"], settings=SHORT)
+    plan, entries = dry_run("table2", results, seeds=2, cells=TWO, device=CPU)
+    assert [(entry.cell, entry.seed, entry.state) for entry in entries] == [
+        (f"vgg13-cifar10/{method}", seed, "2 epochs") for method in ("sgd", "local") for seed in (0, 1)
+    ]
+    assert all(entry.seconds > 0 for entry in entries)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run("table2", results, Diary(most=2), cells=TWO)
+    _, entries = dry_run("table2", results, seeds=1, cells=TWO, device=CPU)
+    assert [entry.state for entry in entries] == ["1 of 2 epochs done", "1 of 2 epochs done"]
+    out = str(tmp_path / "empty")
+    assert main(["reproduce", "table3", "--scale", "tiny", "--dry-run", "--device", "cpu", "--out", out]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"resnet50-imagenet/sgd-batch-\d+ +seed 0 +4 epochs, at most [\d.]+ s", text)
+    assert "not built yet: a batch that grows" in text
+    assert "2 runs, at most" in text
+    assert plan == make_plan("table2", results.base)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tabel2"], "unknown table 'tabel2'; did you mean 'table2'?"),
+        (["table9", "--dry-run"], "unknown table 'table9'"),
+        (["table2", "--scale", "tinny"], "unknown scale 'tinny'; did you mean 'tiny'?"),
+        (["table2", "--scale", "tiny", "--cells", "vgg13-cifar1"], "did you mean 'vgg13-cifar10"),
+        (["table2", "--seeds", "0"], "see: lowcal reproduce --help"),
+        (["table2", "--set", "epoch=3"], "unknown setting 'epoch'; did you mean 'epochs'?"),
+        (["table2", "--device", "tpu"], "unknown device 'tpu'"),
+        (["table1"], "needs ImageNet: give its folder with --data-dir"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strange_results_folder_is_refused(tmp_path, capsys):
+    arguments = ["table2", "--scale", "tiny", "--out", str(tmp_path), "--device", "cpu"]
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "is not a results folder of lowcal reproduce (it holds 'letter.txt')" in refusal(capsys, *arguments)
+    (tmp_path / "reproduce.json").write_text('{"format": 1, "lowcal": "0.0.0"}')
+    assert "holds results of lowcal 0.0.0, this is" in refusal(capsys, *arguments)
+    assert "--dry-run" not in refusal(capsys, *arguments, "--dry-run")
+
+
+def test_a_run_of_another_recipe_is_refused(tmp_path):
+    results = Results(tmp_path / "out", SCALES["tiny"], settings=SHORT)
+    run("table2", results, cells="vgg13-cifar10/sgd")
+    recipe = next((tmp_path / "out").glob("*/sgd-*/recipe.yaml"))
+    recipe.write_text(recipe.read_text().replace("lr: 0.05", "lr: 0.07"))
+    with pytest.raises(LowcalError, match=r"another recipe: optimizer\.lr \(0\.07 there, 0\.05 here\)"):
+        run("table2", results, cells=TWO)
+
+
+def test_data_is_found_under_its_name_or_as_the_whole_folder(tmp_path):
+    whole, several = tmp_path / "whole", tmp_path / "several"
+    whole.mkdir()
+    (several / "cifar10").mkdir(parents=True)
+    full, tiny = SCALES["full"], SCALES["tiny"]
+    assert Results(tmp_path, full, data_dir=whole).images("resnet50-imagenet") == whole
+    assert Results(tmp_path, full, data_dir=several).images("vgg13-cifar10") == several / "cifar10"
+    assert Results(tmp_path, full).images("vgg13-cifar10") is None
+    with pytest.raises(LowcalError, match="has no folder 'cifar100'"):
+        Results(tmp_path, full, data_dir=several).images("vgg13-cifar100")
+    with pytest.raises(LowcalError, match="needs ImageNet"):
+        Results(tmp_path, full, data_dir=several).images("resnet50-imagenet")
+    results = Results(tmp_path, tiny, data_dir=several)
+    assert (results.is_synthetic("vgg13-cifar10"), results.is_synthetic("resnet50-imagenet")) == (False, True)
+    assert results.base("vgg13-cifar10").data.name == "cifar10"

@@ -147,6 +147,16 @@ def test_a_part_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, monke
     assert same(state(run), before)
 
 
+def test_a_saving_that_a_crash_left_undone_is_ended(tmp_path, whole):
+    run = run_on(make_run(tmp_path / "run"))
+    (run.folder.path / "checkpoint.pt").rename(run.folder.path / "checkpoint.next.pt")
+    run = goes_on(tmp_path / "run")
+    assert run.done
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "checkpoint.next.pt").exists()
+    assert same(state(run), whole["local"][0])
+
+
 # Signals
 
 

@@ -52,6 +52,21 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     payload = buffer.getbuffer()
     header = b"%s %s %d\n" % (MAGIC, hashlib.sha256(payload).hexdigest().encode(), len(payload))
     atomic_write(folder / NEXT, b"".join((header, payload)))
+    _rename(folder)
+
+
+def settle(checkpoint: Checkpoint) -> None:
+    """Ends the saving of `checkpoint`, if a crash came between its writing and its renaming.
+
+    Raises:
+        LowcalError: the system refuses.
+    """
+    if checkpoint.path.name == NEXT:
+        _rename(checkpoint.path.parent)
+
+
+def _rename(folder: Path) -> None:
+    """Makes the next checkpoint the present one, and that the previous one."""
     try:
         if (folder / PRESENT).exists():
             (folder / PRESENT).replace(folder / PREVIOUS)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
-from lowcal.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lowcal.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, settle
 from lowcal.training.epoch import Progress, now, train_epoch
 from lowcal.training.evaluate import evaluate
 from lowcal.training.finish import export_weights, write_summary
@@ -209,6 +209,7 @@ class Run:
                 f"{checkpoint.path} does not fit this run ({type(error).__name__}: {first_line}); "
                 "resume with the lowcal and the recipe that wrote it"
             ) from error
+        settle(checkpoint)
         return checkpoint.passed_over
 
     def finish(self) -> dict[str, Any]:

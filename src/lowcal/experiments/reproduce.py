@@ -151,7 +151,7 @@ def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
         notes.append("± is the sample deviation over seeds.")
     if plan.kind == "results" and (apart := rows.not_in_turn(plan, results, seeds)):
         notes.append(f"Not trained in turn with sgd, so that a drift of the machine may show: {'; '.join(apart)}.")
-    if plan.kind == "results":
+    if any(row.get("paper_speedup") for row in found):
         notes.append("The paper's speed-ups are of a GTX 1080 Ti.")
     return Sheet(title, columns, found, notes, group=None if plan.kind == "equal-time" else "network")
 

@@ -67,7 +67,8 @@ def _epochs(
         return {}
     figure = make(runs)
     with figures.style():
-        title = _title(figure.get_suptitle(), results, [line.recipe for line in plan.lines])
+        text = "Boundary, in layers" if by_network else figure.get_suptitle()  # networks differ in their layers
+        title = _title(text, results, [line.recipe for line in plan.lines])
         figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold")
     return {name: figure}
 

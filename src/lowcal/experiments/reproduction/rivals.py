@@ -25,19 +25,19 @@ from lowcal.report.sheet import Column
 
 EQUAL_ACCURACY = (
     Column("strategy", "strategy"),
-    Column("paper_epochs", "epochs, paper", "number"),
-    Column("epochs", "measured", "number"),
-    Column("paper_top1_error", "error, paper", "percent"),
-    Column("top1_error", "measured, %", "percent"),
-    Column("paper_speedup", "speed-up, paper", "ratio"),
-    Column("speedup", "measured", "ratio"),
+    Column("paper_epochs", "paper epochs", "number"),
+    Column("epochs", "epochs", "number"),
+    Column("paper_top1_error", "paper error", "percent"),
+    Column("top1_error", "error, %", "percent"),
+    Column("paper_speedup", "paper speed-up", "ratio"),
+    Column("speedup", "speed-up", "ratio"),
     Column("state", "state"),
 )
 EQUAL_TIME = (
     Column("max_loss", "at most", "percent"),
-    Column("paper_local_loss", "local, paper", "percent"),
+    Column("paper_local_loss", "paper local", "percent"),
     Column("local_loss", "local", "percent"),
-    Column("paper_freeze_loss", "freeze, paper", "percent"),
+    Column("paper_freeze_loss", "paper freeze", "percent"),
     Column("freeze_loss", "freeze", "percent"),
     Column("refresh_loss", "refresh", "percent"),
     Column("stopped_loss", "sgd stopped", "percent"),
@@ -89,7 +89,7 @@ def _equal_accuracy(recipe: str, curves: Curves) -> list[Row]:
         has_run[name] = name in curves.by_name
     if target is not None:
         reached = {name: first_within(points, target) for name, points in curves.by_name.items()}
-        reached["sgd-compressed"] = line_within(curves.line, target)
+        reached["sgd-compressed"] = line_within(curves.line, target) if has_run["sgd-compressed"] else None
     words = {"sgd": "sgd, stopped early", "sgd-compressed": "sgd, compressed", "refresh": "refresh (ours)"}
     against = reached.get("sgd")
     rows = []

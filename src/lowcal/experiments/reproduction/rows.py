@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 RESULTS = (
     Column("strategy", "strategy"),
-    Column("paper_top1_error", "error, paper", "percent"),
-    Column("top1_error", "measured, %", "percent"),
-    Column("paper_speedup", "speed-up, paper", "ratio"),
-    Column("speedup", "measured", "ratio"),
+    Column("paper_top1_error", "paper error", "percent"),
+    Column("top1_error", "error, %", "percent"),
+    Column("paper_speedup", "paper speed-up", "ratio"),
+    Column("speedup", "speed-up", "ratio"),
     Column("boundary", "boundary", "number"),
     Column("seeds", "seeds", "number"),
     Column("state", "state"),
@@ -36,8 +36,8 @@ MEMORY = (
     Column("strategy", "strategy"),
     Column("first_bytes", "first epoch", "memory"),
     Column("last_bytes", "last epoch", "memory"),
-    Column("paper_half_epoch", "half from epoch, paper", "number"),
-    Column("half_epoch", "measured", "number"),
+    Column("paper_half_epoch", "paper: half from epoch", "number"),
+    Column("half_epoch", "half from epoch", "number"),
     Column("seeds", "seeds", "number"),
     Column("state", "state"),
 )

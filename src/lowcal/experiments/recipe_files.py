@@ -77,25 +77,58 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe with single settings changed, each written `a.b=value` with the value in YAML.
+
+    Args:
+        values: further settings by their keys, as values; all are checked together.
 
     Raises:
         LowcalError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
     data = recipe.model_dump()
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise LowcalError(f"--set {setting}: must read key=value, as in --set epochs=5")
-        try:
-            value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError):
-            message = f"--set {setting}: the value is not valid YAML; quote it, as in --set 'k={{1: 2}}'"
-            raise LowcalError(message) from None
+    for key, value in [*map(parse_setting, settings), *(values or {}).items()]:
         _put(data, key, value)
     return _validate(data, "")
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """The key and the value of a setting that is written `a.b=value`."""
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise LowcalError(f"--set {setting}: must read key=value, as in --set epochs=5")
+    try:
+        return key, parse_value(text)
+    except (yaml.YAMLError, ValueError):
+        message = f"--set {setting}: the value is not valid YAML; quote it, as in --set 'k={{1: 2}}'"
+        raise LowcalError(message) from None
+
+
+def parse_value(text: str) -> Any:
+    """The value that YAML `text` holds; yaml.YAMLError or ValueError if it holds none."""
+    return yaml.load(text, _Loader)
+
+
+def show_value(value: Any) -> str:
+    """A value as a person would write it in YAML, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("...").strip()
+
+
+def setting_types(key: str) -> frozenset[type]:
+    """The plain types that the value of the setting `key` may have, such as {int, NoneType}; a section has none.
+
+    Raises:
+        LowcalError: there is no such setting.
+    """
+    model: type[BaseModel] | None = Recipe
+    for part in key.split("."):
+        if model is None or part not in model.model_fields:
+            raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
+        annotation, model = model.model_fields[part].annotation, _section(model, part)
+    leaves = () if model is not None else _leaves(annotation)
+    return frozenset(leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -246,9 +279,8 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _show(value: Any) -> str:
-    """A value as a person would write it in YAML, on one line and not too long."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-    text = text.removesuffix("\n").removesuffix("...").strip()
+    """As `show_value`, but not too long."""
+    text = show_value(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,0 +1,128 @@
+import math
+
+import pytest
+
+from lowcal.errors import LowcalError
+from lowcal.experiments.recipe_files import load_recipe, setting_types
+from lowcal.experiments.search import Range, Values, base_recipe, decode, grid, parse_search, refuse_unused
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("local.schedule.alpha=0.8:1.0", Range("local.schedule.alpha", 0.8, 1.0)),
+        ("local.lr=1e-4:1e-2:log", Range("local.lr", 1e-4, 1e-2, log=True)),
+        ("local.lr = 0 : 1", Range("local.lr", 0.0, 1.0)),
+        ("local.schedule.shift=1:8", Range("local.schedule.shift", 1, 8, whole=True)),
+        ("batch=16:256:log", Range("batch", 16, 256, log=True, whole=True)),
+        ("local.schedule.shift=1,2,null", Values("local.schedule.shift", (1, 2, None))),
+        ("local.supervision=true,false", Values("local.supervision", (True, False))),
+        ("model.name=resnet8, vgg13", Values("model.name", ("resnet8", "vgg13"))),
+        ("local.schedule.epochs={1: 2},{1: 3, 2: 4}", Values("local.schedule.epochs", ({1: 2}, {1: 3, 2: 4}))),
+        ("optimizer.lr=1e-3,5e-2", Values("optimizer.lr", (1e-3, 5e-2))),
+    ],
+)
+def test_a_search_is_read_and_written_alike(text, expected):
+    found = parse_search(text)
+    assert found == expected
+    assert parse_search(str(found)) == expected
+
+
+def test_whole_numbers_stay_whole_and_others_become_fractions():
+    assert isinstance(parse_search("local.schedule.shift=1:8").low, int)
+    assert isinstance(parse_search("local.lr=1:2").low, float)
+
+
+WRONG = {
+    "unknown": ("local.schedule.alpa=0:1", "did you mean 'local.schedule.alpha'"),
+    "last part": ("alpha=0:1", "did you mean 'local.schedule.alpha'"),
+    "section": ("local.schedule=1,2", "is a section"),
+    "nothing": ("local.lr=", "low:high"),
+    "no equals": ("local.lr", "low:high"),
+    "no key": ("=1,2", "low:high"),
+    "empty range": ("local.lr=0.1:0.1", "empty"),
+    "turned round": ("local.lr=0.2:0.1", "low end must be below"),
+    "log of zero": ("local.lr=0:1:log", "above 0"),
+    "log of a negative": ("local.lr=-1:1:log", "above 0"),
+    "no number": ("local.lr=a:b", "'a' is no number"),
+    "infinite": ("local.lr=0:.inf", "'.inf' is no number"),
+    "open": ("local.lr=0.1:", "'' is no number"),
+    "truth value": ("local.lr=0:true", "'true' is no number"),
+    "third part": ("local.lr=0:1:lin", "no range"),
+    "four parts": ("local.lr=0:1:2:log", "no range"),
+    "fractions of whole": ("local.schedule.shift=0.5:2", "whole"),
+    "range of names": ("model.name=a:b", "no number"),
+    "one value": ("local.lr=0.1", "--set"),
+    "twice": ("local.lr=0.1,0.2,0.1", "twice"),
+    "not YAML": ("local.lr=[1,2", "not valid YAML"),
+    "seed": ("seed=1,2", "--seeds"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), WRONG.values(), ids=list(WRONG))
+def test_a_wrong_search_is_refused_in_one_line(text, expected):
+    with pytest.raises(LowcalError) as error:
+        parse_search(text)
+    message = str(error.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("local.schedule.alpha=-1:1", "local.schedule.alpha=-1.0: must be a number, at least 0"),
+        ("local.schedule.max_fraction=0.5:1.5", "at most 1"),
+        ("local.schedule.shift=1,0", "local.schedule.shift=0"),
+        ("local.schedule.shift=1,two", "whole number"),
+        ("local.supervision=true,1", "true or false"),
+        ("data.name=synthetic,cifar", "data.name=cifar"),
+        ("local.schedule.c1=1:2", "belongs to the schedule 'quadratic'"),
+    ],
+)
+def test_what_the_recipe_refuses_at_any_point_is_found_at_once(text, expected):
+    with pytest.raises(LowcalError, match=r"^[^\n]+$") as error:
+        base_recipe(load_recipe("digits"), [], [parse_search(text)])
+    assert expected in str(error.value)
+
+
+def test_settings_that_need_one_another_can_be_searched_together():
+    searches = [parse_search("local.schedule.c1=4:8"), parse_search("local.schedule.c2=0.01:0.1:log")]
+    base = base_recipe(load_recipe("digits"), ["local.schedule.name=quadratic"], searches)
+    assert (base.local.schedule.c1, base.local.schedule.c2) == (4.0, 0.01)
+
+
+def test_a_setting_cannot_be_searched_twice_or_set_too():
+    search = parse_search("local.lr=0.1,0.2")
+    with pytest.raises(LowcalError, match="searched twice"):
+        base_recipe(load_recipe("digits"), [], [search, search])
+    with pytest.raises(LowcalError, match="both set and searched"):
+        base_recipe(load_recipe("digits"), ["local.lr=0.3"], [search])
+
+
+def test_a_grid_holds_each_combination_once():
+    searches = [parse_search("local.schedule.shift=1,2"), parse_search("local.supervision=true,false")]
+    assert [tuple(point.values()) for point in grid(searches)] == [(1, True), (1, False), (2, True), (2, False)]
+    with pytest.raises(LowcalError, match="a grid needs a list"):
+        grid([parse_search("local.lr=0:1")])
+
+
+def test_a_search_that_changes_nothing_for_the_method_is_refused():
+    for method, text in (("sgd", "local.lr=1,2"), ("prune", "local.lr=1,2"), ("local", "prune.every=1,2")):
+        with pytest.raises(LowcalError, match=f"changes nothing for '{method}'"):
+            refuse_unused([parse_search(text)], method)
+    for method, text in (("sgd", "optimizer.lr=1,2"), ("prune", "prune.every=1,2"), ("freeze", "local.every=1,2")):
+        refuse_unused([parse_search(text)], method)
+
+
+def test_what_a_sampler_knows_by_its_text_becomes_the_value_again():
+    search = parse_search("local.schedule.epochs={1: 2},{1: 3}")
+    assert decode([search], {search.key: "{1: 3}"}) == {search.key: {1: 3}}
+    number = parse_search("local.lr=0:1")
+    assert decode([number], {"local.lr": 0.25}) == {"local.lr": 0.25}
+
+
+def test_types_of_settings():
+    assert {int, type(None)} <= setting_types("local.schedule.shift")
+    assert setting_types("local.schedule") == frozenset()
+    assert math.isfinite(parse_search("epochs=1:3").high)

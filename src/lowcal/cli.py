@@ -301,6 +301,68 @@ def reproduce(
 
 
 @app.command()
+def sweep(
+    context: typer.Context,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=...", help="Setting to search: low:high, low:high:log or a,b,c; can be repeated."),
+    ] = None,
+    recipe: RecipeOption = "digits",
+    method: Annotated[str, typer.Option(help="How to train.")] = "local",
+    trials: Annotated[int | None, typer.Option(help="Trials, over all workers [a grid: all combinations].")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each trial, whose mean counts.")] = 1,
+    objective: Annotated[
+        str, typer.Option(help="What to minimise: top1_error, best_top1_error, seconds, flops; or several, by commas.")
+    ] = "top1_error",
+    sampler: Annotated[str, typer.Option(help="How to choose settings: tpe, random or grid.")] = "tpe",
+    storage: Annotated[str | None, typer.Option(help="URL of a database [default: SQLite in the folder].")] = None,
+    study: Annotated[str | None, typer.Option(help="Name in the database [default: RECIPE-METHOD].")] = None,
+    lease: Annotated[
+        float, typer.Option(help="Seconds without a sign of life after which a worker's trial is taken up by another.")
+    ] = 60.0,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs and results [default: runs/sweep-RECIPE-METHOD, or -2 ...].")
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Search settings of a method by many trials, each evaluated on held-out training images.
+
+    The same command with the same --out, here or on another machine, adds a worker or goes on.
+    """
+    from lowcal.console import Display
+    from lowcal.console_sweep import sweep_text
+    from lowcal.experiments.recipe_files import load_recipe
+    from lowcal.experiments.sweep import plan_sweep
+    from lowcal.experiments.sweep import sweep as run
+
+    plan = plan_sweep(
+        load_recipe(recipe),
+        method,
+        search or [],
+        settings=settings or [],
+        trials=trials,
+        seeds=seeds,
+        objective=objective,
+        sampler=sampler,
+        study=study,
+        storage=storage,
+        lease=lease,
+    )
+    folder = out or _free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
+    more = [] if out else ["--out", str(folder)]
+    with _resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{plan.recipe.label}: {method}, {plan.trials} trials; in {folder}")
+        from lowcal.experiments.assemble import find_device
+
+        result = run(plan, folder, data_dir=data_dir, device=find_device(device), watcher=display)
+    print(f"\n{sweep_text(result.summary)}\n")
+    print(f"results: {', '.join(str(file) for file in result.files)}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")],

@@ -113,7 +113,7 @@ def advance(arm: Arm, run: Run, watcher: Watcher) -> None:
     try:
         record = run.run_epoch(lambda progress: watcher.step(arm, progress))
     except LowcalError as error:
-        raise LowcalError(f"{arm.folder}: {error}") from None
+        raise LowcalError(f"{arm.folder}: {error}") from error.__cause__  # which tells a full disk from a bad setting
     watcher.epoch(arm, record)
 
 

@@ -82,7 +82,13 @@ def test_every_table_and_figure_end_to_end(tmp_path, capsys):
     for name in plan_names():
         assert main(["reproduce", name, "--scale", "tiny", "--out", str(out), "--device", "cpu", "--quiet"]) == 0
         value = json.loads((out / f"{name}-tiny.json").read_text())
-        assert {row["state"] for row in value["rows"]} <= {"", "not built yet", "never as good", "none within"}
+        assert {row["state"] for row in value["rows"]} <= {
+            "",
+            "not built yet",
+            "never as good",
+            "none within",
+            "not in turn",
+        }
         assert "not the paper's experiment" in (out / f"{name}-tiny.md").read_text()
     pictures = {path.name.removeprefix("figure") for path in out.glob("*.svg")}
     assert pictures >= {"3-tiny-boundary.svg", "4-tiny-memory.svg", "5-tiny-frontier-resnet50-imagenet.svg"}

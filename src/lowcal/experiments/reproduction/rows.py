@@ -71,6 +71,8 @@ def result_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
             }
             | _end(line, runs, seeds)
         )
+        if not rows[-1]["state"] and ratios and _apart(plan, line, results, seeds):
+            rows[-1]["state"] = "not in turn"
     return rows
 
 
@@ -129,15 +131,16 @@ def deviation(values: Sequence[float | None]) -> float | None:
 
 def not_in_turn(plan: Plan, results: Results, seeds: int) -> list[str]:
     """The lines whose speed-up is between runs of different processes, in words."""
-    found = []
-    for line in plan.lines:
-        baseline = _baseline(plan, line.recipe)
-        if line.cell is None or baseline is None or line.cell == baseline:
-            continue
-        pairs = _pairs(runs_of(baseline, results, seeds), runs_of(line.cell, results, seeds))
-        if any(not results.took_turns(line.recipe, one.name, other.name) for one, other in pairs):
-            found.append(f"{line.recipe}, {line.strategy}")
-    return found
+    return [f"{line.recipe}, {line.strategy}" for line in plan.lines if _apart(plan, line, results, seeds)]
+
+
+def _apart(plan: Plan, line: Line, results: Results, seeds: int) -> bool:
+    """Whether any of the line's runs did not take turns with SGD's."""
+    baseline = _baseline(plan, line.recipe)
+    if line.cell is None or baseline is None or line.cell == baseline:
+        return False
+    pairs = _pairs(runs_of(baseline, results, seeds), runs_of(line.cell, results, seeds))
+    return any(not results.took_turns(line.recipe, one.name, other.name) for one, other in pairs)
 
 
 def _baseline(plan: Plan, recipe: str) -> Cell | None:

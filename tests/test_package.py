@@ -24,7 +24,9 @@ LEVELS = [
     {"training"},
     {"report"},
     {"experiments"},
-    {"cli", "console", "console_bench", "__main__"},
+    {"console", "console_bench", "console_sweep"},
+    {"commands"},
+    {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {

@@ -1,0 +1,70 @@
+"""What the commands share: the program, options, folders, and how a signal ends a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowcal.training.interrupt import Interrupted, catch_signals
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+app = typer.Typer(
+    name="lowcal",
+    help="Train CNNs with less work: the first layers learn locally as training goes on.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a recipe file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; can be repeated.")
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", help="Folder of the images [default: ~/.cache/lowcal].")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="The same as --set deterministic=true: slower on a GPU.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
+
+
+class Stopped(Exception):
+    """A signal in a run; the message says how to go on, `code` is the command's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iterator[None]:
+    """Turns a signal into the command that goes on: the present one with the arguments `more`."""
+    try:
+        with catch_signals():
+            yield
+    except KeyboardInterrupt as error:
+        by, code = "", INTERRUPTED
+        if isinstance(error, Interrupted) and error.signal != signal.SIGINT:
+            by, code = f" by {error.signal.name}", PREEMPTED
+        if not folder.exists():
+            raise Stopped(f"stopped{by}; nothing was written", code) from None
+        raise Stopped(f"stopped{by}; go on with: {shlex.join(['lowcal', *context.obj, *more])}", code) from None
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or with the first of -2, -3, ... added that does not exist yet."""
+    candidates = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return next(path for path in chain([wanted], candidates) if not os.path.lexists(path))

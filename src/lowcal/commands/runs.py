@@ -1,0 +1,186 @@
+"""The commands that train networks and show runs: compare, train, layers, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowcal.commands.common import (
+    DataDirOption,
+    DeterministicOption,
+    DeviceOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    app,
+    free_folder,
+    resumable,
+)
+from lowcal.errors import LowcalError
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lowcal {installed('lowcal')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    recipe: RecipeOption = "digits",
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "sgd,local,freeze",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the runs and the report [default: runs/RECIPE, or -2, -3 ...].")
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the same network by several methods in turn, and report.
+
+    An interrupted comparison goes on where it stopped when it is started again with the same --out.
+    """
+    from lowcal.console import Display, comparison_table
+    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+
+    chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
+    folder = out or free_folder(Path("runs") / chosen.name)
+    more = [] if out else ["--out", str(folder)]
+    names = [name.strip() for name in methods.split(",")]
+    with resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed{'s' * (seeds > 1)} each; in {folder}")
+        from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
+        from lowcal.experiments.compare import compare as run
+
+        result = run(
+            chosen,
+            names,
+            seeds,
+            folder,
+            data_dir=data_dir,
+            device=find_device(device),
+            watcher=display,
+        )
+    print(f"\n{_title(result.summary)}\n\n{comparison_table(result.summary['rows'])}\n")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
+    print(f"report: {result.page}")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe's name or file [default: digits; or the resumed run's].")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="How to train [default: local; or the resumed run's].")] = None,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the run [default: runs/RECIPE-METHOD, or -2, -3 ...].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    deterministic: DeterministicOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train one network by one method."""
+    from lowcal.console import Display
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.experiments.train import started_with
+    from lowcal.experiments.train import train as run
+    from lowcal.report.tables import duration
+
+    if resume and out is None:
+        raise LowcalError("--resume needs the run's folder: give it with --out")
+    if resume and out is not None:
+        kept, kept_method = started_with(out)
+        base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
+    else:
+        base, method = load_recipe(recipe or "digits"), method or "local"
+    chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
+    folder = out or free_folder(Path("runs") / f"{chosen.name}-{method}")
+    more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
+    with resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{chosen.label}: {method}; in {folder}")
+        summary = run(
+            chosen,
+            method,
+            folder,
+            resume=resume,
+            data_dir=data_dir,
+            device=find_device(device),
+            watcher=display,
+        )
+    print(
+        f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
+        f"boundary {summary['boundary']}/{summary['layers']}"
+    )
+    print(f"run: {folder}")
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Option(help="A network's name: resnet18, resnet8, or one of torchvision's.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images [default: 32, torchvision's 224].")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Classes.")] = 10,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs that the schedule is worked out for.")] = 90,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List a network's layers in the order in which they run, with the cost of each."""
+    from lowcal.console import amount, layers_table
+    from lowcal.experiments.describe import describe
+    from lowcal.models import MODELS
+
+    pixels = image_size or (32 if model in MODELS else 224)
+    network = describe(model, classes=classes, channels=channels, image_size=pixels, width=width, epochs=epochs)
+    rows = [row.__dict__ for row in network.layers]
+    if as_json:
+        print(json.dumps(network.as_dict(), indent=2))
+        return
+    print(f"{model} for images of {channels}x{pixels}x{pixels}\n")
+    print(layers_table(rows))
+    flops, parameters = (sum(row[key] for row in rows) for key in ("flops", "parameters"))
+    print(f"\n{len(rows)} layers, {parameters:,} parameters, {amount(flops)}FLOPs forward for one image")
+    print(
+        f"default schedule over {epochs} epochs: {network.shift} layers a move, {network.interval} epochs between "
+        f"moves at least, {network.most_local} layers at most"
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+) -> None:
+    """Make tables, figures and one HTML page from run folders."""
+    from lowcal.console import comparison_table
+    from lowcal.report import write_report
+
+    result = write_report(runs, out)
+    print(f"{comparison_table(result.summary['rows'])}\n\nreport: {result.page}")
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    environment = summary["environment"]
+    return f"{summary['label']}: {summary['dataset']}, {environment['device_name']}"

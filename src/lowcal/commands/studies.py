@@ -1,0 +1,183 @@
+"""The commands that measure: bench, reproduce, sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowcal.commands.common import (
+    DataDirOption,
+    DeviceOption,
+    QuietOption,
+    RecipeOption,
+    SetOption,
+    app,
+    free_folder,
+    resumable,
+)
+from lowcal.errors import LowcalError
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="A network's name: resnet18, resnet8, or one of torchvision's.")],
+    batch: Annotated[int, typer.Option(help="Images in a mini-batch.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width of the images [default: 32, torchvision's 224].")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Classes.")] = 10,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
+    boundaries: Annotated[
+        str, typer.Option(help="Boundaries as fractions of the layers, separated by commas.")
+    ] = "0,0.25,0.5,0.75",
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep channels last in memory.")] = False,
+    step: Annotated[str, typer.Option(help="How a step is run: eager.")] = "eager",
+    every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
+    epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
+    rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
+    layer_times: Annotated[bool, typer.Option("--layer-times/--no-layer-times", help="Time each layer.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the picture, .svg or .png.")] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a training step at each boundary, beside a plain loop and the least that it can take."""
+    from lowcal.console_bench import bench_text
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.bench import bench as run
+    from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
+    from lowcal.models import MODELS
+    from lowcal.training.record import atomic_write
+
+    for file in (json_file, plot):  # found now, not after minutes of measuring
+        if file and not file.parent.is_dir():
+            raise LowcalError(f"{file}: there is no folder {file.parent}; make it or name another file")
+    if plot and plot.suffix not in (".svg", ".png"):
+        raise LowcalError(f"--plot {plot}: give a name that ends in .svg or .png")
+    settings = BenchSettings(
+        model=model,
+        batch=batch,
+        image_size=image_size or (32 if model in MODELS else 224),
+        classes=classes,
+        width=width,
+        boundaries=parse_boundaries(boundaries),
+        precision=precision,
+        channels_last=channels_last,
+        step=step,
+        every=every,
+        epochs=epochs,
+        rounds=rounds,
+        layers=layer_times,
+    )
+    result = run(settings, find_device(device), (lambda text: None) if quiet else print).as_dict()
+    print(bench_text(result))
+    if json_file:
+        atomic_write(json_file, (json.dumps(result, indent=1) + "\n").encode())
+    if plot:
+        from lowcal.experiments.bench_plot import plot as draw
+
+        draw(result, plot)
+
+
+@app.command()
+def reproduce(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="table1 to table8, or figure3 to figure6.")],
+    cells: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas, as --dry-run names them; * and ? fit anything.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, with seeds counted up.")] = 1,
+    scale: Annotated[str, typer.Option(help="full (as published), small or tiny.")] = "full",
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and how long.")] = False,
+    data_dir: DataDirOption = None,
+    out: Annotated[Path, typer.Option(help="Folder of all results; tables share their runs.")] = Path("runs/reproduce"),
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Run a table or figure of the paper, and show its figures beside the published ones.
+
+    Runs that are in the folder already are not trained again; interrupted ones go on where they stopped.
+    """
+    from lowcal.console import Display
+    from lowcal.experiments.assemble import find_device
+    from lowcal.experiments.reproduce import dry_run, plan_text
+    from lowcal.experiments.reproduce import reproduce as run
+    from lowcal.experiments.reproduction.results import Results
+    from lowcal.experiments.reproduction.scales import find_scale
+
+    results = Results(out, find_scale(scale), settings=settings or [], data_dir=data_dir)
+    where = find_device(device)
+    if dry:
+        print(plan_text(*dry_run(name, results, seeds=seeds, cells=cells, device=where)))
+        return
+    with resumable(context, out, []), Display(quiet=quiet) as display:
+        found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
+    print(f"\n{found.sheet.text()}\n")
+    print(f"written: {', '.join(str(file) for file in found.files)}")
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=...", help="Setting to search: low:high, low:high:log or a,b,c; can be repeated."),
+    ] = None,
+    recipe: RecipeOption = "digits",
+    method: Annotated[str, typer.Option(help="How to train.")] = "local",
+    trials: Annotated[int | None, typer.Option(help="Trials, over all workers [a grid: all combinations].")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each trial, whose mean counts.")] = 1,
+    objective: Annotated[
+        str, typer.Option(help="What to minimise: top1_error, best_top1_error, seconds, flops; or several, by commas.")
+    ] = "top1_error",
+    sampler: Annotated[str, typer.Option(help="How to choose settings: tpe, random or grid.")] = "tpe",
+    storage: Annotated[str | None, typer.Option(help="URL of a database [default: SQLite in the folder].")] = None,
+    study: Annotated[str | None, typer.Option(help="Name in the database [default: RECIPE-METHOD].")] = None,
+    lease: Annotated[
+        float, typer.Option(help="Seconds without a sign of life after which a worker's trial is taken up by another.")
+    ] = 60.0,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs and results [default: runs/sweep-RECIPE-METHOD, or -2 ...].")
+    ] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Search settings of a method by many trials, each evaluated on held-out training images.
+
+    The same command with the same --out, here or on another machine, adds a worker or goes on.
+    """
+    from lowcal.console import Display
+    from lowcal.console_sweep import sweep_text
+    from lowcal.experiments.recipe_files import load_recipe
+    from lowcal.experiments.sweep import plan_sweep
+    from lowcal.experiments.sweep import sweep as run
+
+    plan = plan_sweep(
+        load_recipe(recipe),
+        method,
+        search or [],
+        settings=settings or [],
+        trials=trials,
+        seeds=seeds,
+        objective=objective,
+        sampler=sampler,
+        study=study,
+        storage=storage,
+        lease=lease,
+    )
+    folder = out or free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
+    more = [] if out else ["--out", str(folder)]
+    with resumable(context, folder, more), Display(quiet=quiet) as display:
+        display.note(f"{plan.recipe.label}: {method}, {plan.trials} trials; in {folder}")
+        from lowcal.experiments.assemble import find_device
+
+        result = run(plan, folder, data_dir=data_dir, device=find_device(device), watcher=display)
+    print(f"\n{sweep_text(result.summary)}\n")
+    print(f"results: {', '.join(str(file) for file in result.files)}")

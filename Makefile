@@ -13,7 +13,7 @@ unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
 help:
 	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
-	@echo "make test    run all tests (ARGS='-m \"not slow\"' passes arguments to pytest)"
+	@echo "make test    run the tests (ARGS='-m slow': the long ones)"
 	@echo "make lint    check style and format       make types   check types"
 	@echo "make format  apply style and format       make clean   remove the environment, caches and demo"
 

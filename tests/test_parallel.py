@@ -55,13 +55,13 @@ def one_process(rule, micro=1):
     return model, local
 
 
-def worker(rank, world, port, rule, micro, sync, folder):
+def worker(rank, world, port, rule, micro, sync, options, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     model = network()
     optimizer, local = controller(model, rule)
-    parallel = lowcal.DistributedLoCal(model, local)
+    parallel = lowcal.DistributedLoCal(model, local, **options)
     keys, bytes_per_step = list(parallel.state_dict()), []
     for epoch in range(EPOCHS):
         loss_sum = 0.0
@@ -87,25 +87,30 @@ def worker(rank, world, port, rule, micro, sync, folder):
     dist.destroy_process_group()
 
 
-def spawn(tmp_path, rule, micro=1, sync=False):
+def spawn(tmp_path, rule, micro=1, sync=False, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(worker, (2, port, rule, micro, sync, tmp_path), nprocs=2, start_method="fork")
+    mp.start_processes(worker, (2, port, rule, micro, sync, options, tmp_path), nprocs=2, start_method="fork")
     return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("rule", "micro", "sync"),
+    ("rule", "micro", "sync", "options"),
     [
-        (lowcal.Hebbian(lr=0.01), 1, True),
-        (lowcal.Hebbian(lr=0.01), 2, False),
-        (lowcal.Hebbian(lr=0.01), 2, True),
-        (lowcal.Hebbian(lr=0.01, every=2), 2, False),
+        (lowcal.Hebbian(lr=0.01), 1, True, {}),
+        (lowcal.Hebbian(lr=0.01), 2, False, {}),
+        (lowcal.Hebbian(lr=0.01), 2, True, {}),
+        (lowcal.Hebbian(lr=0.01, every=2), 2, False, {"gradient_as_bucket_view": True}),
+        (lowcal.Refresh(every=2), 1, True, {}),
+        (lowcal.Refresh(every=2), 2, False, {}),
+        (lowcal.Refresh(every=4), 1, True, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}),
+        (lowcal.Refresh(every=4), 1, True, {"static_graph": True}),
     ],
+    ids=str,
 )
-def test_two_ranks_are_alike_and_like_one_process(tmp_path, rule, micro, sync):
-    first, second = spawn(tmp_path, rule, micro, sync)
+def test_two_ranks_are_alike_and_like_one_process(tmp_path, rule, micro, sync, options):
+    first, second = spawn(tmp_path, rule, micro, sync, **options)
     assert first["sign"] == second["sign"]
     assert first["boundary"] == second["boundary"] == 3
     alone, local = one_process(rule, micro)

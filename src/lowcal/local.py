@@ -90,6 +90,7 @@ class LoCal:
         self.sign = 1
         self.change: float | None = None
         self.history: tuple[tuple[int, int], ...] = ()
+        self.generation = 0  # counts the changes of which parameters are local (`DistributedLoCal`)
         self._losses: tuple[float, ...] = ()
         self._changes: tuple[float, ...] = ()
         self._steps = 0
@@ -102,7 +103,9 @@ class LoCal:
         self._learners: list[int] = []  # local layers whose weights updates move
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
         self._window = Window()
-        self._required: dict[Tensor, bool] = {}  # requires_grad of local layers' parameters before they became local
+        self._required: dict[
+            nn.Parameter, bool
+        ] = {}  # requires_grad of local layers' parameters before they became local
         self._stilled: set[nn.Module] = set()  # normalisation layers made to use their running statistics
         self._ran: set[int] | None = None  # local layers that this forward pass has run
         self._handles: list[RemovableHandle] = []
@@ -233,6 +236,8 @@ class LoCal:
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
         self._required.clear()
+        self._learners.clear()
+        self.generation += 1
         for norm in self._stilled:
             norm.training = self.model.training
         for module in self._candidates.values():
@@ -251,6 +256,15 @@ class LoCal:
         due = self._learners and not self._steps % self.rule.every
         if due and self.model.training and torch.is_grad_enabled():
             self._window.share(self._local_weights())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
+        return self.rule.opens and self._steps % self.rule.every == 0
+
+    def opened(self) -> list[nn.Parameter]:
+        """The parameters of local layers that learn by the optimizer in open steps (`DistributedLoCal`)."""
+        return [parameter for parameter, required in self._required.items() if required and self.rule.opens]
 
     def update_bytes(self) -> int:
         """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
@@ -330,6 +344,7 @@ class LoCal:
                     norm = self.model.get_submodule(name)
                     self._handles.append(norm.register_forward_pre_hook(Hook(self._still)))
         self._open()
+        self.generation += 1
         self.boundary = self._discovery.settled = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
@@ -341,10 +356,9 @@ class LoCal:
 
     def _open(self) -> None:
         """Lets local layers take part in the coming step's back-propagation, if it is one of those of the rule."""
-        is_open = self.rule.opens and self._steps % self.rule.every == 0
         for parameter, required in self._required.items():
-            parameter.requires_grad_(required and is_open)
-            if not is_open:
+            parameter.requires_grad_(required and self.is_open)
+            if not self.is_open:
                 parameter.grad = None  # a stale gradient would count in clipping, and be applied
 
     # The step

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ class DistributedLoCal(nn.Module):
     Call this module instead of the model. DDP reduces gradients alone and does not bear a change of
     ``requires_grad``: here it is built anew in the forward pass that follows a move, so ``find_unused_parameters`` is
     never needed, and the ranks' local updates are summed in one asynchronous all-reduce that starts when the last local
-    layer has run and overlaps the rest of the forward and backward pass. The boundary follows the mean of the losses
-    that the ranks give to ``local.end_epoch``, so that all ranks move alike.
+    layer has run and overlaps the rest of the forward and backward pass. Local layers that learn by the optimizer in
+    some steps (`Refresh`) have a DDP of their own, which takes part in those steps alone. The boundary follows the mean
+    of the losses that the ranks give to ``local.end_epoch``, so that all ranks move alike.
 
     Args:
         model: the network, on this rank's device.
@@ -31,8 +32,8 @@ class DistributedLoCal(nn.Module):
         ddp_options: further arguments of `torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        LowcalError: no process group is initialised, `local` controls another model, or ``find_unused_parameters`` is
-            asked for.
+        LowcalError: no process group is initialised, `local` controls another model, or ``find_unused_parameters`` or
+            ``device_mesh`` is given.
 
     Example:
         >>> parallel = DistributedLoCal(model, local, device_ids=[rank])  # doctest: +SKIP
@@ -50,29 +51,28 @@ class DistributedLoCal(nn.Module):
             raise LowcalError(
                 "DistributedLoCal: local controls another model; build LoCal on the bare model, before it is wrapped"
             )
-        if local.rule.opens:
-            raise LowcalError(
-                f"DistributedLoCal: {local.rule} changes from step to step what is reduced, which is not built yet; "
-                "use lowcal.Frozen() or lowcal.Hebbian()"
-            )
         if ddp_options.get("find_unused_parameters"):
             raise LowcalError(
                 "DistributedLoCal: find_unused_parameters=True is never needed, since DDP is built anew at each move; "
                 "leave it out"
             )
+        if ddp_options.get("device_mesh") is not None:
+            raise LowcalError(
+                "DistributedLoCal: device_mesh is given, which local updates do not know; "
+                "give its ranks as process_group=mesh.get_group()"
+            )
         self.module = model
         self._local = local
         self._options = ddp_options
-        self._boundary = -1
-        # A list hides DDP from nn.Module, which would register the network a second time.
-        self._ddp: list[DistributedDataParallel] = []
         self._exchange = Exchange(ddp_options.get("process_group"))
         local.over_ranks(self._exchange)
-        self._wrapped()
+        # A list hides DDP from nn.Module, which would register the network a second time.
+        self._ddp = self._build(ddp_options)
+        self._generation = local.generation
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The model's forward pass."""
-        wrapped = self._wrapped()
+        wrapped = self._reducers()[-1 if self._local.is_open else 0]
         self._local.begin_forward()
         outputs = wrapped(*inputs, **keywords)
         self._local.end_forward()
@@ -81,7 +81,9 @@ class DistributedLoCal(nn.Module):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within it, gradients and local updates stay on their rank: for all micro-batches of a step but the last."""
-        with self._wrapped().no_sync():
+        with ExitStack() as stack:
+            for reducer in self._reducers():
+                stack.enter_context(reducer.no_sync())
             self._exchange.open = False
             try:
                 yield
@@ -89,34 +91,73 @@ class DistributedLoCal(nn.Module):
                 self._exchange.open = True
 
     def bytes_per_step(self) -> int:
-        """Bytes that each rank hands over for reduction in one step, in gradients and local updates."""
-        gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
-        return gradients + self._local.update_bytes()
+        """Bytes that each rank hands over for reduction in gradients and local updates, a step's on average."""
+        opened = set(self._local.opened())
+        each_step = (p for p in self.module.parameters() if p.requires_grad and p not in opened)
+        return _bytes(each_step) + _bytes(opened) // self._local.rule.every + self._local.update_bytes()
 
-    def _wrapped(self) -> DistributedDataParallel:
-        """DDP for the present boundary."""
-        if self._boundary != self._local.boundary:
-            options = dict(self._options)
-            if self._ddp:
-                options["init_sync"] = False  # the ranks are alike already
-                self._ddp.clear()
-                gc.collect()  # the old reducer's hooks on the parameters go with it
-            self._ddp.append(DistributedDataParallel(self.module, **options))
-            self._boundary = self._local.boundary
-        return self._ddp[0]
+    def _reducers(self) -> list[DistributedDataParallel]:
+        """DDP for the present boundary: of what learns in each step, then of what learns in open steps alone."""
+        if self._generation != self._local.generation:
+            self._ddp.clear()
+            gc.collect()  # the old reducers' hooks on the parameters go with them
+            self._ddp = self._build({**self._options, "init_sync": False})  # the ranks are alike already
+            self._generation = self._local.generation
+        return self._ddp
+
+    def _build(self, options: dict[str, Any]) -> list[DistributedDataParallel]:
+        opened = self._local.opened()
+        with _requiring_grad(opened, False):
+            reducers = [DistributedDataParallel(self.module, **options)]
+        if opened:
+            # A communicator of its own here too, so that no order is needed between the two reducers' calls.
+            options = {**options, "init_sync": False, "process_group": self._exchange.group}
+            with _requiring_grad(opened, True):
+                reducers.append(DistributedDataParallel(_Opened(opened, reducers[0]), **options))
+        return reducers
+
+
+class _Opened(nn.Module):
+    """What DDP wraps to reduce the gradients of `parameters` alone: it passes its calls on to `inner`."""
+
+    def __init__(self, parameters: list[nn.Parameter], inner: nn.Module) -> None:
+        super().__init__()
+        self._held = nn.ParameterList(parameters)
+        self._inner = [inner]  # a list, so that its parameters are not this module's
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        return self._inner[0](*inputs, **keywords)
+
+
+@contextmanager
+def _requiring_grad(parameters: list[nn.Parameter], required: bool) -> Iterator[None]:
+    """Within it, `parameters` need gradients, or none."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(required)
+    try:
+        yield
+    finally:
+        for parameter, was_required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(was_required)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 class Exchange:
     """What a controller asks of the other ranks: sums of local updates, means of numbers.
 
     Attributes:
+        group: the ranks.
         open: whether updates are to be summed in this forward pass; False while gradients accumulate.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         # A communicator of its own: the order of its calls among DDP's may differ from rank to rank.
         ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
-        self._group: dist.ProcessGroup = dist.new_group(ranks)  # type: ignore[assignment]
+        self.group: dist.ProcessGroup = dist.new_group(ranks)  # type: ignore[assignment]
         self._works: list[dist.Work] = []
         self.open = True
 
@@ -142,7 +183,7 @@ class Exchange:
                 sums[index] = view.view(shapes[index].shape)
                 if index in updates:
                     sums[index].copy_(updates[index])
-            self._works.append(dist.all_reduce(flat, group=self._group, async_op=True))
+            self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))
         return sums
 
     def wait(self) -> None:
@@ -153,7 +194,7 @@ class Exchange:
 
     def mean(self, *values: float) -> list[float]:
         """The means of `values` over the ranks, the same on all."""
-        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=self._group)
-        return (total / dist.get_world_size(self._group)).tolist()
+        dist.all_reduce(total, group=self.group)
+        return (total / dist.get_world_size(self.group)).tolist()

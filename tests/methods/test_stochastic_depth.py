@@ -5,14 +5,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from lowcal import LowcalError
 from lowcal.methods import StochasticDepthSettings, build_method
 from lowcal.methods.residual import residual_blocks
 from lowcal.models import SmallResNet, build_model
-from lowcal.training.cost import dry_cost
+from lowcal.training.cost import dry_cost, flop_counter
 
 from ..networks import mlp
 from ..support import changed, hooks, same, sgd, train_step, weights
@@ -95,44 +94,51 @@ def test_blocks_take_part_as_often_as_they_survive():
     assert [runs / 1500 for runs in watched.forward] == pytest.approx(method.survival, abs=0.04)
 
 
-def test_mean_flops_over_many_steps_are_the_expected_ones():
-    model = NETWORKS["ours"]()
+def flops_with(gates, model, optimizer, method):
+    """Those of a real step with these gates."""
+    method._fixed = tuple(gates)
+    with flop_counter() as counter:
+        train_step(model, optimizer, batches(1)[0])
+    method._fixed = None
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("network", ["ours", "basic", "bottleneck"])
+def test_mean_flops_over_many_steps_are_the_expected_ones(network):
+    model = NETWORKS[network]()
     optimizer, method = built(model)
     expected = dry_cost(method, (4, 3, 8, 8)).flops
     model.train()
-    batch = batches(1)[0]
     by_gates = {}
     steps, total = 20_000, 0
     for _ in range(steps):  # the cost of a step depends on its gates alone, so each kind is run and counted once
         gates = tuple(method._gates())
         if gates not in by_gates:
-            method._fixed = gates
-            with FlopCounterMode(display=False) as counter:
-                train_step(model, optimizer, batch)
-            by_gates[gates] = counter.get_total_flops()
-            method._fixed = None
+            by_gates[gates] = flops_with(gates, model, optimizer, method)
         total += by_gates[gates]
     assert total / steps == pytest.approx(expected, rel=0.01)
-    assert len(by_gates) == 16
-    method.detach()
-    with FlopCounterMode(display=False) as counter:
-        train_step(model, optimizer, batch)
-    assert expected < 0.85 * counter.get_total_flops()
+    assert len(by_gates) == 2 ** len(method.survival)
+    assert expected < 0.9 * by_gates[(True,) * len(method.survival)]
 
 
 @every_network
-def test_the_expected_flops_are_the_mean_over_all_gates(network):
+@pytest.mark.parametrize("survival", [0.3, 1.0])
+def test_the_expected_flops_are_a_whole_step_less_each_branch_as_often_as_it_is_dropped(network, survival):
     model = NETWORKS[network]()
-    _, method = built(model, survival=0.3)
-    blocks = len(method.survival)
-    costs = [1.0 + 2.0**index for index in range(blocks)]
-
-    def count():
-        return 100.0 + sum(cost for cost, gate in zip(costs, method._fixed, strict=True) if gate)
-
-    mean = 100.0 + sum(cost * p for cost, p in zip(costs, method.survival, strict=True))
-    assert method.expected_flops(count) == pytest.approx(mean)
+    optimizer, method = built(model, survival)
+    cost = dry_cost(method, (4, 3, 8, 8))
     assert method._fixed is None
+    model.train()
+    number = len(method.survival)
+    whole = flops_with([True] * number, model, optimizer, method)
+    parts = [flops_with([i != dropped for i in range(number)], model, optimizer, method) for dropped in range(number)]
+    dropped = sum((1 - p) * (whole - part) for p, part in zip(method.survival, parts, strict=True))
+    assert cost.flops == round(whole - dropped)
+
+
+def test_peak_memory_is_that_of_a_step_of_all_blocks():
+    costs = [dry_cost(built(NETWORKS["ours"](), survival)[1], (64, 3, 8, 8)) for survival in (0.5, 1.0)]
+    assert costs[0].peak_bytes == costs[1].peak_bytes
 
 
 @every_network

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
+from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
 from lowcal.training.step import build_step
 
@@ -131,6 +132,27 @@ def test_updates_now_and_then_cost_their_share():
     model, optimizer, method = built("chain", "local", 2, every=4)
     _, layers = real_step("chain", model, optimizer, method)
     assert dry_cost(method, SHAPES["chain"]).flops == round(arithmetic(layers, 2, 1.25))
+
+
+@pytest.mark.parametrize("batch_norm", [torch.ops.aten.native_batch_norm, torch.ops.aten._native_batch_norm_legit])
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(("dtype", "affine"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_shortcuts_give_the_shapes_and_types_of_the_real_operations(batch_norm, is_training, dtype, affine):
+    def form(tensors):
+        return [None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+    images = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    weight, bias = (ones, zeros) if affine else (None, None)
+    arguments = (images, weight, bias, zeros, ones, is_training, 0.1, 1e-5)
+    outputs = batch_norm.default(*arguments)
+    assert form(cost_module._SHORTCUTS[batch_norm.default](*arguments)) == form(outputs)
+    backward = torch.ops.aten.native_batch_norm_backward.default
+    mask = [True, affine, False]
+    arguments = (images, images, weight, zeros, ones, *outputs[1:], is_training, 1e-5, mask)
+    given = form(cost_module._SHORTCUTS[backward](*arguments))
+    real = form(backward(*arguments))
+    assert given[: 1 + affine] == real[: 1 + affine]
 
 
 @pytest.mark.parametrize("name", METHODS)

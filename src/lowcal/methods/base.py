@@ -74,9 +74,9 @@ class Method:
         """What a mini-batch's mean loss `loss` is increased by: a 0-d tensor with graph, or None."""
         return None
 
-    def expected_flops(self, count: Callable[[], int]) -> float:
-        """The FLOPs of a training step on average over many; `count` takes one step and returns its FLOPs."""
-        return sum(count() for _ in range(self.period)) / self.period
+    def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
+        """The FLOPs of a training step on average over many; `step` takes one, `count` says what a call takes."""
+        return sum(count(step) for _ in range(self.period)) / self.period
 
     def end_epoch(self, loss: float) -> bool:
         """Ends an epoch of mean training loss `loss`.

@@ -76,19 +76,26 @@ class StochasticDepth(Method):
                 self._handles.append(block.last.register_forward_hook(Hook(self._scale, probability)))
         return layers
 
-    def expected_flops(self, count: Callable[[], int]) -> float:
-        """The expectation over all gates: a step of all blocks, less what each takes while it is dropped."""
-        number = len(self._blocks)
+    def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
+        """The expectation over all gates: a step of all blocks, less what each branch takes while it is dropped."""
+        shapes: list[torch.Size] = []
+        handles = [
+            block.module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+            for block in self._blocks
+        ]
+        self._fixed = (True,) * len(self._blocks)
         try:
-            savings = []
-            for dropped in range(number):
-                self._fixed = tuple(index != dropped for index in range(number))
-                savings.append(count())
-            self._fixed = (True,) * number  # last, so that the most memory is seen with all optimizer state there
-            whole = count()
+            flops = float(count(step))
         finally:
             self._fixed = None
-        return whole - sum((1 - p) * (whole - part) for p, part in zip(self.survival, savings, strict=True))
+            for handle in handles:
+                handle.remove()
+        for block, shape, probability in zip(self._blocks, shapes, self.survival, strict=True):
+            images = next(block.module.parameters()).new_empty(shape).requires_grad_()
+            branch = count(lambda: block.module(images).sum().backward())
+            branch -= count(lambda: block.without_branch(images).sum().backward())
+            flops -= (1 - probability) * branch
+        return flops
 
     def state_dict(self) -> dict[str, Any]:
         """The blocks and the state of the generator that gates are drawn from."""

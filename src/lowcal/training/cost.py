@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,18 +54,29 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
             labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         twin = method.twin(model, optimizer, images)
         model.train()
+        _make_state(optimizer)
         step = EagerStep(model, optimizer, twin, device=torch.device("cpu"), precision=precision, scaler=None)
-        step(images, labels)  # makes the optimizer's state
         live.peak = live.now
-
-        def count() -> int:
-            with flop_counter() as counter:
-                step(images, labels)
-            return counter.get_total_flops()
-
-        flops = round(twin.expected_flops(count))
+        flops = round(twin.expected_flops(lambda: step(images, labels), _count))
         twin.detach()
         return Cost(flops, live.peak)
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """A step of gradients alone, after which the optimizer holds what it holds between steps."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _count(work: Callable[[], Any]) -> int:
+    """The FLOPs of `work`."""
+    with flop_counter() as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def flop_counter() -> FlopCounterMode:
@@ -130,6 +141,36 @@ def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
 
 
+def _batch_norm(images: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of native_batch_norm: the output, and each channel's mean and deviation if the batch gives them."""
+    is_training = next(value for value in rest if isinstance(value, bool))
+    kept = images.shape[1] if is_training else 0
+    dtype = torch.float32 if images.dtype in (torch.float16, torch.bfloat16) else images.dtype
+    return torch.empty_like(images), images.new_empty(kept, dtype=dtype), images.new_empty(kept, dtype=dtype)
+
+
+def _batch_norm_backward(
+    gradient: Tensor, images: Tensor, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """The shapes of native_batch_norm_backward: the gradients that its last argument asks for."""
+    channels = images.shape[1]
+    of_images, of_weight, of_bias = rest[-1]
+    dtype = images.dtype if weight is None else weight.dtype
+    return (
+        torch.empty_like(images) if of_images else None,
+        images.new_empty(channels, dtype=dtype) if of_weight else None,
+        images.new_empty(channels, dtype=dtype) if of_bias else None,
+    )
+
+
+# Without values torch (2.15) takes these apart into dozens of operations in Python, most of a dry run's time.
+_SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten._native_batch_norm_legit.default: _batch_norm,
+    torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
+}
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages of all tensors that were made while it is entered and still live."""
 
@@ -140,7 +181,7 @@ class _LiveBytes(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        outputs = _SHORTCUTS.get(func, func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -92,9 +93,8 @@ class StochasticDepth(Method):
                 handle.remove()
         for block, shape, probability in zip(self._blocks, shapes, self.survival, strict=True):
             images = next(block.module.parameters()).new_empty(shape).requires_grad_()
-            branch = count(lambda: block.module(images).sum().backward())
-            branch -= count(lambda: block.without_branch(images).sum().backward())
-            flops -= (1 - probability) * branch
+            whole = count(partial(_pass, block.module, images))
+            flops -= (1 - probability) * (whole - count(partial(_pass, block.without_branch, images)))
         return flops
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,3 +151,8 @@ class StochasticDepth(Method):
 
     def _scale(self, probability: float, *arguments: Any) -> Tensor | None:
         return None if self.model.training else probability * arguments[2]
+
+
+def _pass(forward: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """A forward and a backward pass."""
+    forward(images).sum().backward()

@@ -1,36 +1,19 @@
 """Two ranks over every move: alike to the bit, and like one process on the whole mini-batch."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import lowcal
 from lowcal.parallel import Exchange
 
+from .ranks import Collectives, data, network, on_two_ranks
+
 MOVES = {1: 1, 2: 3}
-EPOCHS, STEPS, BATCH = 4, 3, 8
-
-
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(),
-        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 16, 5),
-    )  # fmt: skip
-
-
-def data(epoch, step):
-    generator = torch.Generator().manual_seed(100 * epoch + step)
-    x = torch.randn(BATCH, 3, 8, 8, generator=generator)
-    return x, torch.randint(0, 5, (BATCH,), generator=generator)
+EPOCHS, STEPS = 4, 3
 
 
 def controller(model, rule):
@@ -44,7 +27,7 @@ def one_process(rule, micro=1):
     for epoch in range(EPOCHS):
         loss_sum = 0.0
         for step in range(STEPS):
-            x, y = data(epoch, step)
+            x, y = data(100 * epoch + step)
             optimizer.zero_grad()
             for part in range(micro):
                 loss = nn.functional.cross_entropy(model(x[part::micro]), y[part::micro]) / micro
@@ -55,44 +38,36 @@ def one_process(rule, micro=1):
     return model, local
 
 
-def worker(rank, world, port, rule, micro, sync, options, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def one_rank(rank, rule, micro, sync, options):
     model = network()
     optimizer, local = controller(model, rule)
     parallel = lowcal.DistributedLoCal(model, local, **options)
-    keys, bytes_per_step = list(parallel.state_dict()), []
+    keys, foretold, counted = list(parallel.state_dict()), [], []
     for epoch in range(EPOCHS):
         loss_sum = 0.0
-        for step in range(STEPS):
-            x, y = data(epoch, step)
-            x, y = x[rank::world], y[rank::world]
-            optimizer.zero_grad()
-            for part in range(micro):
-                last = part == micro - 1
-                with torch.enable_grad() if last or sync else parallel.no_sync():
-                    loss = nn.functional.cross_entropy(parallel(x[part::micro]), y[part::micro]) / micro
-                    loss.backward()
-                loss_sum += loss.item()
-            optimizer.step()
-        bytes_per_step.append(parallel.bytes_per_step())
+        with Collectives() as collectives:
+            for step in range(STEPS):
+                x, y = (part[rank::2] for part in data(100 * epoch + step))
+                optimizer.zero_grad()
+                for part in range(micro):
+                    last = part == micro - 1
+                    with torch.enable_grad() if last or sync else parallel.no_sync():
+                        loss = nn.functional.cross_entropy(parallel(x[part::micro]), y[part::micro]) / micro
+                        loss.backward()
+                    loss_sum += loss.item()
+                optimizer.step()
+        foretold.append(parallel.bytes_per_step())
+        counted.append(collectives.bytes["allreduce_"] / STEPS)
         # The ranks see different losses; they must still agree on sign and boundary.
         local.end_epoch(loss_sum / STEPS)
     assert list(parallel.state_dict()) == keys
-    torch.save(
-        {"model": model.state_dict(), "bytes": bytes_per_step, "sign": local.sign, "boundary": local.boundary},
-        f"{folder}/{rank}.pt",
-    )
-    dist.destroy_process_group()
-
-
-def spawn(tmp_path, rule, micro=1, sync=False, **options):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, (2, port, rule, micro, sync, options, tmp_path), nprocs=2, start_method="fork")
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    return {
+        "model": model.state_dict(),
+        "foretold": foretold,
+        "counted": counted,
+        "sign": local.sign,
+        "boundary": local.boundary,
+    }
 
 
 @pytest.mark.parametrize(
@@ -102,6 +77,7 @@ def spawn(tmp_path, rule, micro=1, sync=False, **options):
         (lowcal.Hebbian(lr=0.01), 2, False, {}),
         (lowcal.Hebbian(lr=0.01), 2, True, {}),
         (lowcal.Hebbian(lr=0.01, every=2), 2, False, {"gradient_as_bucket_view": True}),
+        (lowcal.Frozen(), 1, True, {}),
         (lowcal.Refresh(every=2), 1, True, {}),
         (lowcal.Refresh(every=2), 2, False, {}),
         (lowcal.Refresh(every=4), 1, True, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001}),
@@ -109,8 +85,8 @@ def spawn(tmp_path, rule, micro=1, sync=False, **options):
     ],
     ids=str,
 )
-def test_two_ranks_are_alike_and_like_one_process(tmp_path, rule, micro, sync, options):
-    first, second = spawn(tmp_path, rule, micro, sync, **options)
+def test_two_ranks_are_alike_and_like_one_process(rule, micro, sync, options):
+    first, second = on_two_ranks(one_rank, rule, micro, sync, options)
     assert first["sign"] == second["sign"]
     assert first["boundary"] == second["boundary"] == 3
     alone, local = one_process(rule, micro)
@@ -118,15 +94,8 @@ def test_two_ranks_are_alike_and_like_one_process(tmp_path, rule, micro, sync, o
     for name, expected in alone.state_dict().items():
         assert torch.equal(first["model"][name], second["model"][name]), name
         torch.testing.assert_close(first["model"][name], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_bytes_per_step_fall_with_the_boundary(tmp_path):
-    frozen, _ = spawn(tmp_path, lowcal.Frozen())
-    alone, _ = one_process(lowcal.Frozen())
-    torch.testing.assert_close(frozen["model"], dict(alone.state_dict()), rtol=1e-4, atol=1e-5)
-    sizes = [sum(p.numel() for p in module.parameters()) * 4 for module in network()]
-    whole = sum(sizes)
-    assert frozen["bytes"] == [whole, whole - sum(sizes[:2]), whole - sum(sizes[:8]), whole - sum(sizes[:8])]
+    if rule.every == 1 and (micro == 1 or not sync):
+        assert first["counted"] == second["counted"] == first["foretold"]
 
 
 @pytest.fixture
@@ -134,6 +103,60 @@ def alone(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize(
+    ("rule", "gradient_share", "update_share"),
+    [
+        (lowcal.Frozen(), 0, 0),
+        (lowcal.Hebbian(), 0, 1),
+        (lowcal.Hebbian(every=4), 0, 1 / 4),
+        (lowcal.Refresh(every=2), 1 / 2, 0),
+        (lowcal.Refresh(every=4), 1 / 4, 0),
+    ],
+    ids=str,
+)
+def test_bytes_handed_to_collectives_are_those_foretold(alone, rule, gradient_share, update_share, micro):
+    model = network()
+    optimizer, local = controller(model, rule)
+    parallel = lowcal.DistributedLoCal(model, local)
+    model(data(0)[0])  # shows the order of layers
+    sizes = [sum(p.nbytes for p in module.parameters()) for module in model]
+    weights = [module.weight.nbytes if isinstance(module, nn.Conv2d) else 0 for module in model]
+    counts = []
+    for boundary, modules in ((0, 0), (1, 2), (2, 5), (3, 8)):
+        local.move_to(boundary)
+        with Collectives() as collectives:
+            for step in range(4):
+                x, y = data(step)
+                optimizer.zero_grad()
+                for part in range(micro):
+                    with torch.enable_grad() if part == micro - 1 else parallel.no_sync():
+                        nn.functional.cross_entropy(parallel(x[part::micro]), y[part::micro]).backward()
+                optimizer.step()
+        counted = collectives.bytes["allreduce_"] / 4
+        prefix = gradient_share * sum(sizes[:modules]) + update_share * sum(weights[:modules])
+        assert counted == parallel.bytes_per_step() == sum(sizes[modules:]) + prefix
+        counts.append(counted)
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == 4
+
+
+def test_after_detach_all_gradients_are_reduced_again(alone):
+    model = network()
+    optimizer, local = controller(model, lowcal.Hebbian())
+    parallel = lowcal.DistributedLoCal(model, local)
+    model(data(0)[0])  # shows the order of layers
+    local.move_to(2)
+    parallel(data(0)[0]).sum().backward()
+    local.detach()
+    whole = sum(p.nbytes for p in model.parameters())
+    assert parallel.bytes_per_step() == whole
+    with Collectives() as collectives:
+        parallel(data(0)[0]).sum().backward()
+        optimizer.step()
+    assert collectives.bytes["allreduce_"] == whole
 
 
 def test_missing_layer_counts_as_zero(alone):
@@ -150,6 +173,8 @@ def test_mistakes(alone):
     _, local = controller(model, lowcal.Frozen())
     with pytest.raises(lowcal.LowcalError, match="find_unused_parameters"):
         lowcal.DistributedLoCal(model, local, find_unused_parameters=True)
+    with pytest.raises(lowcal.LowcalError, match="process_group"):
+        lowcal.DistributedLoCal(model, local, device_mesh=object())
     with pytest.raises(lowcal.LowcalError, match="another model"):
         lowcal.DistributedLoCal(copy.deepcopy(model), local)
 

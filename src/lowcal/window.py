@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -49,6 +50,7 @@ class Window:
         self._forward_summed = False  # whether these are sums over all ranks
         self._own: dict[int, Tensor] = {}  # of forward passes before them, this rank's alone
         self._summed: dict[int, Tensor] = {}  # the same, over all ranks
+        self._awaited: Mapping[int, Tensor] | None = None  # like the updates to be summed once their fate is known
         self._weight: weakref.ref[Tensor] | None = None  # the weight whose gradient is watched
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # that gradient and its version
 
@@ -85,8 +87,20 @@ class Window:
         self._forward[index] = update if kept is None else kept.add_(update)
 
     def share(self, shapes: Mapping[int, Tensor]) -> None:
-        """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW."""
-        if self.exchange is not None and self.exchange.open and not self._forward_summed:
+        """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW.
+
+        Those of micro-batches before it are summed with it, all at once, when its backward pass tells that they count.
+        """
+        if self.exchange is None or self._forward_summed:
+            return
+        self._awaited = None
+        if not self.exchange.open:  # a layer that this rank did not run counts as zero, so that all ranks keep as many
+            for index, like in shapes.items():
+                if index not in self._forward:
+                    self._forward[index] = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        elif self._own:
+            self._awaited = shapes
+        else:
             self._forward = self.exchange.start(self._forward, shapes)
             self._forward_summed = True
 
@@ -95,16 +109,20 @@ class Window:
         self._close_forward()
         if self.exchange is not None:
             if self._own:
-                self._add_up(self._summed, self.exchange.start(self._own, shapes))
+                self._sum_own(self.exchange, shapes)
             self.exchange.wait()
             self._own = self._summed
         updates = dict(sorted(self._own.items()))
-        self._own, self._summed, self._gradient = {}, {}, None
+        self._own, self._summed, self._awaited, self._gradient = {}, {}, None, None
         return updates
 
     def _close_forward(self) -> None:
         self._add_up(self._summed if self._forward_summed else self._own, self._forward)
         self._forward, self._forward_summed = {}, False
+
+    def _sum_own(self, exchange: Exchange, shapes: Mapping[int, Tensor]) -> None:
+        self._add_up(self._summed, exchange.start(self._own, shapes))
+        self._own, self._awaited = {}, None
 
     def _add_up(self, kept: dict[int, Tensor], updates: Mapping[int, Tensor]) -> None:
         if kept and self.exchange is not None:
@@ -122,3 +140,5 @@ class Window:
                 self._own, self._summed = {}, {}
         self._close_forward()
         self._gradient = (weakref.ref(gradient), gradient._version)
+        if self.exchange is not None and self._awaited is not None:
+            self._sum_own(self.exchange, self._awaited)

@@ -15,6 +15,7 @@ from lowcal.console_bench import bench_text, targets_text
 from lowcal.experiments.bench import bench
 from lowcal.experiments.bench_plot import plot
 from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.training.allocator import keep_freed_memory
 
 SETTINGS = {
     "resnet18-32": BenchSettings("resnet18", batch=64, image_size=32, rounds=7, warm_up=1),
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SETTINGS, help="one network alone")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()  # as the command does
     for name, settings in SETTINGS.items():
         if arguments.only not in (None, name):
             continue

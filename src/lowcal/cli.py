@@ -16,6 +16,7 @@ import typer
 from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to the program)
 from lowcal.commands.common import INTERRUPTED, Stopped, app
 from lowcal.errors import LowcalError, nearest
+from lowcal.training.allocator import keep_freed_memory
 
 MISTAKE = 2
 CLOSED_PIPE = 141  # 128 + SIGPIPE
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an output without UTF-8 shows '?' for '±'
+    keep_freed_memory()
     try:
         code = app(arguments, prog_name="lowcal", standalone_mode=False, obj=arguments)
         sys.stdout.flush()

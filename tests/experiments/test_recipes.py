@@ -48,7 +48,7 @@ def test_settings_are_the_papers(name):
     epochs, lr, weight_decay, _ = PUBLISHED[name]
     network, _, data = name.partition("-")
     assert (recipe.model.name, recipe.model.width, recipe.data.name) == (network, None, data)
-    assert (recipe.epochs, recipe.batch, recipe.precision) == (epochs, 64, "float32")
+    assert (recipe.epochs, recipe.batch.size, recipe.precision) == (epochs, 64, "float32")
     assert recipe.data.model_dump(exclude_unset=True) == {"name": data}
     sgd = recipe.optimizer
     assert (sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov) == (lr, 0.9, weight_decay, False)
@@ -97,7 +97,7 @@ def test_the_documentations_table_is_what_the_recipes_hold():
         sgd, plan = recipe.optimizer, recipe.lr_schedule
         decay = "cosine to 0" if plan.name == "cosine" else f"×{plan.factor:g} every {plan.every}"
         local = f"×{recipe.local.decay:g} every {recipe.local.decay_every}"
-        expected = [recipe.epochs, recipe.batch, sgd.lr, decay, f"{sgd.weight_decay:g}", local, recipe.prune.every]
+        expected = [recipe.epochs, recipe.batch.size, sgd.lr, decay, f"{sgd.weight_decay:g}", local, recipe.prune.every]
         assert cells == [str(value) for value in expected]
 
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_version_is_named(folder):
     file = io.BytesIO()
     torch.save({"format": 7}, file)
     (folder / PRESENT).write_bytes(wrapped(file.getvalue()))
-    with pytest.raises(LowcalError, match="has checkpoint format 7, this lowcal reads 2"):
+    with pytest.raises(LowcalError, match="has checkpoint format 7, this lowcal reads 3"):
         load_checkpoint(folder)
 
 

@@ -10,11 +10,12 @@ from torch.optim import SGD
 
 from lowcal.data import Dataset, Loader, load, make_loader
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe import Recipe, lr_at
+from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.training.environment import gather_environment
+from lowcal.training.growth import Growth
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
@@ -52,9 +53,9 @@ def check(recipe: Recipe, methods: list[str], data: Dataset) -> None:
         LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
             does not apply, or the schedule does not fit the network.
     """
-    if recipe.batch > len(data.train):
+    if recipe.batch.size > len(data.train):
         raise LowcalError(
-            f"batch={recipe.batch}: is larger than the data ({len(data.train)} training images); "
+            f"batch={recipe.batch.size}: is larger than the data ({len(data.train)} training images); "
             f"--set batch={len(data.train)} or less"
         )
     cpu = torch.device("cpu")
@@ -106,6 +107,7 @@ def build_run(
         checkpoint_minutes=recipe.checkpoint.minutes,
         max_skips=recipe.guard.max_skips,
         step="eager" if recipe.step == "auto" else recipe.step,
+        growth=_growth(recipe.batch, len(data.train)),
     )
 
 
@@ -138,8 +140,13 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
     return model, optimizer, attached
 
 
+def _growth(batch: BatchSettings, images: int) -> Growth:
+    most = images if batch.grow else batch.size
+    return Growth(batch.size, most=most, limit=batch.memory_limit, scale_lr=batch.scale_lr)
+
+
 def _loader(recipe: Recipe, data: Dataset, device: torch.device, *, training: bool) -> Loader:
-    batch = recipe.batch if training else min(len(data.test), max(recipe.batch, EVALUATION_BATCH))
+    batch = recipe.batch.size if training else min(len(data.test), max(recipe.batch.size, EVALUATION_BATCH))
     return make_loader(
         data, training=training, batch=batch, device=device, seed=recipe.seed, channels_last=recipe.channels_last
     )

@@ -115,6 +115,8 @@ def advance(arm: Arm, run: Run, watcher: Watcher) -> None:
     except LowcalError as error:
         raise LowcalError(f"{arm.folder}: {error}") from error.__cause__  # which tells a full disk from a bad setting
     watcher.epoch(arm, record)
+    for text in run.news:
+        watcher.note(f"{arm.folder}: {text}")
 
 
 def note_skipped(data: Dataset, watcher: Watcher) -> None:

@@ -7,10 +7,11 @@ A recipe is a YAML file. Those of the package lie in `recipes/`; a user's own is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -21,9 +22,13 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Settings(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions, no infinities."""
+    """What all sections share: frozen, no unknown keys, no silent conversions, no infinities.
+
+    A section may have a `short` field: a plain value in the section's place is that field's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    short: ClassVar[str | None] = None
 
 
 class ModelSettings(Settings):
@@ -51,6 +56,37 @@ class DataSettings(Settings):
     on_error: Literal["stop", "skip"] = "stop"
     download: bool = True
     workers: Whole | None = None
+
+
+class BatchSettings(Settings):
+    """Images in a mini-batch; with `grow` they double when a move of the boundary has freed the memory for it.
+
+    `memory_limit`: bytes that a training step may take, or text such as 8GiB (None: what a step took in the first
+    epoch). With `scale_lr` SGD's learning rate grows with the batch.
+    """
+
+    short: ClassVar[str | None] = "size"
+
+    size: Count
+    grow: bool = False
+    memory_limit: Count | None = None
+    scale_lr: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_number(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | BatchSettings) else {"size": value}
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B", value)
+        if match is None:
+            raise ValueError(f"batch.memory_limit={value}: must be a number of bytes, or one with its unit, as in 8GiB")
+        number, prefix = match.groups(default="")
+        return round(float(number) * (1024 if prefix.endswith("i") else 1000) ** " KMGT".index(prefix[:1] or " "))
 
 
 class OptimizerSettings(Settings):
@@ -160,7 +196,7 @@ class Recipe(Settings):
     name: Name
     label: Name
     epochs: Count
-    batch: Count
+    batch: BatchSettings
     seed: Whole = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     channels_last: bool = False

@@ -12,11 +12,11 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lowcal.errors import LowcalError, nearest
-from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe import BatchSettings, Recipe, Settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,8 +73,14 @@ def parse_recipe(text: str, source: str) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every setting spelled out; `parse_recipe` gives the same recipe back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    """The recipe as YAML, every setting spelled out; `parse_recipe` gives the same recipe back.
+
+    A batch of which nothing but the size is set is written as a plain number.
+    """
+    data = recipe.model_dump()
+    if recipe.batch == BatchSettings(size=recipe.batch.size):
+        data["batch"] = recipe.batch.size
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str, Any] | None = None) -> Recipe:
@@ -122,11 +128,13 @@ def setting_types(key: str) -> frozenset[type]:
     Raises:
         LowcalError: there is no such setting.
     """
-    model: type[BaseModel] | None = Recipe
+    model: type[Settings] | None = Recipe
     for part in key.split("."):
         if model is None or part not in model.model_fields:
             raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
         annotation, model = model.model_fields[part].annotation, _section(model, part)
+    if model is not None and model.short:
+        return setting_types(f"{key}.{model.short}")
     leaves = () if model is not None else _leaves(annotation)
     return frozenset(leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves)
 
@@ -136,19 +144,25 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     left, right = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     keys = [*left, *(key for key in right if key not in left)]
     changed = [key for key in keys if left.get(key) != right.get(key)]
-    return [f"{key} ({_show(left.get(key))} there, {_show(right.get(key))} here)" for key in changed]
+    return [
+        f"{'.'.join(_as_written(key.split('.')))} ({_show(left.get(key))} there, {_show(right.get(key))} here)"
+        for key in changed
+    ]
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     section: Any = data
-    model: type[BaseModel] | None = Recipe
+    model: type[Settings] | None = Recipe
     for part in parts:
         if model is None or part not in model.model_fields:
             raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
         parent, section, model = section, section[part], _section(model, part)
     if model is not None:
         if not isinstance(value, dict):
+            if model.short:
+                section[model.short] = value
+                return
             choices = ", ".join(f"{key}.{field}" for field in model.model_fields)
             raise LowcalError(f"{key}={_show(value)}: is a section; set one of {choices}")
         for field, inner in value.items():
@@ -171,20 +185,29 @@ def _line(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(parts)
+    key = ".".join(_as_written(parts))
     allowed = _allowed(parts) or error["msg"].replace("Input should be", "must be")
     if error["type"] == "missing":
         return f"the setting '{key}' is missing: {allowed}"
     return f"{key}={_show(error['input'])}: {allowed}"
 
 
+def _as_written(parts: list[str]) -> list[str]:
+    """The way to a setting, or to its section where a plain value may stand for it."""
+    section = _section(Recipe, parts[0]) if len(parts) == 2 and parts[0] in Recipe.model_fields else None
+    return parts[:1] if section is not None and section.short == parts[1] else parts
+
+
 def _allowed(parts: list[str]) -> str | None:
     """What a setting may be, in words, from the types and bounds of its field; None where they do not say."""
-    model: type[BaseModel] | None = Recipe
+    model: type[Settings] | None = Recipe
     for part in parts[:-1]:
         model = _section(model, part) if model is not None and part in model.model_fields else None
     if model is None or parts[-1] not in model.model_fields:
         return None
+    section = _section(model, parts[-1])
+    if section is not None and section.short:
+        return _allowed([*parts, section.short])
     field = model.model_fields[parts[-1]]
     kinds: list[str] = []
     bounds: list[str] = []
@@ -235,12 +258,12 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+def _section(model: type[Settings], field: str) -> type[Settings] | None:
     annotation = model.model_fields[field].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _unknown_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _unknown_keys(data: Mapping[str, Any], model: type[Settings], prefix: str) -> Iterator[str]:
     for key, value in data.items():
         if key not in model.model_fields:
             yield f"{prefix}{key}"
@@ -248,7 +271,7 @@ def _unknown_keys(data: Mapping[str, Any], model: type[BaseModel], prefix: str) 
             yield from _unknown_keys(value, inner, f"{prefix}{key}.")
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
     for field in model.model_fields:
         inner = _section(model, field)
         if inner is None:

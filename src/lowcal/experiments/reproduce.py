@@ -105,7 +105,7 @@ def dry_run(
             if (cell, seed) not in waiting:
                 entries.append(Planned(cell.id, seed, "finished", None))
                 continue
-            kind = (cell.recipe, recipe.batch)
+            kind = (cell.recipe, recipe.batch.size)
             if kind not in speeds:
                 speeds[kind] = epoch_seconds(recipe, device)
             left = state.epochs - state.finished

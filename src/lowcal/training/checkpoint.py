@@ -18,7 +18,7 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.training.record import atomic_write
 
-FORMAT = 2  # 1 had no part of an epoch
+FORMAT = 3  # 1 had no part of an epoch, 2 no growth of the batch
 MAGIC = b"lowcal-checkpoint"
 PRESENT = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"

@@ -18,6 +18,7 @@ from lowcal.training.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from lowcal.training.epoch import Progress, now, train_epoch
 from lowcal.training.evaluate import evaluate
 from lowcal.training.finish import export_weights, write_summary
+from lowcal.training.growth import Growth, is_out_of_memory, kept_apart, release
 from lowcal.training.interrupt import deferred, raise_if_requested, requested
 from lowcal.training.meter import Meter
 from lowcal.training.part import DivergedError, Part
@@ -49,9 +50,11 @@ class Run:
         max_skips: steps that may be skipped in a row since their loss or gradient is NaN or infinite; 0: the run stops
             at the first loss that is.
         step: how a step is run; "eager".
+        growth: decides the size of the mini-batches; None: it stays.
 
     Attributes:
         finished: epochs that are done.
+        news: what a person should know of the last epoch.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Run:
         checkpoint_minutes: float | None = 10.0,
         max_skips: int = 0,
         step: str = "eager",
+        growth: Growth | None = None,
     ) -> None:
         self.model, self.optimizer, self.method = model, optimizer, method
         self.train, self.test = train, test
@@ -79,11 +83,14 @@ class Run:
         self.device = torch.device(device)
         self.precision = precision
         self.finished = 0
+        self.news: tuple[str, ...] = ()
         self._lr_at = lr_at
         self._checkpoint = checkpoint
         self._save_every = math.inf if checkpoint_minutes is None or not checkpoint else 60.0 * checkpoint_minutes
         self._max_skips = max_skips
         self._mode = step
+        self._growth = growth or Growth(train.batch, most=train.batch)
+        self._before: dict[str, Any] | None = None  # the run at the start of an epoch whose batch is on trial
         self._seconds = 0.0
         self._in_a_row = 0  # skipped steps with which the last epoch ended
         self._part: Part | None = None  # of the epoch that a checkpoint was saved in
@@ -107,7 +114,7 @@ class Run:
     def warm_up(self, steps: int = 3) -> None:
         """Trains copies of everything for a few steps, so that the first epoch's time has no start-up in it."""
         before = self.train.state_dict()
-        images, labels = next(iter(self.train))
+        images, labels = (part[: self._growth.proven] for part in next(iter(self.train)))
         self.train.load_state_dict(before)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             twin = self._twin(images[:1])
@@ -138,15 +145,12 @@ class Run:
                 f"the run in {self.folder.path} was broken off inside an epoch; resume it from its checkpoint"
             )
         self._is_whole = False
-        part = self._part or Part(len(self.train), self.device, in_a_row=self._in_a_row)
-        self._part, self._saved_steps = None, part.done
-        epoch, boundary, lr = self.finished, self.method.boundary, self._lr_at(self.finished)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.news = ()
+        epoch, boundary = self.finished, self.method.boundary
         with deferred():
+            while (part := self._train(progress)) is None:
+                self._shrink_batch()  # not in _train, where the error still holds on to the step's tensors
             with self._learner.random.entered():
-                self._meter.start()
-                self._train(part, progress)
                 loss = part.mean_loss()
                 if not math.isfinite(loss):
                     raise self._diverged("every step was skipped, the last", part.steps)
@@ -155,6 +159,7 @@ class Run:
                 test_loss, top1_error = evaluate(self.model, batches, device=self.device, precision=self.precision)
             if not math.isfinite(test_loss):
                 raise self._diverged(f"the test loss is {test_loss}", part.steps)
+            held = self._meter.held()
             changed = self.method.end_epoch(loss)
             self._seconds += part.seconds
             record = {
@@ -166,13 +171,18 @@ class Run:
                 "top1_error": top1_error,
                 **part.facts(),
                 "total_seconds": self._seconds,
-                "lr": lr,
+                "lr": self._lr(),
                 "batch": self.train.batch,
+                "refused_batch": self._growth.refused,
                 "flops": flops,
                 "peak_memory_bytes": peak,
                 **self.method.facts(),
             }
             self._in_a_row = part.in_a_row()
+            if self._growth.end_epoch(peak, held, moved=changed):
+                self.train.batch, changed = self._growth.batch, True
+                self.news += (f"batch {self._growth.batch} from epoch {epoch + 2} on",)
+            self._before = None
             if changed:
                 self._renew()
             self.finished += 1
@@ -228,24 +238,54 @@ class Run:
 
     # One epoch
 
-    def _train(self, part: Part, progress: Callable[[Progress], None] | None) -> None:
+    def _train(self, progress: Callable[[Progress], None] | None) -> Part | None:
+        """Takes the epoch's steps; None if memory ran out in them and the batch is on trial."""
+        part = self._part or Part(len(self.train), self.device, in_a_row=self._in_a_row)
+        self._part, self._saved_steps = None, part.done
+        if self._growth.on_trial and self._before is None:
+            self._before = kept_apart({"batches": self.train.state_dict(), **self._learner.state_dict()})
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
         self.model.train()
         try:
-            train_epoch(
-                self._step,
-                self.train,
-                part,
-                device=self.device,
-                epoch=self.finished,
-                epochs=self.epochs,
-                boundary=self.method.boundary,
-                layers=len(self.method.layers),
-                max_skips=self._max_skips,
-                progress=progress,
-                pause=_Saving(self, part),
-            )
+            with self._learner.random.entered():
+                self._meter.start()
+                train_epoch(
+                    self._step,
+                    self.train,
+                    part,
+                    device=self.device,
+                    epoch=self.finished,
+                    epochs=self.epochs,
+                    boundary=self.method.boundary,
+                    layers=len(self.method.layers),
+                    max_skips=self._max_skips,
+                    progress=progress,
+                    pause=_Saving(self, part),
+                )
         except DivergedError as error:
             raise self._diverged(str(error), error.step) from None
+        except Exception as error:
+            if self._growth.on_trial and is_out_of_memory(error):
+                return None
+            raise
+        return part
+
+    def _shrink_batch(self) -> None:
+        """Takes the run back to the start of the epoch, with the batch that was before."""
+        assert self._before is not None  # as the batch is on trial
+        self._growth.refuse()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._learner.load_state_dict(self._before)
+        self.train.load_state_dict(self._before["batches"])
+        self.train.batch, self._before = self._growth.batch, None
+        self._renew()
+        release(self.device)
+        self._save(None)
+        self.news += (
+            f"out of memory with batch {self._growth.refused}: epoch {self.finished + 1} began anew with batch "
+            f"{self._growth.batch}, which stays",
+        )
 
     def _interruptible(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """The images for evaluation; a signal ends it, with the run saved as it was before."""
@@ -265,8 +305,12 @@ class Run:
             kept = f"the last checkpoint is that of epoch {self.finished}"
         return LowcalError(
             f"{what} at step {step} of epoch {self.finished + 1} of {self.epochs}; "
-            f"lower the learning rate, which is {self._lr_at(self.finished):g} ({kept})"
+            f"lower the learning rate, which is {self._lr():g} ({kept})"
         )
+
+    def _lr(self) -> float:
+        """SGD's learning rate in the epoch that is next."""
+        return self._lr_at(self.finished) * self._growth.lr_factor
 
     # Building, saving and loading
 
@@ -307,6 +351,8 @@ class Run:
             "in_a_row": self._in_a_row,
             "part": None if part is None else part.state_dict(),
             "batches": self.train.state_dict(),
+            "growth": self._growth.state_dict(),
+            "before": self._before,
             **self._learner.state_dict(),
         }
         save_checkpoint(self.folder.path, state if random is None else {**state, "random": random})
@@ -323,6 +369,8 @@ class Run:
         if state["part"] is not None:
             part = Part(len(self.train), self.device)
             part.load_state_dict(state["part"])
+        self._growth.load_state_dict(state["growth"])
+        self._before = state["before"]
         self.folder.truncate(finished)
         self._learner.load_state_dict(state)
         self._seconds, self.finished, self._in_a_row, self._part = seconds, finished, in_a_row, part

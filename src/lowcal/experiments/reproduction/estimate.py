@@ -30,7 +30,7 @@ def epoch_seconds(recipe: Recipe, device: torch.device, *, steps: int = 3) -> fl
     The images are random and already on the device, so that neither the data need be there nor their decoding counts.
     """
     data = recipe.data
-    batch = recipe.batch if device.type == "cuda" else min(recipe.batch, SMALL_BATCH)
+    batch = recipe.batch.size if device.type == "cuda" else min(recipe.batch.size, SMALL_BATCH)
     pixels = data.image_size or SIZES.get(data.name, 32)
     classes = data.classes or CLASSES.get(data.name, 10)
     with cpu_threads(recipe.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):

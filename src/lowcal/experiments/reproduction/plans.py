@@ -148,8 +148,8 @@ def _table2(base: Base) -> Plan:
 
 def _table3(base: Base) -> Plan:
     plain = base(RESNET50)
-    four = (f"batch={FOUR * plain.batch}", f"optimizer.lr={FOUR * plain.optimizer.lr:g}")
-    variant = f"batch-{FOUR * plain.batch}"
+    four = (f"batch={FOUR * plain.batch.size}", f"optimizer.lr={FOUR * plain.optimizer.lr:g}")
+    variant = f"batch-{FOUR * plain.batch.size}"
     figures = partial(published, "table3", RESNET50)
     lines = (
         Line(RESNET50, "sgd, fixed batch", Cell(RESNET50, "sgd", variant, four), figures("sgd_fixed_batch")),

@@ -188,7 +188,7 @@ def describe_size(recipe: Recipe) -> str:
     words.append(f"{data.train_images} {kind}" if data.train_images else f"all {kind}")
     if data.classes is not None:
         words.append(f"{data.classes} classes")
-    words.append(f"batch {recipe.batch}")
+    words.append(f"batch {recipe.batch.size}")
     planned: Mapping[bool, str] = {True: "", False: f" for {recipe.lr_schedule.epochs}"}
     words.append(f"{recipe.epochs} epochs{planned[recipe.lr_schedule.epochs in (None, recipe.epochs)]}")
     return ", ".join(words)

@@ -116,7 +116,7 @@ def scaled(recipe: Recipe, scale: Scale, *, synthetic: bool) -> Recipe:
     settings = {
         "epochs": scale.epochs_of(recipe),
         "lr_schedule.epochs": recipe.epochs,
-        "batch": max(2, round(recipe.batch * scale.batch)),
+        "batch": max(2, round(recipe.batch.size * scale.batch)),
         "local.decay_every": max(1, round(recipe.local.decay_every * scale.epochs)),
         "prune.every": max(1, round(recipe.prune.every * scale.epochs)),
         "model.width": scale.widths.get(recipe.model.name, "null"),

@@ -150,3 +150,16 @@ def test_loading_into_the_same_controller_again():
     before = weights(parts[0])
     train_step(parts[0], parts[1], batches(0)[0])
     assert not same(before, weights(parts[0]))
+
+
+def test_a_state_takes_the_place_of_a_step_that_was_broken_off():
+    torch.manual_seed(1)
+    parts = build()
+    whole = finish(parts, 0)
+    parts = build()
+    for part, state in zip(parts, whole[4], strict=True):
+        part.load_state_dict(state)
+    parts[0](batches(9)[0][0])  # leaves local updates for a step that never comes
+    for part, state in zip(parts, whole[4], strict=True):
+        part.load_state_dict(state)
+    assert same(finish(parts, 4), {epoch: state for epoch, state in whole.items() if epoch > 4})

@@ -228,6 +228,7 @@ class LoCal:
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
         self._steps = state["steps"]
         self._skipped = torch.tensor(state["skipped"], dtype=torch.int64)
+        self._window.drop()
         self._open()
 
     def detach(self) -> None:

@@ -113,8 +113,13 @@ class Window:
             self.exchange.wait()
             self._own = self._summed
         updates = dict(sorted(self._own.items()))
-        self._own, self._summed, self._awaited, self._gradient = {}, {}, None, None
+        self.drop()
         return updates
+
+    def drop(self) -> None:
+        """Forgets what is kept, as when a step is broken off."""
+        self._forward, self._forward_summed = {}, False
+        self._own, self._summed, self._awaited, self._gradient = {}, {}, None, None
 
     def _close_forward(self) -> None:
         self._add_up(self._summed if self._forward_summed else self._own, self._forward)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe import Recipe, lr_at
+from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import (
     apply_settings,
     differences,
@@ -14,6 +14,7 @@ from lowcal.experiments.recipe_files import (
     load_recipe,
     parse_recipe,
     recipe_names,
+    setting_types,
 )
 
 
@@ -81,6 +82,39 @@ def test_settings_apply_in_order_and_sections_merge():
     assert recipe.local.supervision is False
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["batch=128", "batch.grow=true"],
+        ["batch.grow=true", "batch=128"],
+        ["batch={size: 128, grow: true}"],
+        ["batch.size=128", "batch.grow=true"],
+    ],
+)
+def test_the_batch_is_a_section_of_which_a_number_is_the_size(settings):
+    recipe = apply_settings(load_recipe("digits"), settings)
+    assert recipe.batch == BatchSettings(size=128, grow=True)
+    assert parse_recipe(dump_recipe(recipe), "copy") == recipe
+
+
+def test_a_batch_of_a_size_alone_is_written_as_a_number():
+    recipe = apply_settings(load_recipe("digits"), ["batch.size=128"])
+    assert "batch: 128\n" in dump_recipe(recipe)
+    assert differences(load_recipe("digits"), recipe) == ["batch (32 there, 128 here)"]
+    assert differences(recipe, apply_settings(recipe, ["batch.grow=on"])) == ["batch.grow (false there, true here)"]
+    assert setting_types("batch") == {int}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4096", 4096), ("8GiB", 8 * 1024**3), ("1.5 KiB", 1536), ("2MB", 2_000_000), ("7B", 7), ("null", None)],
+)
+def test_memory_is_given_in_bytes_or_in_units(text, expected):
+    recipe = apply_settings(load_recipe("digits"), [f"batch.memory_limit={text}"])
+    assert recipe.batch.memory_limit == expected
+    assert parse_recipe(dump_recipe(recipe), "copy") == recipe
+
+
 WRONG = {
     "epochs=0": "epochs=0: must be a whole number, at least 1",
     "epochs=2.5": "epochs=2.5: must be a whole number, at least 1",
@@ -88,6 +122,12 @@ WRONG = {
     "epochs=many": "epochs=many: must be a whole number, at least 1",
     "epochs=": "epochs=null: must be a whole number, at least 1",
     "batch=-4": "batch=-4: must be a whole number, at least 1",
+    "batch=true": "batch=true: must be a whole number, at least 1",
+    "batch={size: 0}": "batch=0: must be a whole number, at least 1",
+    "batch.grow=2": "batch.grow=2: must be true or false",
+    "batch.gow=true": "unknown setting 'batch.gow'; did you mean 'batch.grow'?",
+    "batch.memory_limit=8G": "batch.memory_limit=8G: must be a number of bytes, or one with its unit, as in 8GiB",
+    "batch.memory_limit=0": "batch.memory_limit=0: must be a whole number, at least 1",
     "optimizer.lr=-0.1": "optimizer.lr=-0.1: must be a number, above 0",
     "optimizer.lr=.inf": "optimizer.lr=.inf: must be a number, above 0",
     "optimizer.lr=.nan": "optimizer.lr=.nan: must be a number, above 0",
@@ -137,6 +177,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(setting, message):
         ("- 1", "holds no settings"),
         ("a: [1", "is not valid YAML (line 1)"),
         ("epochs: 3", "the setting 'name' is missing: must be text"),
+        ("{name: a, label: b, epochs: 3}", "the setting 'batch' is missing: must be a whole number, at least 1"),
         ("epochz: 3", "unknown setting 'epochz'; did you mean 'epochs'?"),
         ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
         (b"\xff\xfe\x00", "cannot be read (it is not a text file)"),

@@ -66,7 +66,7 @@ def test_a_doubled_batch_takes_what_is_predicted_or_little_less(method, boundary
     model(torch.randn(16, 2, 6, 6)).sum().backward()
     optimizer.step()
     peak, doubled = (dry_cost(attached, (count, 2, 6, 6)).peak_bytes for count in (16, 32))
-    predicted = predicted_peak(peak, held_bytes(model, optimizer))
+    predicted = predicted_peak(peak, held_bytes(model, optimizer, gradients=False))
     assert doubled <= predicted <= 1.1 * doubled
 
 
@@ -129,7 +129,7 @@ def test_a_decision_is_taken_up_where_it_was_saved():
         other.end_epoch(peak, 0, moved=moved)
         assert other.state_dict() == one.state_dict()
         saved = other
-    assert one.batch == 256 or one.batch == 128
+    assert one.batch == 256
 
 
 # Runs
@@ -177,8 +177,11 @@ def broken_off(scores):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("steps", [5, 5 + 5, 5 + 5 + 2, 5 + 5 + 3 + 1, 5 + 5 + 3 + 3 + 1])
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [(method, 5 + 5 + 2) for method in METHODS]
+    + [("local", steps) for steps in (5, 5 + 5, 5 + 5 + 3 + 1, 5 + 5 + 3 + 3 + 1)],
+)
 def test_a_growing_run_killed_anywhere_is_bitwise_the_uninterrupted_one(tmp_path, method, steps):
     one = run_on(grows(tmp_path / "one", method, growth=growing(scale_lr=True)))
     model = spoilt(steps + 1, spoil=broken_off)
@@ -207,12 +210,11 @@ ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPU
 
 
 @pytest.mark.parametrize("method", IN_HALF)
-@pytest.mark.parametrize(("step", "error"), [(1, ERRORS[0]), (2, ERRORS[1])])
-def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, method, step, error):
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, method, error):
     plain = run_on(make_run(tmp_path / "one", method))
-    probe = run_on(grows(tmp_path / "probe", method))
-    before = next(i for i, record in enumerate(probe.folder.read_epochs()) if record["batch"] > 5)
-    run = grows(tmp_path / "two", method, model=spoilt(before * 5 + step, spoil=raises(error)))
+    before = 3 if method == "prune" else 2  # epochs, the last of which followed the first move
+    run = grows(tmp_path / "two", method, model=spoilt(before * 5 + 2, spoil=raises(error)))
     news = []
     while not run.done:
         run.run_epoch()
@@ -273,7 +275,6 @@ def test_warming_up_takes_no_more_images_than_are_known_to_fit(tmp_path):
     run = run_on(grows(tmp_path / "run"), 2)
     assert run.train.batch == 10
     sizes = []
-    forward = run.model.forward
-    run.model.forward = lambda batch: (sizes.append(len(batch)), forward(batch))[1]
+    run.model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))  # of copies too
     run.warm_up()
     assert max(sizes) == 5

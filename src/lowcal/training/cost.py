@@ -109,11 +109,11 @@ def _convolution_backward_flops(
     return 2 * math.prod(positions) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
-def held_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+def held_bytes(model: nn.Module, optimizer: Optimizer, *, gradients: bool = True) -> int:
     """Bytes that a network and its optimizer hold between steps: weights, gradients, buffers, optimizer state."""
     parameters = list(model.parameters())
     tensors = [*parameters, *model.buffers(), *tree_leaves([dict(state) for state in optimizer.state.values()])]
-    tensors += [parameter.grad for parameter in parameters]
+    tensors += [parameter.grad for parameter in parameters if gradients]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tensors

@@ -15,7 +15,8 @@ def predicted_peak(peak: int, held: int, factor: int = 2) -> int:
     """Bytes that a step takes with `factor` times the images, where one takes `peak` now.
 
     Args:
-        held: of `peak`, what does not grow with the images: weights, gradients and optimizer state.
+        held: of `peak`, what is there throughout a step and does not grow with the images: weights, buffers and
+            optimizer state. Gradients, which are there for a part of it, are left to what grows: better too much.
     """
     return held + factor * (peak - held)
 
@@ -69,7 +70,7 @@ class Growth:
 
         Args:
             peak: most bytes that one of its steps took; of several devices' the largest.
-            held: bytes that the network and its optimizer hold between steps.
+            held: bytes that the network and its optimizer hold throughout a step.
             moved: whether the boundary moved at its end.
 
         Returns:

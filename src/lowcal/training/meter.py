@@ -32,11 +32,12 @@ class Meter:
         """Starts the count of peak memory."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            self._others = torch.cuda.memory_allocated(self._device) - self.held()
+            own = held_bytes(self._method.model, self._method.optimizer)
+            self._others = torch.cuda.memory_allocated(self._device) - own
 
     def held(self) -> int:
-        """Bytes that the network and its optimizer hold between steps."""
-        return held_bytes(self._method.model, self._method.optimizer)
+        """Bytes that the network and its optimizer hold throughout a step; gradients come and go within it."""
+        return held_bytes(self._method.model, self._method.optimizer, gradients=False)
 
     def peak(self) -> int:
         """Most bytes since `start`; 0 on a device that does not count them."""

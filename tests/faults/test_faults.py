@@ -1,62 +1,70 @@
-"""Real faults: processes that are killed, stopped or starved, and then go on; benchmarks/faults.py plants them."""
+"""Real faults: processes that are killed, stopped or starved, and then go on; benchmarks/fault_trials plants them."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
-spec = importlib.util.spec_from_file_location("lowcal_faults", SCRIPT)
-faults = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = faults  # dataclasses look their module up
-spec.loader.exec_module(faults)
-
-LATER = [point for point in faults.LONG if point not in faults.SHORT]
+from fault_trials import disks
+from fault_trials.checkpoints import damage
+from fault_trials.points import FILES, FILES_SHORT, LONG, SHORT, Point, kill
+from fault_trials.runs import EPOCHS, WORKERS, errors_of, image_files, options, same, train
+from fault_trials.trials import Trials
 
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory):
-    return faults.Trials(tmp_path_factory.mktemp("faults"), *faults.options())
+    return Trials(tmp_path_factory.mktemp("faults"), *options())
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return faults.image_files(tmp_path_factory.mktemp("images") / "folder")
+@pytest.fixture(scope="module", params=[0, 2])
+def file_trials(tmp_path_factory, request):
+    """Of runs whose images are decoded in so many processes while they train."""
+    images = image_files(tmp_path_factory.mktemp("images") / "folder")
+    return Trials(tmp_path_factory.mktemp("files"), *options(WORKERS.format(request.param)), *images)
 
 
 def test_outcomes_tell_runs_apart(trials):
     changed = {**trials.whole, "log": [{**record, "train_loss": 0.0} for record in trials.whole["log"]]}
-    assert not faults.same(trials.whole, changed)
-    assert len(trials.whole["log"]) == faults.EPOCHS
+    assert not same(trials.whole, changed)
+    assert len(trials.whole["log"]) == EPOCHS
     assert [record["boundary"] for record in trials.whole["log"]] == [0, 3, 3, 6]
 
 
-@pytest.mark.parametrize("point", faults.SHORT, ids=str)
+@pytest.mark.parametrize("point", SHORT, ids=str)
 def test_a_killed_run_goes_on_bit_for_bit(trials, point):
     assert trials.kill(point)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", LATER, ids=str)
+@pytest.mark.parametrize("point", [point for point in LONG if point not in SHORT], ids=str)
 def test_a_run_killed_at_any_point_goes_on_bit_for_bit(trials, point):
     assert trials.kill(point)
 
 
+@pytest.mark.parametrize("point", FILES_SHORT, ids=str)
+def test_a_killed_run_that_loads_files_goes_on_bit_for_bit(file_trials, point):
+    assert file_trials.kill(point)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_that_loads_files_goes_on_bit_for_bit(tmp_path, images, workers):
-    trials = faults.Trials(tmp_path, *faults.options(faults.WORKERS.format(workers)), *images)
-    for point in faults.FILES:
-        assert trials.kill(point), point
+@pytest.mark.parametrize("point", [point for point in FILES if point not in FILES_SHORT], ids=str)
+def test_a_run_that_loads_files_killed_at_any_point_goes_on_bit_for_bit(file_trials, point):
+    assert file_trials.kill(point)
+
+
+def test_a_folder_half_made_is_named_when_it_is_to_be_resumed(trials):
+    run = trials.broken(Point("creation", 3), kill, -signal.SIGKILL)
+    assert train(run, "--resume") == 2
+    assert "start the run anew, without --resume" in errors_of(run).read_text()
+    assert trials.goes_on(run)
 
 
 @pytest.mark.parametrize(
     "point",
     [
-        pytest.param(faults.Point("step", 6), id="training"),
-        pytest.param(faults.Point("evaluation", 5), id="evaluation", marks=pytest.mark.slow),
-        pytest.param(faults.Point("move", 3), id="move", marks=pytest.mark.slow),
+        pytest.param(Point("step", 6), id="training"),
+        pytest.param(Point("evaluation", 5), id="evaluation", marks=pytest.mark.slow),
+        pytest.param(Point("move", 3), id="move", marks=pytest.mark.slow),
     ],
 )
 def test_sigterm_ends_a_run_within_30_seconds_saved(trials, point):
@@ -65,12 +73,34 @@ def test_sigterm_ends_a_run_within_30_seconds_saved(trials, point):
     assert seconds < 30
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_said_and_costs_nothing(trials):
-    assert trials.fill_disk(faults.Point("half", 9))
+def some(points, *always):
+    """All of the points, those but `always` under the slow mark."""
+    return [pytest.param(point, id=str(point), marks=() if point in always else pytest.mark.slow) for point in points]
+
+
+@pytest.mark.parametrize("point", some(disks.LIMITED, Point("log", 4)))
+def test_a_file_that_cannot_grow_is_said_and_costs_nothing(trials, point):
+    assert disks.limited(trials, point)
+
+
+@pytest.mark.parametrize("point", some(disks.FILLED, Point("half", 20)))
+def test_a_full_disk_is_said_and_costs_nothing(trials, tmp_path, point):
+    try:
+        with disks.small_disk(tmp_path / "disk") as disk:
+            assert disks.full(trials, point, disk)
+    except disks.CannotTryError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("point", some(disks.ELSEWHERE, Point("half", 9)))
+def test_temporary_files_on_another_file_system_cost_nothing(trials, point):
+    try:
+        assert disks.elsewhere(trials, point)
+    except disks.CannotTryError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
 def test_damaged_hostile_and_strange_checkpoints_are_passed_over_or_refused(trials):
-    for row in faults.damage(trials, truncations=50, flips=200):
+    for row in damage(trials, truncations=50, flips=200):
         assert row.recovered == row.tried, row

@@ -81,15 +81,54 @@ def test_create_makes_parents_and_what_is_written_is_read(tmp_path):
     assert again.read_summary() is None
 
 
-def test_create_takes_an_empty_folder_and_what_a_killed_creation_left(tmp_path):
+def test_create_takes_an_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
+    assert not RunFolder.is_half_made(tmp_path / "empty")
     make_run(tmp_path / "empty")
-    left = tmp_path / "left"
-    left.mkdir()
-    (left / "epochs.jsonl").write_bytes(b"")
-    (left / ".environment.json.tmp").write_bytes(b"{")
-    make_run(left, epochs=1)
-    assert len(RunFolder.open(left).read_epochs()) == 1
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_creation_that_crashed_is_recognised_and_done_anew(tmp_path, monkeypatch, call):
+    """At each opening and each renaming of a file."""
+    path, calls = tmp_path / "run", iter(range(1, 10))
+
+    def crash(name):
+        whole = getattr(Path, name)
+
+        def changed(self, *args):
+            if next(calls) == call:
+                monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a crash cleans nothing up
+                raise Crash
+            return whole(self, *args)
+
+        monkeypatch.setattr(Path, name, changed)
+
+    with monkeypatch.context() as monkeypatch:
+        crash("open")
+        crash("replace")
+        with pytest.raises(Crash):
+            make_run(path)
+    assert not RunFolder.holds_run(path)
+    assert RunFolder.is_half_made(path) == (call > 1)
+    if call > 1:
+        with pytest.raises(LowcalError, match="start the run anew, without --resume"):
+            RunFolder.open(path)
+    make_run(path, epochs=1)
+    assert files(path) == ["environment.json", "epochs.jsonl", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("left", [{"epochs.jsonl": "{}"}, {"recipe.yaml": ""}, {"epochs.jsonl": "", "thesis.txt": ""}])
+def test_what_no_crash_in_creation_leaves_is_not_touched(tmp_path, left):
+    for name, content in left.items():
+        (tmp_path / name).write_text(content)
+    assert not RunFolder.is_half_made(tmp_path)
+    with pytest.raises(LowcalError, match="exists and is not a run"):
+        make_run(tmp_path)
+    assert files(tmp_path) == sorted(left)
 
 
 def test_create_refuses_a_run_a_strange_folder_and_a_file(tmp_path):

@@ -59,7 +59,7 @@ def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iter
         by, code = "", INTERRUPTED
         if isinstance(error, Interrupted) and error.signal != signal.SIGINT:
             by, code = f" by {error.signal.name}", PREEMPTED
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             raise Stopped(f"stopped{by}; nothing was written", code) from None
         raise Stopped(f"stopped{by}; go on with: {shlex.join(['lowcal', *context.obj, *more])}", code) from None
 

@@ -18,6 +18,7 @@ from lowcal.errors import LowcalError
 __all__ = ["decode_files", "read_rgb", "try_files", "warnings_as_needed"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a file over it is taken for a decompression bomb
+DEEP = ("PNG", "PPM")  # formats whose 16 bits come as Pillow's 32-bit mode, PNG's in its older releases
 CHUNK = 128  # files per task
 
 
@@ -37,7 +38,7 @@ def read_rgb(path: str, *, reduced: bool = False) -> Image.Image:
                 image.draft(image.mode, (1, 1))
             image.load()
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-            return _to_rgb(upright)
+            return _to_rgb(upright, image.format)
     except LowcalError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -50,15 +51,14 @@ def read_rgb(path: str, *, reduced: bool = False) -> Image.Image:
         raise LowcalError(reason) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, image_format: str | None) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode == "F":
-        raise LowcalError("floating-point pixels, whose scale is unknown: convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        deep = np.asarray(image).astype(np.int64)  # Pillow would clip 16 bits instead of scaling them
-        grey = (deep >> 8 if deep.max(initial=0) > 255 else deep).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "F" or (image.mode == "I" and image_format not in DEEP):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise LowcalError(f"{kind} pixels, whose scale is unknown: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits instead of scaling them
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, "white")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lowcal.errors import LowcalError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __all__ = ["Decoded", "Decoders", "Task", "available_workers"]
 
 MOST_WORKERS = 16
+STRIP = 4  # times as long as it is wide an image has parts that evaluation never sees
 RESIZED = 256 / 224  # of evaluation: the shorter side before the middle is cut out, over the side cut out
 
 
@@ -124,7 +128,7 @@ class _Decoding(Dataset[Decoded]):
                     failures.append((task.path, str(error)))
                     continue
                 if task.seed is None:
-                    row.copy_(self.test(image))
+                    row.copy_(self.test(_middle(image)))
                 else:
                     with _drawing_from(task.seed):
                         row.copy_(self.train(image))
@@ -135,6 +139,14 @@ def available_workers() -> int:
     """As many as this process has processors, 16 at most."""
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(present, MOST_WORKERS)
+
+
+def _middle(image: "Image") -> "Image":
+    """The image without what is far from the middle of a long strip, which, scaled up, could fill the memory."""
+    width, height = image.size
+    longest = STRIP * min(width, height)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 @contextmanager

@@ -34,10 +34,15 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_used(path: Path, kind: str) -> None:
-    """Refuse what is there already and is not a folder without anything in it; `kind` says what it should be."""
+    """Refuse what is there already and is not a folder without anything in it; `kind` says what it should be.
+
+    The temporary file that a crash left in the first write to a folder is nothing.
+    """
     if os.path.lexists(path) and not path.is_dir():
         raise LowcalError(f"{path} is not a folder; choose another --out")
-    if path.is_dir() and (inside := sorted(entry.name for entry in path.iterdir())):
+    inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    inside = [name for name in inside if not (name.startswith(".") and name.endswith(".tmp"))]
+    if inside:
         raise LowcalError(f"{path} exists and is not {kind} (it holds '{inside[0]}'); choose another --out")
 
 

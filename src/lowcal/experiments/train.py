@@ -55,7 +55,7 @@ def train(
             return summary
     elif RunFolder.holds_run(folder):
         raise LowcalError(f"{folder} holds a run already; go on with it by --resume or choose another --out")
-    else:
+    elif not RunFolder.is_half_made(folder):
         refuse_used(folder, "a run")
     refuse_unwritable(folder)
     data = load_data(recipe, data_dir)

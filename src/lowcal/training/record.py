@@ -35,7 +35,7 @@ def atomic_write(path: Path, data: bytes | bytearray | memoryview) -> None:
     The temporary file lies in the same folder under a fixed name, so that one left by a killed process is
     used again. Raises LowcalError if the system refuses; then the old file is intact and no other is left.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         try:
             with temporary.open("wb") as file:
@@ -92,7 +92,7 @@ class RunFolder:
     def create(
         cls, path: Path, *, recipe: str, environment: Mapping[str, Any], identity: Mapping[str, Any]
     ) -> "RunFolder":
-        """Make a run's folder; `path` must not exist yet or be empty, and its parents are made if need be.
+        """Make a run's folder; `path` must not exist yet, be empty or half made, and its parents are made if need be.
 
         `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed,
         epochs (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if
@@ -118,6 +118,8 @@ class RunFolder:
         """Return the run in an existing folder; LowcalError if there is none."""
         if not path.is_dir():
             raise LowcalError(f"{path} is not a folder; give the folder of a run")
+        if cls.is_half_made(path):
+            raise LowcalError(f"{path} was being made when its run was killed; start the run anew, without --resume")
         if not cls.holds_run(path):
             raise LowcalError(f"{path} is not a run folder: it has no {RECIPE}; give the folder of a run")
         return cls(path)
@@ -126,6 +128,18 @@ class RunFolder:
     def holds_run(path: Path) -> bool:
         """Whether the folder at `path` holds a run, finished or not."""
         return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT, EPOCHS))
+
+    @staticmethod
+    def is_half_made(path: Path) -> bool:
+        """Whether the folder at `path` has something in it, and only what a crash in `create` leaves."""
+        if not path.is_dir():
+            return False
+        left = {EPOCHS, ENVIRONMENT, *(_temporary(path / name).name for name in (EPOCHS, ENVIRONMENT, RECIPE))}
+        try:
+            names = {entry.name for entry in path.iterdir()}
+            return bool(names) and names <= left and (EPOCHS not in names or not (path / EPOCHS).stat().st_size)
+        except OSError as error:
+            raise _refused(path, error) from error
 
     @property
     def recipe(self) -> str:
@@ -238,13 +252,14 @@ def _refuse_unless_free(path: Path) -> None:
         if os.path.lexists(path):
             raise LowcalError(f"{path} exists and is not a folder; choose another one")
         return
-    started = {EPOCHS, ENVIRONMENT, *(f".{name}.tmp" for name in (EPOCHS, ENVIRONMENT, RECIPE))}
+    if RunFolder.is_half_made(path):
+        return
     try:
-        strange = sorted(entry.name for entry in path.iterdir() if entry.name not in started)
+        inside = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise _refused(path, error) from error
-    if strange:
-        raise LowcalError(f"{path} exists and is not a run (it holds {strange[0]!r}); choose another folder")
+    if inside:
+        raise LowcalError(f"{path} exists and is not a run (it holds {inside[0]!r}); choose another folder")
 
 
 def _make_folders(path: Path) -> list[Path]:
@@ -265,6 +280,10 @@ def _remove_folders(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # another process may have put something there
             folder.rmdir()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _sync_folder(path: Path) -> None:

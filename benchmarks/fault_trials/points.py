@@ -1,0 +1,166 @@
+"""Where in a run a fault comes, and which."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in a run a fault comes: the `number`-th time, counted from 1, that `place` is reached."""
+
+    place: str
+    number: int
+
+
+PLACES = {
+    "creation": "while the run's folder is made",
+    "step": "in a step, before the optimizer",
+    "evaluation": "in evaluation",  # three batches of it in an epoch
+    "move": "at an epoch's end, before the boundary moves",
+    "record": "between log line and checkpoint",
+    "half": "with half a checkpoint written",
+    "rename": "between the renames of a checkpoint",
+    "finish": "while weights and summary are written",
+}
+SHORT = (Point("creation", 4), Point("step", 7), Point("move", 3), Point("evaluation", 5), Point("half", 12))
+LONG = (
+    *(Point("creation", number) for number in range(1, 7)),  # three files, each with half of it and with all of it
+    *(Point("step", number) for number in (1, 4, 5, 10, 13, 16)),
+    *(Point("evaluation", number) for number in (1, 6, 11)),
+    *(Point("move", number) for number in (1, 2, 4)),
+    *(Point("record", number) for number in (1, 3)),
+    *(Point("half", number) for number in (1, 9, 20)),
+    *(Point("rename", number) for number in (2, 10, 19)),
+    *(Point("finish", number) for number in (1, 4, 5, 6)),  # two files of weights and the summary, likewise
+)
+# Of a run that loads files, whose evaluation is one batch.
+FILES_SHORT = (Point("step", 7), Point("evaluation", 2))
+FILES = tuple(Point("evaluation", -(-point.number // 3)) if point.place == "evaluation" else point for point in LONG)
+
+
+def kill() -> None:
+    """The process ends at once."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    """What a scheduler sends."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def limit_files() -> None:
+    """No file may grow over 1,000 bytes from here on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def plant(fault: Callable[[], None], at: Point) -> None:
+    """Lets `fault` come in this process at the point `at`."""
+    import lowcal.training.checkpoint as checkpoint
+    import lowcal.training.finish as finish
+    import lowcal.training.record as record
+    import lowcal.training.trainer as trainer
+    from lowcal.methods.local import Local
+    from lowcal.training.part import Part
+    from lowcal.training.record import RunFolder
+
+    reached = 0
+
+    def count() -> bool:
+        nonlocal reached
+        reached += 1
+        return reached == at.number
+
+    def around(owner: Any, name: str, *, after: bool = False, only: Callable[..., bool] = lambda *_: True) -> None:
+        whole = getattr(owner, name)
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            is_here = only(*args) and count()
+            if is_here and not after:
+                fault()
+            result = whole(*args, **kwargs)
+            if is_here and after:
+                fault()
+            return result
+
+        setattr(owner, name, changed)
+
+    def writing(owner: Any, *names: str, only_half: bool = False) -> None:
+        """With half of one of these files written; the next point is with all of it in its place."""
+        write = owner.atomic_write
+
+        def half(path: Path, data: bytes) -> None:
+            is_here = path.name in names
+            if is_here and count():
+                if fault is kill:
+                    path.with_name(f".{path.name}.tmp").write_bytes(bytes(data)[: len(data) // 2])
+                fault()
+            write(path, data)
+            if is_here and not only_half and count():
+                fault()
+
+        owner.atomic_write = half
+
+    match at.place:
+        case "creation":
+            writing(record, "epochs.jsonl", "environment.json", "recipe.yaml")
+        case "step":  # warm-up and dry runs step too, so training is known by what it notes down
+            if at.number == 1:
+                around(trainer, "train_epoch")
+                return
+            ended = Part.add
+
+            def add(part: Part, *args: Any) -> None:
+                nonlocal reached
+                ended(part, *args)
+                reached += 1
+                if reached == at.number - 1:
+                    around_optimizer()
+
+            def around_optimizer() -> None:
+                step = torch.optim.SGD.step
+
+                def stepped(*args: Any, **kwargs: Any) -> Any:
+                    torch.optim.SGD.step = step
+                    fault()
+                    return step(*args, **kwargs)
+
+                torch.optim.SGD.step = stepped
+
+            Part.add = add
+        case "evaluation":
+            evaluate = trainer.evaluate
+
+            def evaluated(model: Any, batches: Any, **kwargs: Any) -> Any:
+                def watched() -> Any:
+                    for batch in batches:
+                        if count():
+                            fault()
+                        yield batch
+
+                return evaluate(model, watched(), **kwargs)
+
+            trainer.evaluate = evaluated
+        case "move":
+            around(Local, "end_epoch")
+        case "log":
+            around(RunFolder, "append")
+        case "record":
+            around(RunFolder, "append", after=True)
+        case "half":
+            writing(checkpoint, checkpoint.NEXT, only_half=True)
+        case "rename":
+            around(Path, "replace", after=True, only=lambda path, target: target.name == checkpoint.PREVIOUS)
+        case "finish":
+            writing(finish, finish.WEIGHTS, finish.SAFE_WEIGHTS)
+            writing(record, "summary.json")
+        case _:
+            raise ValueError(f"no place {at.place!r}")

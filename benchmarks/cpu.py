@@ -19,7 +19,7 @@ from lowcal.training.allocator import keep_freed_memory
 
 SETTINGS = {
     "resnet18-32": BenchSettings("resnet18", batch=64, image_size=32, rounds=7, warm_up=1),
-    "resnet50-224": BenchSettings("resnet50", batch=2, image_size=224, rounds=9, warm_up=1),
+    "resnet50-224": BenchSettings("resnet50", batch=8, image_size=224, rounds=7, warm_up=1),
 }
 LIMITS = {"boundary 0 / plain": 1.02, "sgd / plain": 1.00, "efficiency": 0.95, "every 4 / freeze": 1.08}
 MEMORY = {"memory": 0.50}  # of resnet50

@@ -33,6 +33,8 @@ def write_run(
     machine=None,
     recipe=RECIPE,
     summary=None,
+    batches=None,
+    refused=None,
     **identity,
 ):
     """A run whose last epoch has these results; `done` epochs are there, all and a summary if None."""
@@ -68,6 +70,8 @@ def write_run(
                 "step_ms": 100.0 * seconds / epochs,
                 "flops": flops // epochs,
                 "peak_memory_bytes": memory,
+                "batch": batches[epoch] if batches else 32,
+                "refused_batch": refused[epoch] if refused else None,
             }
         )
     if done is None:

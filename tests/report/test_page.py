@@ -66,6 +66,15 @@ def comparison(root):
     return root
 
 
+def test_the_notes_say_how_a_batch_changed(tmp_path):
+    write_run(tmp_path, "sgd", epochs=4)
+    write_run(tmp_path, "local", epochs=4, batches=[64, 64, 128, 256])
+    write_run(tmp_path, "freeze", epochs=4, batches=[64] * 4, refused=[None, None, 128, 128])
+    text = write_report(tmp_path).text
+    assert "Batch: local-seed0 64, from epoch 3 on 128, from epoch 4 on 256; freeze-seed0 64, no memory for 128" in text
+    assert "no memory for 128 in epoch 3." in text
+
+
 def test_a_comparison_gets_its_four_files_with_the_same_numbers(tmp_path):
     report = write_report(comparison(tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())

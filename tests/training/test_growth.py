@@ -9,7 +9,7 @@ from lowcal.training.cost import dry_cost, held_bytes
 from lowcal.training.growth import Growth, is_out_of_memory, next_batch, predicted_peak
 
 from ..support import same
-from .runs import images, make_run, network, run_on, spoilt, state
+from .runs import make_run, network, run_on, spoilt, state
 
 AMPLE = 10**9  # bytes
 EACH_STEP = 1e-9  # minutes

@@ -24,6 +24,7 @@ from .tables import time_unit
 
 __all__ = [
     "FIGURES",
+    "batch",
     "boundary",
     "colours",
     "error_against_time",
@@ -119,6 +120,11 @@ def peak_memory(runs: Sequence[RunData]) -> Figure:
     highest = max(record["peak_memory_bytes"] for run in runs for record in run.records)
     power, unit = (3, "GiB") if highest >= 1024**3 else (2, "MiB")
     return _epoch_figure(runs, "peak_memory_bytes", f"Peak memory, {unit}", scale=1024**power, from_zero=True)
+
+
+def batch(runs: Sequence[RunData]) -> Figure:
+    """The images in a mini-batch in each epoch (the paper's Figure 4)."""
+    return _epoch_figure(runs, "batch", "Images in a mini-batch", steps=True, from_zero=True)
 
 
 def train_loss(runs: Sequence[RunData]) -> Figure:

@@ -15,7 +15,7 @@ from .figures import FIGURES, colours
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg
 from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells, text_table
-from .words import headline
+from .words import batch_changes, headline
 
 __all__ = ["Report", "write_report"]
 
@@ -121,6 +121,8 @@ def _notes(runs: Sequence[RunData], summary: dict[str, Any]) -> list[str]:
         notes.append(f"Label: {summary['label']}.")
     if any(row["seeds"] > 1 for row in summary["rows"]):
         notes.append("± is the sample deviation over seeds.")
+    if changed := [f"{run.name} {change}" for run in runs if (change := batch_changes(run))]:
+        notes.append(f"Batch: {'; '.join(changed)}.")
     if unfinished := summary["unfinished"]:
         names = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
         notes.append(f"Unfinished: {names}.")

@@ -1,10 +1,12 @@
 """What came out, in words: the sentence at the top of the page."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+from .runs import RunData
 from .tables import Row, duration
 
-__all__ = ["headline"]
+__all__ = ["batch_changes", "headline"]
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -20,6 +22,17 @@ def headline(rows: Sequence[Row]) -> str:
     if not known:
         return "No run is finished yet; the figures show the epochs so far."
     return f"{'; '.join(_alone(row) for row in known)}.{'' if baseline else ' No sgd run to compare with.'}"
+
+
+def batch_changes(run: RunData) -> str | None:
+    """How the batch of a run changed, as '64, from epoch 34 on 128'; None if it did not."""
+    batches = [record.get("batch") for record in run.records]
+    parts = [str(batches[0])]
+    parts += [f"from epoch {e} on {new}" for e, (old, new) in enumerate(pairwise(batches), 2) if new != old]
+    refused = [record.get("refused_batch") for record in run.records]
+    if refused[-1] is not None:
+        parts.append(f"no memory for {refused[-1]} in epoch {refused.index(refused[-1]) + 1}")
+    return ", ".join(parts) if len(parts) > 1 else None
 
 
 def _on_seeds(rows: Sequence[Row]) -> str:

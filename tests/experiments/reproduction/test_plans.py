@@ -47,13 +47,13 @@ def test_table2_has_the_papers_systems_without_stochastic_depth_on_vgg():
     ]
 
 
-def test_table3_has_four_times_the_batch_and_rate_and_no_growing_batch_yet():
+def test_table3_has_four_times_the_batch_and_rate_and_a_growing_batch():
     plan = make_plan("table3", load_recipe)
-    assert [cell.id for cell in plan.cells] == each("resnet50-imagenet", "sgd-batch-256", "local-batch-256")
-    assert all(cell.settings == ("batch=256", "optimizer.lr=0.1") for cell in plan.cells)
-    missing = [line for line in plan.lines if line.cell is None]
-    assert [(line.strategy, line.paper.speedup) for line in missing] == [("local, growing batch", 1.34)]
-    assert "batch.grow" in missing[0].missing
+    names = ("sgd-batch-256", "local-batch-256", "local-batch-256-growing")
+    assert [cell.id for cell in plan.cells] == each("resnet50-imagenet", *names)
+    assert all(cell.settings[:2] == ("batch=256", "optimizer.lr=0.1") for cell in plan.cells)
+    assert [cell.settings[2:] for cell in plan.cells] == [(), (), ("batch.grow=true",)]
+    assert [line.paper.speedup for line in plan.lines] == [1.0, 1.27, 1.34]
 
 
 def test_table4_tunes_nothing_yet():
@@ -120,7 +120,7 @@ def test_static_constants_can_be_given(tmp_path):
 
 def test_figures_need_these_cells():
     assert ids("figure3") == ["resnet34-imagenet/local", "resnet50-imagenet/local"]
-    assert ids("figure4") == each("resnet50-imagenet", "sgd", "local")
+    assert ids("figure4") == each("resnet50-imagenet", "sgd", "local", "local-growing")
     alphas = (
         "sgd",
         "local-alpha-0.6",

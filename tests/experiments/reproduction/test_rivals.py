@@ -16,7 +16,7 @@ from lowcal.training.record import RunFolder
 MACHINE = {"device": "cpu", "device_name": "a processor", "threads": 1, "torch": "2.15"}
 
 
-def make_run(results, cell, errors, seconds, *, seed=0, boundaries=None, memory=None, machine=MACHINE):
+def make_run(results, cell, errors, seconds, *, seed=0, boundaries=None, memory=None, batches=None, machine=MACHINE):
     """A finished run whose epochs have these errors and each take `seconds` (one number)."""
     recipe = results.recipe(cell).model_copy(update={"seed": seed})
     identity = {
@@ -35,7 +35,8 @@ def make_run(results, cell, errors, seconds, *, seed=0, boundaries=None, memory=
     for epoch, error in enumerate(errors):
         boundary = boundaries[epoch] if boundaries else 0
         own = {"epoch": epoch, "top1_error": error, "total_seconds": (epoch + 1) * seconds, "boundary": boundary}
-        run.append(costs | own | {"peak_memory_bytes": memory[epoch] if memory else 1000})
+        peak, batch = memory[epoch] if memory else 1000, batches[epoch] if batches else recipe.batch.size
+        run.append(costs | own | {"peak_memory_bytes": peak, "batch": batch})
     last = {"seconds": len(errors) * seconds, "boundary": boundaries[-1] if boundaries else 0}
     run.write_summary(identity | costs | last | {"top1_error": errors[-1], "peak_memory_bytes": 1000})
 
@@ -129,7 +130,24 @@ def test_the_boundarys_path_and_the_memory(results):
     memory = memory_rows(make_plan("figure4", results.base), results, 1, paper_half_epoch=33)
     local = next(row for row in memory if row["strategy"] == "local")
     assert (local["first_bytes"], local["last_bytes"], local["half_epoch"]) == (100, 50, 4)
-    assert (local["paper_half_epoch"], memory[-1]["state"]) == (33, "not built yet")
+    assert (local["paper_half_epoch"], memory[-1]["state"]) == (33, "not run")
+
+
+def test_the_batch_from_epoch_to_epoch(results):
+    cells = cells_of("figure4", results)
+    make_run(results, cells["local"], [9.0] * 3, 1.0, boundaries=[0, 3, 6])
+    make_run(results, cells["local-growing"], [9.0] * 3, 1.0, boundaries=[0, 3, 6], batches=[16, 16, 32])
+    plan = make_plan("figure4", results.base)
+    rows = {row["strategy"]: row for row in memory_rows(plan, results, 1, paper_half_epoch=33)}
+    found = {name: (row["first_batch"], row["last_batch"], row["growth_epoch"]) for name, row in rows.items()}
+    assert found == {
+        "sgd": (None, None, None),
+        "local": (16, 16, None),
+        "local, growing batch": (16, 32, 3),
+    }
+    text = make_sheet(plan, results, 1).text()
+    assert "grown from epoch" in text
+    assert "batch" not in make_sheet(make_plan("figure3", results.base), results, 1).markdown().splitlines()[2]
 
 
 def test_files_say_the_scale_and_what_is_not_there(results):

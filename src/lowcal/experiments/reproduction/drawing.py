@@ -23,7 +23,8 @@ def draw(plan: Plan, results: Results, seeds: int) -> dict[str, Figure]:
     if plan.kind == "boundary":
         return _epochs(plan, results, seeds, figures.boundary, "boundary", by_network=True)
     if plan.kind == "memory":
-        return _epochs(plan, results, seeds, figures.peak_memory, "memory", by_network=False)
+        memory = _epochs(plan, results, seeds, figures.peak_memory, "memory", by_network=False)
+        return memory | _epochs(plan, results, seeds, figures.batch, "batch", by_network=False)
     if plan.name not in SEVERAL:
         return {}
     recipes = dict.fromkeys(line.recipe for line in plan.lines)
@@ -57,12 +58,11 @@ def _epochs(
     *,
     by_network: bool,
 ) -> dict[str, Figure]:
-    """A picture over the epochs; with `by_network` its lines are networks instead of methods."""
+    """A picture over the epochs, with a line for each network or for each of the plan's lines."""
     runs = []
     for line in plan.lines:
-        label = line.recipe.partition("-")[0]
-        own = runs_of(line.cell, results, seeds)
-        runs += [replace(run, method=label) for run in own] if by_network else own
+        label = line.recipe.partition("-")[0] if by_network else line.strategy
+        runs += [replace(run, method=label) for run in runs_of(line.cell, results, seeds)]
     if not runs:
         return {}
     figure = make(runs)

@@ -14,6 +14,11 @@ from lowcal.report.sheet import Column
 
 Row = dict[str, Any]
 
+BATCH = (  # empty, and so not shown, where no batch may grow
+    Column("first_batch", "first batch", "number"),
+    Column("last_batch", "last batch", "number"),
+    Column("growth_epoch", "grown from epoch", "number"),
+)
 RESULTS = (
     Column("strategy", "strategy"),
     Column("paper_top1_error", "paper error", "percent"),
@@ -21,6 +26,7 @@ RESULTS = (
     Column("paper_speedup", "paper speed-up", "ratio"),
     Column("speedup", "speed-up", "ratio"),
     Column("boundary", "boundary", "number"),
+    *BATCH,
     Column("seeds", "seeds", "number"),
     Column("state", "state"),
 )
@@ -38,6 +44,7 @@ MEMORY = (
     Column("last_bytes", "last epoch", "memory"),
     Column("paper_half_epoch", "paper: half from epoch", "number"),
     Column("half_epoch", "half from epoch", "number"),
+    *BATCH,
     Column("seeds", "seeds", "number"),
     Column("state", "state"),
 )
@@ -69,6 +76,7 @@ def result_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
                 "layers": runs[0].results["layers"] if runs else None,
                 "epochs": runs[0].planned if runs else None,
             }
+            | _batches(plan, results, runs)
             | _end(line, runs, seeds)
         )
         if not rows[-1]["state"] and ratios and _apart(plan, line, results, seeds):
@@ -107,9 +115,23 @@ def memory_rows(plan: Plan, results: Results, seeds: int, *, paper_half_epoch: i
                 "paper_half_epoch": paper_half_epoch if is_local else None,
                 "half_epoch": mean_or_none(halves),
             }
+            | _batches(plan, results, runs)
             | _end(line, runs, seeds)
         )
     return rows
+
+
+def _batches(plan: Plan, results: Results, runs: Sequence[RunData]) -> Row:
+    """The batch at the start and the end, and the first epoch with a larger one; nothing where none may grow."""
+    if not any(results.recipe(cell).batch.grow for cell in plan.cells):
+        return {}
+    paths = [[record["batch"] for record in run.records] for run in runs]
+    grown = [next((epoch for epoch, at in enumerate(path, 1) if at > path[0]), None) for path in paths]
+    return {
+        "first_batch": mean_or_none([path[0] for path in paths]),
+        "last_batch": mean_or_none([path[-1] for path in paths]),
+        "growth_epoch": mean_or_none(grown),
+    }
 
 
 def runs_of(cell: Cell | None, results: Results, seeds: int) -> list[RunData]:

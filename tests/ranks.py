@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP loads it: once here, and not in each of the forked processes
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn

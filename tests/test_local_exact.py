@@ -1,6 +1,8 @@
 """A run with LoCal against the plain loop and against a loop written by hand, bit for bit where both add alike."""
 
 import copy
+import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -112,6 +114,61 @@ def test_no_prefix_parameter_moves_but_by_local_updates(optimizer_name, order, s
     assert all(model.get_parameter(name).grad is None for name in prefix)
     assert not any(optimizer.state.get(model.get_parameter(name)) for name in prefix)  # stale momentum is gone
     assert all(optimizer.state[p] for n, p in model.named_parameters() if n not in prefix)
+
+
+PREFIX = ("conv1", "norm1", "conv2", "norm2")  # at boundary 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged(lowcal.Hebbian):
+    """The same updates; `log` has each weight as it was before each, and after it."""
+
+    log: list = dataclasses.field(default_factory=list, compare=False)
+
+    def apply(self, weights, updates, step):
+        before = [weight.clone() for weight in weights]
+        skipped = super().apply(weights, updates, step)
+        self.log.append((before, [weight.clone() for weight in weights]))
+        return skipped
+
+
+@pytest.mark.parametrize("rule", [Logged, lowcal.Frozen, lambda: lowcal.Refresh(every=10)])
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_local_layers_do_not_drift_in_100_steps(kind, fused, set_to_none, rule):
+    rule = rule()
+    model = convnet()
+    momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=fused, **momentum)
+    local = lowcal.LoCal(model, optimizer, epochs=9, rule=rule, example_inputs=images(1)[0][0])
+    batches = images(4)
+
+    def zero_grad():
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+    def prefix():
+        return {n: p.detach().clone() for n, p in model.named_parameters() if n.partition(".")[0] in PREFIX}
+
+    for batch in batches:
+        train_step(model, optimizer, batch, zero_grad=zero_grad)
+    local.move_to(2)
+    start = prefix()
+    moved = {"conv1.weight", "conv2.weight"} if isinstance(rule, Logged) else set()
+    for step in range(100):
+        before = prefix()
+        train_step(model, optimizer, batches[step % 4], zero_grad=zero_grad)
+        if rule.opens and step % 10 == 0:
+            assert all(not torch.equal(before[name], value) for name, value in prefix().items())
+        else:
+            assert {name for name, value in prefix().items() if not torch.equal(before[name], value)} == moved
+    if isinstance(rule, Logged):
+        assert len(rule.log) == 100
+        for (_, after), (before, _) in itertools.pairwise(rule.log):
+            assert same(after, before)  # nothing else touched them between two updates
+        first, last = rule.log[0][0], rule.log[-1][1]
+        assert same(first, [start["conv1.weight"], start["conv2.weight"]])
+        assert same(last, [prefix()["conv1.weight"], prefix()["conv2.weight"]])
 
 
 @pytest.mark.parametrize("order", ORDERS)

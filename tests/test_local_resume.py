@@ -97,6 +97,52 @@ def test_resumed_at_every_epoch(name, options):
         assert same(finish(resumed, epoch), {e: s for e, s in whole.items() if e > epoch})
 
 
+@pytest.mark.parametrize("norm_stats", ["batch", "running"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rule", [lowcal.Hebbian(every=2), lowcal.Frozen(), lowcal.Refresh(every=2)], ids=str)
+def test_resumed_right_after_a_move(rule, optimizer, norm_stats):
+    options = {"optimizer": optimizer, "rule": rule, "norm_stats": norm_stats}
+    torch.manual_seed(1)
+    parts = build(**options)
+    for epoch in range(4):  # moves after the first and the third; one step more, so that the rule is between its steps
+        train_epoch(*parts, batches(epoch))
+    train_step(parts[0], parts[1], batches(9)[0])
+    parts[2].move_to(3)
+    again = build(**options)
+    for part, state in zip(again, stored(states(parts)), strict=True):
+        part.load_state_dict(state)
+    assert again[2].boundary == 3
+    for step, batch in enumerate(images(4, seed=7)):
+        seen = [facts(*some) for some in (parts, again)]
+        assert same(*seen)
+        assert seen[0]["momentum"][0] is (rule.opens)  # the first layer's: kept for the steps in which it learns by it
+        for some in (parts, again):
+            train_step(some[0], some[1], batch)
+        assert same(stored(states(parts)), stored(states(again))), step
+
+
+def facts(model, optimizer, local):
+    """What a move changes in network and optimizer, without a step being made."""
+    normalises = {}
+    handles = [
+        module.register_forward_hook(lambda m, *_, name=name: normalises.update({name: m.training}))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    ]
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        model(images(1)[0][0])
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    for handle in handles:
+        handle.remove()
+    return {
+        "required": [p.requires_grad for p in model.parameters()],
+        "momentum": [p in optimizer.state for p in model.parameters()],
+        "normalises": normalises,
+    }
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_resumed_in_the_middle_of_an_epoch(steps):
     """The change of the transition layer counts from the epoch's start, not from where the run was resumed."""

@@ -105,19 +105,19 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize(
-    ("rule", "gradient_share", "update_share"),
+    ("rule", "micro", "gradient_share", "update_share"),
     [
-        (lowcal.Frozen(), 0, 0),
-        (lowcal.Hebbian(), 0, 1),
-        (lowcal.Hebbian(every=4), 0, 1 / 4),
-        (lowcal.Refresh(every=2), 1 / 2, 0),
-        (lowcal.Refresh(every=4), 1 / 4, 0),
+        (lowcal.Frozen(), 1, 0, 0),
+        (lowcal.Hebbian(), 1, 0, 1),
+        (lowcal.Hebbian(), 2, 0, 1),
+        (lowcal.Hebbian(every=4), 2, 0, 1 / 4),
+        (lowcal.Refresh(every=2), 1, 1 / 2, 0),
+        (lowcal.Refresh(every=4), 2, 1 / 4, 0),
     ],
     ids=str,
 )
-def test_bytes_handed_to_collectives_are_those_foretold(alone, rule, gradient_share, update_share, micro):
+def test_bytes_handed_to_collectives_are_those_foretold(alone, rule, micro, gradient_share, update_share):
     model = network()
     optimizer, local = controller(model, rule)
     parallel = lowcal.DistributedLoCal(model, local)

@@ -206,15 +206,22 @@ def test_what_torch_raises_is_known():
     assert not is_out_of_memory(RuntimeError("shape '[3]' is invalid"))
 
 
-ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_raises_is_known():
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    assert is_out_of_memory(caught.value)
+
+
+SPOIL = [raises(torch.OutOfMemoryError("CUDA out of memory")), lambda scores: torch.empty(2**60, dtype=torch.uint8)]
 
 
 @pytest.mark.parametrize("method", IN_HALF)
-@pytest.mark.parametrize("error", ERRORS)
-def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, method, error):
+@pytest.mark.parametrize("spoil", SPOIL, ids=["device", "processor"])
+def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, method, spoil):
     plain = run_on(make_run(tmp_path / "one", method))
     before = 3 if method == "prune" else 2  # epochs, the last of which followed the first move
-    run = grows(tmp_path / "two", method, model=spoilt(before * 5 + 2, spoil=raises(error)))
+    run = grows(tmp_path / "two", method, model=spoilt(before * 5 + 2, spoil=spoil))
     news = []
     while not run.done:
         run.run_epoch()
@@ -229,15 +236,15 @@ def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, me
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16"}, {"max_skips": 2, "fused": True}])
 def test_it_is_so_in_other_settings(tmp_path, options):
     plain = run_on(make_run(tmp_path / "one", **options))
-    run = run_on(grows(tmp_path / "two", model=spoilt(5 + 5 + 2, spoil=raises(ERRORS[0])), **options))
+    run = run_on(grows(tmp_path / "two", model=spoilt(5 + 5 + 2, spoil=SPOIL[0]), **options))
     assert same(untold(run), untold(plain))
 
 
 def test_only_what_is_on_trial_is_given_up(tmp_path):
-    run = grows(tmp_path / "one", model=spoilt(5 + 1, spoil=raises(ERRORS[0])))
+    run = grows(tmp_path / "one", model=spoilt(5 + 1, spoil=SPOIL[0]))
     with pytest.raises(torch.OutOfMemoryError):
         run_on(run)
-    run = grows(tmp_path / "two", model=spoilt(5 + 5 + 3 + 1, spoil=raises(ERRORS[0])))  # the second epoch of ten
+    run = grows(tmp_path / "two", model=spoilt(5 + 5 + 3 + 1, spoil=SPOIL[0]))  # the second epoch of ten
     with pytest.raises(torch.OutOfMemoryError):
         run_on(run)
     run = grows(tmp_path / "three", model=spoilt(5 + 5 + 1, spoil=raises(RuntimeError("another"))))
@@ -250,7 +257,7 @@ def test_memory_that_runs_out_after_a_resumption_within_the_trial_is_the_same(tm
     model = spoilt(5 + 5 + 3, spoil=broken_off)
     with pytest.raises(KeyboardInterrupt):
         run_on(grows(tmp_path / "two", model=model, checkpoint_minutes=EACH_STEP))
-    run = grows(tmp_path / "two", model=spoilt(1, spoil=raises(ERRORS[0])))
+    run = grows(tmp_path / "two", model=spoilt(1, spoil=SPOIL[0]))
     run.resume()
     assert (run.finished, run.finished_steps, run.train.batch) == (2, 2, 10)
     assert same(untold(run_on(run)), untold(plain))
@@ -259,8 +266,8 @@ def test_memory_that_runs_out_after_a_resumption_within_the_trial_is_the_same(tm
 def test_a_batch_that_was_refused_is_not_tried_after_a_resumption(tmp_path):
     plain = run_on(make_run(tmp_path / "one"))
     passes = 5 + 5 + 1
-    model = spoilt(passes, passes + 1, spoil=lambda scores: raises(errors.pop(0))(scores))
-    errors = [ERRORS[0], KeyboardInterrupt()]
+    model = spoilt(passes, passes + 1, spoil=lambda scores: spoils.pop(0)(scores))
+    spoils = [SPOIL[0], broken_off]
     run = grows(tmp_path / "two", model=model)
     with pytest.raises(KeyboardInterrupt):
         run_on(run)

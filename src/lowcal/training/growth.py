@@ -108,7 +108,7 @@ class Growth:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is what torch raises when a device or the processor has no memory left."""
-    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # of cuBLAS, cuDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.discovery import Discovery
 from lowcal.errors import LowcalError, is_count
-from lowcal.hooks import Hook
+from lowcal.hooks import Hook, Tap
 from lowcal.layers import Order, own_parameters, recurring_block, runs_twice, trace, weight_layers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule
@@ -106,8 +106,10 @@ class LoCal:
         self._required: dict[
             nn.Parameter, bool
         ] = {}  # requires_grad of local layers' parameters before they became local
-        self._stilled: set[nn.Module] = set()  # normalisation layers made to use their running statistics
+        self._norms: list[nn.Module] = []  # normalisation layers before the boundary
+        self._stilled: set[nn.Module] = set()  # those of them made to use their running statistics
         self._ran: set[int] | None = None  # local layers that this forward pass has run
+        self._taps: dict[int, Tap] = {}  # by local layer
         self._handles: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _remove, self._handles, self._discovery.handles)
         if example_inputs is not None:
@@ -254,14 +256,14 @@ class LoCal:
 
     def end_forward(self) -> None:
         """Ends a data-parallel forward pass: its updates are summed even if the last local layer did not run."""
-        due = self._learners and not self._steps % self.rule.every
+        due = self._learners and self._is_due
         if due and self.model.training and torch.is_grad_enabled():
             self._window.share(self._local_weights())
 
     @property
     def is_open(self) -> bool:
         """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
-        return self.rule.opens and self._steps % self.rule.every == 0
+        return self.rule.opens and self._is_due
 
     def opened(self) -> list[nn.Parameter]:
         """The parameters of local layers that learn by the optimizer in open steps (`DistributedLoCal`)."""
@@ -328,6 +330,8 @@ class LoCal:
                     self.model.register_forward_hook(Hook(self._end_pass), always_call=True),
                     *self._window.watch(self._modules),
                 ]
+            if self.norm_stats == "running":
+                self._handles.append(self.model.register_forward_pre_hook(Hook(self._still)))
         newly_local = self.layers[self.boundary : target]
         for index, name in enumerate(newly_local, start=self.boundary):
             learns = self._modules[index].weight.requires_grad  # a layer that the user froze stays as it is
@@ -337,23 +341,25 @@ class LoCal:
                     self.optimizer.state.pop(parameter, None)
             if self.rule.collects and learns:
                 self._learners.append(index)
-                hook = Hook(self._collect, index)
-                self._handles.append(self._modules[index].register_forward_hook(hook, with_kwargs=True))
-        if self.norm_stats == "running":
-            for name, layer in self._discovery.order.norms.items():
-                if layer in newly_local:
-                    norm = self.model.get_submodule(name)
-                    self._handles.append(norm.register_forward_pre_hook(Hook(self._still)))
+                self._taps[index] = tap = Tap(self.rule.update, Hook(self._collect, index))
+                self._handles.append(self._modules[index].register_forward_hook(tap, with_kwargs=True))
+        self._norms = [
+            self.model.get_submodule(name)
+            for name, layer in self._discovery.order.norms.items()
+            if layer in self.layers[:target]
+        ]
         self._open()
         self.generation += 1
         self.boundary = self._discovery.settled = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
 
-    def _still(self, norm: nn.Module, _: Any) -> None:
-        if norm.training:
-            norm.training = False
-            self._stilled.add(norm)
+    def _still(self, module: nn.Module, inputs: Any) -> None:
+        """Lets normalisation before the boundary use its running statistics, which ``model.train()`` has undone."""
+        for norm in self._norms:
+            if norm.training:
+                norm.training = False
+                self._stilled.add(norm)
 
     def _open(self) -> None:
         """Lets local layers take part in the coming step's back-propagation, if it is one of those of the rule."""
@@ -366,22 +372,36 @@ class LoCal:
 
     def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
         self._ran = set()
+        for tap in self._taps.values():
+            tap.due, tap.update = self._is_due, None
 
     def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        for index, tap in self._taps.items():  # compiled layers have left their updates there
+            if tap.update is not None:
+                self._keep(index, tap.update)
+                tap.update = None
         self._ran = None
 
+    @property
+    def _is_due(self) -> bool:
+        """Whether the rule acts in the coming step."""
+        return self._steps % self.rule.every == 0
+
     def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
-        if not (module.training and torch.is_grad_enabled()) or self._steps % self.rule.every:
+        if not (module.training and torch.is_grad_enabled() and self._is_due):
             return
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
             return
+        inputs = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            self._keep(index, self.rule.update(module, inputs.detach(), outputs.detach()))
+
+    def _keep(self, index: int, update: Tensor) -> None:
         if self._ran is not None:
             if index in self._ran:
                 raise LowcalError(runs_twice(self.layers[index]))
             self._ran.add(index)
-        inputs = args[0] if args else kwargs["input"]
-        with torch.no_grad():
-            self._window.add(index, self.rule.update(module, inputs.detach(), outputs.detach()))
+        self._window.add(index, update)
         if index == self.boundary - 1:
             self._window.share(self._local_weights())
 

@@ -13,7 +13,7 @@ from lowcal import LowcalError
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, PruneSettings, StochasticDepthSettings, build_method
 from lowcal.models import build_model
-from lowcal.training.step import build_step
+from lowcal.training.modes import build_step
 
 from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights

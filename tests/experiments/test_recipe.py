@@ -138,7 +138,7 @@ WRONG = {
     "local.schedule.shift=0": "local.schedule.shift=0: must be a whole number, at least 1",
     "local.norm_stats=none": "local.norm_stats=none: must be 'batch' or 'running'",
     "precision=fp8": "precision=fp8: must be 'float32', 'bf16' or 'fp16'",
-    "step=graphed": "step=graphed: must be 'auto' or 'eager'",
+    "step=graph": "step=graph: must be 'auto', 'eager'",
     "model.name=5": "model.name=5: must be text",
     "local.supervision=maybe": "local.supervision=maybe: must be true or false",
     "local.schedule.epochs=[1]": "local.schedule.epochs=[1]: must be a mapping",

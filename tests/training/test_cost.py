@@ -10,7 +10,7 @@ from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
 from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
-from lowcal.training.step import build_step
+from lowcal.training.modes import build_step
 
 from ..networks import convnet
 from ..support import same, sgd, snapshot

@@ -16,6 +16,7 @@ from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
+from lowcal.training.modes import find_step
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
@@ -46,12 +47,12 @@ def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
     return load(data_dir=data_dir, **recipe.data.model_dump())
 
 
-def check(recipe: Recipe, methods: list[str], data: Dataset) -> None:
+def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> None:
     """Put each method together once and throw it away, so that what does not fit is found before anything is written.
 
     Raises:
         LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
-            does not apply, or the schedule does not fit the network.
+            does not apply, the schedule does not fit the network, or the step does not fit the method or the device.
     """
     if recipe.batch.size > len(data.train):
         raise LowcalError(
@@ -61,7 +62,9 @@ def check(recipe: Recipe, methods: list[str], data: Dataset) -> None:
     cpu = torch.device("cpu")
     for method in methods:
         with torch.random.fork_rng([]):
-            *_, attached = _parts(recipe, method, data, cpu)
+            model, optimizer, attached = _parts(recipe, method, data, cpu)
+        if recipe.step != "auto":
+            find_step(recipe.step).check(model, optimizer, attached, device)
         attached.detach()
 
 

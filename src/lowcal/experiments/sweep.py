@@ -149,11 +149,11 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
     _refuse_strange(out)
     data = load_data(plan.recipe, data_dir)
     note_skipped(data, watcher)
-    check(plan.recipe, [plan.method], data)
+    check(plan.recipe, [plan.method], data, device)
     for setting, other in variants(plan.recipe, plan.searches):
         if other.data == plan.recipe.data:
             try:
-                check(other, [plan.method], data)
+                check(other, [plan.method], data, device)
             except LowcalError as error:
                 raise LowcalError(f"with {setting}: {error}") from None
     _make(out)

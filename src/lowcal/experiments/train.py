@@ -60,7 +60,7 @@ def train(
     refuse_unwritable(folder)
     data = load_data(recipe, data_dir)
     note_skipped(data, watcher)
-    check(recipe, [method], data)
+    check(recipe, [method], data, device)
     arm = Arm(method, recipe.seed)
     with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
         run = prepare(recipe, arm, folder, data=data, device=device, watcher=watcher)

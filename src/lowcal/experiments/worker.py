@@ -138,7 +138,7 @@ class Worker:
             values = decode(self._plan.searches, chosen)
             recipe = apply_settings(self._plan.recipe, [], values)
             data = self._load(recipe)
-            check(recipe, [self._plan.method], data)
+            check(recipe, [self._plan.method], data, self._device)
         except LowcalError as error:  # settings that are right by themselves, but not together
             return _failed(str(error))
         text = ", ".join(f"{key}={show_value(value)}" for key, value in values.items())

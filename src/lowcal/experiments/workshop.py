@@ -20,7 +20,8 @@ from lowcal.layers import trace
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
 from lowcal.training.cost import Cost, dry_cost, held_bytes
-from lowcal.training.step import autocast, build_scaler, build_step
+from lowcal.training.modes import build_step
+from lowcal.training.step import autocast, build_scaler
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 

@@ -72,9 +72,7 @@ class StochasticDepth(Method):
             self.model.register_forward_pre_hook(Hook(self._begin)),
             self.model.register_forward_hook(Hook(self._end), always_call=True),
         ]
-        for block, probability in zip(self._blocks, self.survival, strict=True):
-            if probability < 1:
-                self._handles.append(block.last.register_forward_hook(Hook(self._scale, probability)))
+        self._scales: list[RemovableHandle] = []
         return layers
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
@@ -131,6 +129,9 @@ class StochasticDepth(Method):
     def _begin(self, model: nn.Module, _: Any) -> None:
         self._restore()
         if not model.training:
+            for block, probability in zip(self._blocks, self.survival, strict=True):
+                if probability < 1:
+                    self._scales.append(block.last.register_forward_hook(partial(_scale, probability)))
             return
         for block, gate in zip(self._blocks, self._fixed or self._gates(), strict=True):
             if not gate:
@@ -148,9 +149,13 @@ class StochasticDepth(Method):
         for module in self._dropped:
             del module.forward
         self._dropped.clear()
+        for handle in self._scales:
+            handle.remove()
+        self._scales.clear()
 
-    def _scale(self, probability: float, *arguments: Any) -> Tensor | None:
-        return None if self.model.training else probability * arguments[2]
+
+def _scale(probability: float, branch: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return probability * output
 
 
 def _pass(forward: Callable[[Tensor], Tensor], images: Tensor) -> None:

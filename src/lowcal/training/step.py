@@ -36,14 +36,12 @@ def build_scaler(device: torch.device, precision: str) -> GradScaler | None:
 
 
 class Step(Protocol):
-    """A training step.
+    """A training step."""
 
-    Attributes:
-        skipped: whether the last call left the network as it was, a 0-d truth value on the device; None if that cannot
-            happen.
-    """
-
-    skipped: Tensor | None
+    @property
+    def skipped(self) -> Tensor | None:
+        """Whether the last call left the network as it was, 0-d on the device; None if that cannot happen."""
+        ...
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Trains on one mini-batch.
@@ -75,6 +73,7 @@ class EagerStep:
         precision: str,
         scaler: GradScaler | None,
         guard: bool = False,
+        batch: int | None = None,
     ) -> None:
         self.skipped: Tensor | None = None
         self._model = model
@@ -86,6 +85,10 @@ class EagerStep:
         self._guard = Guard(model, optimizer, device) if guard else None
         if scaler is not None or guard:
             fill_momentum(optimizer)  # a first step that is skipped would leave it as it was allocated
+
+    @staticmethod
+    def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
+        """Applies to all."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says."""
@@ -107,27 +110,3 @@ class EagerStep:
         if self._scaler is not None:
             self._scaler.update()
         return loss.detach()
-
-
-STEPS: dict[str, type[EagerStep]] = {"eager": EagerStep}
-
-
-def build_step(
-    mode: str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    method: Method,
-    *,
-    device: torch.device,
-    precision: str,
-    scaler: GradScaler | None,
-    guard: bool = False,
-) -> Step:
-    """The training step of the given mode for the network as it is now; build another after each move.
-
-    Raises:
-        LowcalError: there is no such mode.
-    """
-    if mode not in STEPS:
-        raise LowcalError(f"there is no step {mode!r}{nearest(mode, STEPS)}")
-    return STEPS[mode](model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard)

@@ -21,11 +21,12 @@ from lowcal.training.finish import export_weights, write_summary
 from lowcal.training.growth import Growth, is_out_of_memory, kept_apart, release
 from lowcal.training.interrupt import deferred, raise_if_requested, requested
 from lowcal.training.meter import Meter
+from lowcal.training.modes import build_step
 from lowcal.training.part import DivergedError, Part
 from lowcal.training.random_state import RandomState
 from lowcal.training.record import RunFolder
 from lowcal.training.resume import Learner, check_identity, identity
-from lowcal.training.step import Step, build_scaler, build_step
+from lowcal.training.step import Step, build_scaler
 
 __all__ = ["Progress", "Run"]
 
@@ -49,8 +50,8 @@ class Run:
         checkpoint_minutes: within an epoch it is saved as often as this; None: not.
         max_skips: steps that may be skipped in a row since their loss or gradient is NaN or infinite; 0: the run stops
             at the first loss that is.
-        step: how a step is run; "eager".
         growth: decides the size of the mini-batches; None: it stays.
+        step: how a step is run: "eager" or "compiled".
 
     Attributes:
         finished: epochs that are done.
@@ -324,6 +325,7 @@ class Run:
             precision=self.precision,
             scaler=learner.scaler,
             guard=self._max_skips > 0,
+            batch=self.train.batch,
         )
 
     def _renew(self) -> None:

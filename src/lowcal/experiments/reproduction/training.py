@@ -46,7 +46,7 @@ def train_missing(
         data = load_data(results.base(name), results.images(name))
         note_skipped(data, watcher)
         for cell in dict.fromkeys(cell for cell, _ in own):
-            check(results.recipe(cell), [cell.method], data)
+            check(results.recipe(cell), [cell.method], data, device)
         for seed, in_turn in groupby(own, key=lambda entry: entry[1]):
             cells = [cell for cell, _ in in_turn]
             arms = [results.arm(cell, seed) for cell in cells]

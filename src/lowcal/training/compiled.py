@@ -1,0 +1,193 @@
+"""The step with the network's blocks compiled, each by itself, so that a move compiles only those that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.errors import LowcalError
+from lowcal.layers import weight_layers
+from lowcal.methods import Method
+from lowcal.training.step import EagerStep
+
+BACKEND: str | Callable[..., Any] = "inductor"
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class CompiledStep:
+    """The eager step on a network whose blocks are compiled (`find_blocks`); build another after each move.
+
+    Blocks that are alike share what is compiled, in all networks of the process. A block is compiled anew when what
+    learns in it has changed, and for its input needing a gradient or not: a bounded number of times in a run.
+    Dropped blocks and evaluation run as they are.
+
+    Args:
+        batch: images in the mini-batches to compile for; others, such as an epoch's last, run as they are. None: all.
+
+    Raises:
+        LowcalError: the network has no block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        device: torch.device,
+        precision: str,
+        scaler: GradScaler | None,
+        guard: bool = False,
+        batch: int | None = None,
+    ) -> None:
+        self._step = EagerStep(
+            model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard, batch=batch
+        )
+        self._batch = batch
+        self._switch = _Switch()
+        self.check(model, optimizer, method, device)
+        self._blocks = find_blocks(model)
+        for block in self._blocks.values():
+            key = (_signature(block), batch, precision, device, BACKEND)
+            block._compiled_call_impl = _Call(block, _compiled(key), self._switch)
+        self._hooks = self._present_hooks()
+        self._last_hook = RemovableHandle.next_id
+
+    @staticmethod
+    def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
+        """Refuses a network without blocks."""
+        if not find_blocks(model):
+            raise LowcalError(f"{type(model).__name__} has no block of layers to compile; use step=eager")
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """As `Step` says."""
+        return self._step.skipped
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Trains on one mini-batch; as `Step` says.
+
+        Raises:
+            LowcalError: a block cannot be compiled, or was given a hook after the step was built.
+        """
+        if RemovableHandle.next_id != self._last_hook:  # somewhere in the process a hook was registered
+            self._check_hooks()
+        self._switch.on = self._batch in (None, len(images))
+        try:
+            return self._step(images, labels)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+            raise LowcalError(f"a block cannot be compiled ({lines[0]}); use step=eager") from error
+        finally:
+            self._switch.on = False
+
+    def _check_hooks(self) -> None:
+        hooks = self._present_hooks()
+        for name, found in hooks.items():
+            if found != self._hooks[name]:
+                raise LowcalError(
+                    f"hooks on '{name}' have changed since it was compiled, which compiled code does not heed; "
+                    "register hooks before the step is built, or use step=eager"
+                )
+        self._last_hook = RemovableHandle.next_id
+
+    def _present_hooks(self) -> dict[str, list[int]]:
+        return {
+            f"{name}.{inner}".rstrip("."): [key for kind in _HOOKS for key in getattr(module, kind)]
+            for name, block in self._blocks.items()
+            for inner, module in block.named_modules()
+        }
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of `model` that are compiled one by one, by name.
+
+    They are the outermost modules of a class that recurs in the network and holds weight layers, and what else of it
+    holds several modules but none of those, such as a stem.
+    """
+    layers = set(weight_layers(model).values())
+
+    def holds_layer(module: nn.Module) -> bool:
+        return any(inner in layers for inner in module.modules() if inner is not module)
+
+    classes = [
+        type(module)
+        for module in model.modules()
+        if module is not model and not isinstance(module, _CONTAINERS) and holds_layer(module)
+    ]
+    recurring = tuple({kind for kind in classes if classes.count(kind) > 1})
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if not holds_layer(child):
+                continue
+            is_whole = isinstance(child, recurring) or not any(isinstance(m, recurring) for m in child.modules())
+            if is_whole and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+                found[prefix + name] = child
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
+
+
+class _Switch:
+    on = False
+
+
+class _Call:
+    """What calling a block does: the compiled code in training steps, else what it always did."""
+
+    def __init__(self, block: nn.Module, compiled: Callable[..., Any], switch: _Switch) -> None:
+        self._block, self._compiled, self._switch = block, compiled, switch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block = self._block
+        if self._switch.on and block.training and torch.is_grad_enabled() and "forward" not in block.__dict__:
+            return self._compiled(block, *args, **kwargs)
+        return block._call_impl(*args, **kwargs)
+
+
+def _signature(block: nn.Module) -> Hashable:
+    """Alike in two blocks only if the same code will do for both, as far as guards would not see it."""
+    parameters = tuple((p.shape, p.stride(), p.dtype, p.requires_grad) for p in block.parameters())
+    hooks = tuple(len(getattr(module, kind)) for module in block.modules() for kind in _HOOKS)
+    return type(block), repr(block), parameters, hooks
+
+
+_compiled_code: dict[Hashable, Callable[..., Any]] = {}
+
+
+def _compiled(key: Hashable) -> Callable[..., Any]:
+    """What calls a block of this key, compiled.
+
+    It has a code object of its own, since compiled code is kept, looked up and counted (``recompile_limit``) by code
+    object; `nn.Module.compile` would have a single one for all modules.
+    """
+    if key not in _compiled_code:
+        code = _call_block.__code__.replace(co_name=f"block_{len(_compiled_code)}")
+        function = FunctionType(code, globals())
+        # The same dropout as in the eager step.
+        options: dict[str, Any] | None = {"fallback_random": True} if BACKEND == "inductor" else None
+        _compiled_code[key] = torch.compile(
+            function,
+            fullgraph=True,  # a limit that is hit, or a graph that breaks, is an error instead of a slow step
+            dynamic=False,
+            backend=BACKEND,
+            options=options,
+        )
+    return _compiled_code[key]
+
+
+def _call_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)

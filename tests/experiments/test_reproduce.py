@@ -93,7 +93,6 @@ def test_every_table_and_figure_end_to_end(tmp_path, capsys):
         value = json.loads((out / f"{name}-tiny.json").read_text())
         assert {row["state"] for row in value["rows"]} <= {
             "",
-            "not built yet",
             "never as good",
             "none within",
             "not in turn",
@@ -203,3 +202,5 @@ def test_data_is_found_under_its_name_or_as_the_whole_folder(tmp_path):
     results = Results(tmp_path, tiny, data_dir=several)
     assert (results.is_synthetic("vgg13-cifar10"), results.is_synthetic("resnet50-imagenet")) == (False, True)
     assert results.base("vgg13-cifar10").data.name == "cifar10"
+    sizes = Results(tmp_path, tiny, data_dir=whole).base("vgg13-cifar100").data
+    assert (sizes.train_images, sizes.test_images) == (500, 100)  # of which a fifth can be held out

@@ -4,7 +4,7 @@ import pytest
 
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe_files import load_recipe, setting_types
-from lowcal.experiments.search import Range, Values, base_recipe, decode, grid, parse_search, refuse_unused
+from lowcal.experiments.search import Range, Values, base_recipe, decode, grid, own_point, parse_search, refuse_unused
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,26 @@ def test_a_grid_holds_each_combination_once():
     assert [tuple(point.values()) for point in grid(searches)] == [(1, True), (1, False), (2, True), (2, False)]
     with pytest.raises(LowcalError, match="a grid needs a list"):
         grid([parse_search("local.lr=0:1")])
+
+
+@pytest.mark.parametrize(
+    ("searches", "expected"),
+    [
+        (["local.lr=1e-4:1e-2:log"], {"local.lr": 0.01}),
+        (["local.schedule.shift=null,2", "local.supervision=true,false"], (None, True)),
+        (["local.schedule.shift=1,2"], None),
+        (["local.lr=1e-4:1e-2:log", "local.lr=0.02:0.1"], None),
+        (["local.schedule.shift=1:4"], None),
+        (["batch=16:128", "local.every=2,1"], {"batch": 64, "local.every": 1}),
+    ],
+)
+def test_a_recipes_own_point_is_one_only_where_all_of_it_is_searched(searches, expected):
+    recipe = load_recipe("resnet18-cifar10")
+    found = own_point(recipe, [parse_search(text) for text in searches])
+    if isinstance(expected, tuple):
+        assert tuple(found.values()) == expected
+    else:
+        assert found == expected
 
 
 def test_a_search_that_changes_nothing_for_the_method_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.folders import refuse_unwritable
 from lowcal.experiments.reproduction import rivals, rows
-from lowcal.experiments.reproduction.cells import choose
+from lowcal.experiments.reproduction.cells import Cell, choose
 from lowcal.experiments.reproduction.drawing import draw
 from lowcal.experiments.reproduction.estimate import epoch_seconds
 from lowcal.experiments.reproduction.paper import paper
@@ -20,6 +20,8 @@ from lowcal.experiments.reproduction.plans import Plan, make_plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rows import runs_of
 from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearched
+from lowcal.experiments.sweep import require_optuna
 from lowcal.report.figures import save
 from lowcal.report.runs import RunData
 from lowcal.report.sheet import Column, Sheet
@@ -37,18 +39,20 @@ class Reproduced:
 
 @dataclass(frozen=True)
 class Planned:
-    """One training that a table needs.
+    """One training that a table needs, or one search.
 
     Attributes:
         cell: its id.
-        state: what there is of it, or why it cannot be run.
+        state: what there is of it.
         seconds: what is left of it at the speed of a plain SGD step; None for nothing or if it was not measured.
+        runs: trainings that it takes.
     """
 
     cell: str
     seed: int | None
     state: str
     seconds: float | None
+    runs: int = 1
 
 
 def reproduce(
@@ -80,7 +84,11 @@ def reproduce(
     if waiting:
         for recipe in dict.fromkeys(cell.recipe for cell, _ in waiting):
             results.images(recipe)  # refused before the folder is made
+        searched = unsearched(results, [cell for cell, _ in waiting])
+        if searched:
+            require_optuna()
         results.begin()
+        search(results, searched, device=device, watcher=watcher)
         train_missing(results, waiting, device=device, watcher=watcher)
     return write(plan, results, seeds)
 
@@ -97,25 +105,30 @@ def dry_run(
     results.refuse_others(plan.cells, seeds)
     waiting = set(missing(results, chosen, seeds))
     speeds: dict[tuple[str, int], float] = {}
+
+    def seconds(cell: Cell, epochs: int) -> float:
+        recipe = results.recipe(cell)
+        kind = (cell.recipe, recipe.batch.size)
+        if kind not in speeds:
+            speeds[kind] = epoch_seconds(recipe, device)
+        return epochs * speeds[kind]
+
     entries = []
+    searched = unsearched(results, [cell for cell, _ in waiting])
     for cell in chosen:
         recipe = results.recipe(cell)
+        if cell in searched:
+            trials, left = results.scale.trials, epochs_left(results, cell)
+            words = f"search: {trials} trials of {recipe.epochs} epochs, {left} epochs left"
+            entries.append(Planned(cell.id, None, words, seconds(cell, left), trials))
         for seed in range(recipe.seed, recipe.seed + seeds):
             state = results.state(cell, seed)
             if (cell, seed) not in waiting:
                 entries.append(Planned(cell.id, seed, "finished", None))
                 continue
-            kind = (cell.recipe, recipe.batch.size)
-            if kind not in speeds:
-                speeds[kind] = epoch_seconds(recipe, device)
             left = state.epochs - state.finished
             words = f"{state.finished} of {state.epochs} epochs done" if state.finished else f"{left} epochs"
-            entries.append(Planned(cell.id, seed, words, left * speeds[kind]))
-    entries += [
-        Planned(f"{line.recipe}: {line.strategy}", None, f"not built yet: {line.missing}", None)
-        for line in plan.lines
-        if line.missing
-    ]
+            entries.append(Planned(cell.id, seed, words, seconds(cell, left)))
     return plan, entries
 
 
@@ -143,14 +156,16 @@ def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
     title = f"{plan.title} ({marks}: not the paper's experiment)" if marks else plan.title
     runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
     notes = [*_machines(runs), *results.sizes(recipes), *plan.notes]
-    notes += [f"Not built yet: {line.recipe}, {line.strategy}: {line.missing}." for line in plan.lines if line.missing]
+    notes += [f"{cell.id}: {settings}." for cell in plan.cells if (settings := results.found(cell))]
     if plan.kind in ("equal-accuracy", "equal-time"):
         unfinished = [cell.id for cell in plan.cells if len(results.complete(cell, seeds)) < seeds]
         notes += [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
     if any(row.get("seeds") and row["seeds"] > 1 for row in found):
         notes.append("± is the sample deviation over seeds.")
-    if plan.kind == "results" and (apart := rows.not_in_turn(plan, results, seeds)):
-        notes.append(f"Not trained in turn with sgd, so that a drift of the machine may show: {'; '.join(apart)}.")
+    timed = plan.kind in ("results", "equal-accuracy", "equal-time")
+    if timed and (apart := rows.lines_apart(plan, results, seeds)):
+        names = "; ".join(f"{line.recipe}, {line.strategy}" for line in apart)
+        notes.append(f"Not trained in turn with sgd, so that a drift of the machine may show: {names}.")
     if any(row.get("paper_speedup") for row in found):
         notes.append("The paper's speed-ups are of a GTX 1080 Ti.")
     return Sheet(title, columns, found, notes, group=None if plan.kind == "equal-time" else "network")
@@ -193,6 +208,7 @@ def _as_json(plan: Plan, results: Results, seeds: int, sheet: Sheet) -> Mapping[
         "settings": list(results.settings),
         "synthetic": sorted({line.recipe for line in plan.lines if results.is_synthetic(line.recipe)}),
         "seeds": seeds,
+        "searched": {cell.id: asdict(found) for cell in plan.cells if (found := results.found(cell))},
         "rows": list(sheet.rows),
         "notes": list(sheet.notes),
         "runs": {
@@ -209,8 +225,9 @@ def plan_text(plan: Plan, entries: Sequence[Planned]) -> str:
         seed = "" if entry.seed is None else f"seed {entry.seed}"
         time = "" if entry.seconds is None else f"at most {duration(entry.seconds)}"
         lines.append(f"{entry.cell:<{longest}}  {seed:<7}  {entry.state}{', ' * bool(time)}{time}".rstrip())
-    waiting = [entry.seconds for entry in entries if entry.seconds is not None]
-    lines += ["", f"{len(waiting)} runs, at most {duration(sum(waiting))} of training" if waiting else "nothing to run"]
+    waiting = [entry for entry in entries if entry.seconds is not None]
+    runs, time = sum(entry.runs for entry in waiting), duration(sum(entry.seconds or 0.0 for entry in waiting))
+    lines += ["", f"{runs} runs, at most {time} of training" if waiting else "nothing to run"]
     if waiting:
         lines.append("from a few SGD steps of each network; without decoding, evaluation and start-up")
     return "\n".join(lines)

@@ -34,14 +34,23 @@ class Study:
         searches: the settings to choose.
         sampler: "tpe", "random" or "grid".
         seed: of the choices.
+        start: the settings of the first trial; None: chosen as all others.
     """
 
     def __init__(
-        self, url: URL, name: str, *, objectives: int, searches: Sequence[Search], sampler: str, seed: int
+        self,
+        url: URL,
+        name: str,
+        *,
+        objectives: int,
+        searches: Sequence[Search],
+        sampler: str,
+        seed: int,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._url, self._name, self._objectives = url, name, objectives
-        self._searches, self._sampler, self._seed = searches, sampler, seed
+        self._searches, self._sampler, self._seed, self._start = searches, sampler, seed, start
         with reachable(url):
             self._study = self._open()
 
@@ -101,6 +110,8 @@ class Study:
         seed = random.Random(f"{self._seed}/{trial}").getrandbits(32)
         if self._sampler == "grid":
             return _Given({key: label(value) for key, value in grid(self._searches)[trial].items()})
+        if trial == 0 and self._start is not None:
+            return _Given({key: label(value) for key, value in self._start.items()})
         if self._sampler == "random":
             return RandomSampler(seed=seed)
         with warnings.catch_warnings():

@@ -30,6 +30,9 @@ class Values:
         """The values that a recipe must accept for the whole search to be possible."""
         return self.values
 
+    def __contains__(self, value: Any) -> bool:
+        return any(type(value) is type(known) and value == known for known in self.values)
+
     def __str__(self) -> str:
         return f"{self.key}={','.join(map(show_value, self.values))}"
 
@@ -48,6 +51,9 @@ class Range:
     def points(self) -> tuple[Any, ...]:
         """The values that a recipe must accept for the whole search to be possible."""
         return self.low, self.high
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
 
     def __str__(self) -> str:
         return f"{self.key}={show_value(self.low)}:{show_value(self.high)}{':log' if self.log else ''}"
@@ -105,6 +111,20 @@ def variants(base: Recipe, searches: Sequence[Search]) -> Iterator[tuple[str, Re
     for search in searches:
         for point in search.points[1:]:
             yield f"{search.key}={show_value(point)}", apply_settings(base, [], {search.key: point})
+
+
+def own_point(recipe: Recipe, searches: Sequence[Search]) -> dict[str, Any] | None:
+    """The values that `recipe` itself has for the searched settings; None if one of them is not among the searched."""
+    values = recipe.model_dump()
+    point = {}
+    for search in searches:
+        value: Any = values
+        for part in search.key.split("."):
+            value = value[part]
+        if value not in search:
+            return None
+        point[search.key] = value
+    return point
 
 
 def grid(searches: Sequence[Search]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import note_skipped
 from lowcal.experiments.folders import refuse_used
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import differences, dump_recipe, parse_recipe
-from lowcal.experiments.search import Search, base_recipe, grid, parse_search, refuse_unused, variants
+from lowcal.experiments.recipe_files import differences, dump_recipe, parse_recipe, show_value
+from lowcal.experiments.search import Search, base_recipe, grid, own_point, parse_search, refuse_unused, variants
 from lowcal.methods import find_method
 from lowcal.report.sweep import SweepReport, write_sweep
 from lowcal.training.record import RunFolder
@@ -49,6 +49,7 @@ class Sweep:
         study: the sweep's name in its database.
         storage: the database's URL; None: a file in the sweep's folder.
         lease: seconds without a sign of life after which a worker counts as dead.
+        start: the settings of the first trial; None: chosen as all others.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class Sweep:
     study: str = "sweep"
     storage: str | None = None
     lease: float = LEASE
+    start: Mapping[str, Any] | None = None
 
     def definition(self) -> str:
         """What all workers on a sweep must agree in, as text."""
@@ -69,6 +71,7 @@ class Sweep:
             "search": [str(search) for search in self.searches],
             "objective": ",".join(self.objectives),
             "sampler": self.sampler,
+            "start": [f"{key}={show_value(value)}" for key, value in (self.start or {}).items()],
             "seeds": self.seeds,
             "recipe": dump_recipe(self.recipe),
         }
@@ -90,6 +93,8 @@ def plan_sweep(
     lease: float = LEASE,
 ) -> Sweep:
     """The sweep that the command's options describe, evaluated on held-out training images unless `settings` say else.
+
+    Its first trial has the recipe's own settings, if the sampler is "tpe" and they are among those searched.
 
     Args:
         searches: each as `parse_search` takes it.
@@ -125,7 +130,8 @@ def plan_sweep(
             raise LowcalError(f"--{option} {value:g}: must be at least {least}; give more")
     name = study or f"{recipe.name}-{method}"
     objectives = tuple(objective.split(","))
-    return Sweep(base, method, found, trials, seeds, objectives, sampler, name, storage, lease)
+    start = own_point(recipe, found) if sampler == "tpe" else None
+    return Sweep(base, method, found, trials, seeds, objectives, sampler, name, storage, lease, start)
 
 
 def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device, watcher: Watcher) -> SweepReport:
@@ -139,8 +145,7 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
         LowcalError: the plan does not fit the network or the data, `out` holds something else, or the storage cannot
             be used or holds another sweep of this name. Nothing is written unless all fits.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise LowcalError("a sweep needs Optuna, which is not here; pip install 'lowcal[sweep]'")
+    require_optuna()
     from lowcal.experiments.ledger import Ledger, storage_url
     from lowcal.experiments.sampling import Study
     from lowcal.experiments.worker import Worker
@@ -168,11 +173,18 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
             searches=plan.searches,
             sampler=plan.sampler,
             seed=plan.recipe.seed,
+            start=plan.start,
         )
         with closing(choices) as study:
             worker = Worker(plan, out, ledger, study, data=data, data_dir=data_dir, device=device, watcher=watcher)
             worker.work()
             return write_sweep(worker.rows(), _heading(plan, data.name), out)
+
+
+def require_optuna() -> None:
+    """Refuse to begin without Optuna."""
+    if importlib.util.find_spec("optuna") is None:
+        raise LowcalError("a sweep needs Optuna, which is not here; pip install 'lowcal[sweep]'")
 
 
 def _join(ledger: Ledger, plan: Sweep) -> None:

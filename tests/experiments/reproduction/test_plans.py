@@ -17,9 +17,10 @@ from lowcal.schedule import cap
 IMAGENET = ("resnet34-imagenet", "resnet50-imagenet", "mobilenet_v2-imagenet")
 
 
-def ids(name: str, *, ours: bool = False) -> list[str]:
+def ids(name: str) -> list[str]:
+    """The paper's."""
     cells = make_plan(name, load_recipe).cells
-    return [cell.id for cell in cells if ours or cell.method != "refresh"]
+    return [cell.id for cell in cells if cell.method != "refresh" and cell.variant != "step-0.0003"]
 
 
 def each(recipe: str, *names: str) -> list[str]:
@@ -32,19 +33,31 @@ def test_there_is_every_table_and_figure():
 
 def test_table1_has_the_papers_systems():
     assert ids("table1") == [
-        *each("resnet34-imagenet", "sgd", "local", "stochastic-depth", "freeze"),
+        *each("resnet34-imagenet", "sgd", "local", "stochastic-depth", "prune", "freeze"),
         *each("resnet50-imagenet", "sgd", "local", "stochastic-depth", "prune", "freeze"),
-        *each("mobilenet_v2-imagenet", "sgd", "local", "stochastic-depth", "freeze"),
+        *each("mobilenet_v2-imagenet", "sgd", "local", "stochastic-depth", "prune", "freeze"),
     ]
 
 
 def test_table2_has_the_papers_systems_without_stochastic_depth_on_vgg():
     assert ids("table2") == [
-        *each("resnet18-cifar10", "sgd", "local", "stochastic-depth", "freeze"),
-        *each("vgg13-cifar10", "sgd", "local", "freeze"),
-        *each("resnet18-cifar100", "sgd", "local", "stochastic-depth", "freeze"),
-        *each("vgg13-cifar100", "sgd", "local", "freeze"),
+        *each("resnet18-cifar10", "sgd", "local", "stochastic-depth", "prune", "freeze"),
+        *each("vgg13-cifar10", "sgd", "local", "prune", "freeze"),
+        *each("resnet18-cifar100", "sgd", "local", "stochastic-depth", "prune", "freeze"),
+        *each("vgg13-cifar100", "sgd", "local", "prune", "freeze"),
     ]
+
+
+@pytest.mark.parametrize("name", ["table2", "table7"])
+def test_a_short_step_of_ours_stands_last_for_each_network(name, tmp_path):
+    results = Results(tmp_path, SCALES["full"])
+    lines = make_plan(name, results.base).lines
+    for recipe in dict.fromkeys(line.recipe for line in lines):
+        line = [line for line in lines if line.recipe == recipe][-1]
+        assert (line.strategy, line.cell.id) == ("local, short step (ours)", f"{recipe}/local-step-0.0003")
+        assert (line.paper.top1_error, line.paper.speedup) == (None, None)
+        assert results.recipe(line.cell).local.lr == 0.0003
+        assert results.folder(line.cell, 0) == tmp_path / f"{recipe}-full" / "local-step-0.0003-seed0"
 
 
 def test_table3_has_four_times_the_batch_and_rate_and_a_growing_batch():
@@ -56,15 +69,14 @@ def test_table3_has_four_times_the_batch_and_rate_and_a_growing_batch():
     assert [line.paper.speedup for line in plan.lines] == [1.0, 1.27, 1.34]
 
 
-def test_table4_tunes_nothing_yet():
+def test_table4_has_tuned_and_common_settings():
     plan = make_plan("table4", load_recipe)
     assert [cell.id for cell in plan.cells] == [
-        *each("resnet34-imagenet", "sgd", "local"),
-        *each("mobilenet_v2-imagenet", "sgd", "local"),
+        *each("resnet34-imagenet", "sgd", "local-tuned", "local"),
+        *each("mobilenet_v2-imagenet", "sgd", "local-tuned", "local"),
     ]
-    tuned = [line for line in plan.lines if line.cell is None]
+    tuned = [line for line in plan.lines if line.cell.searches]
     assert [line.paper.top1_error for line in tuned] == [26.93, 28.82]
-    assert all("sweep" in line.missing for line in tuned)
 
 
 def test_table5_turns_weak_supervision_off_on_all_seven_pairs():
@@ -152,10 +164,10 @@ def test_published_figures_are_beside_each_line():
     for name in plan_names():
         lines = make_plan(name, load_recipe).lines
         if name in ("table1", "table2"):
-            ours = [line for line in lines if line.strategy.startswith("refresh")]
-            assert all(line.paper.speedup for line in lines if line not in ours)
-            assert len(ours) == len(paper()[name])
-    by_id = {line.cell.id: line.paper for line in make_plan("table1", load_recipe).lines if line.cell}
+            without = [line for line in lines if not line.paper.speedup]
+            assert {line.cell.name for line in without} <= {"prune", "refresh", "local-step-0.0003"}
+            assert len(lines) - len(without) == sum(map(len, paper()[name].values()))
+    by_id = {line.cell.id: line.paper for line in make_plan("table1", load_recipe).lines}
     assert (by_id["resnet50-imagenet/prune"].top1_error, by_id["resnet50-imagenet/prune"].speedup) == (24.89, 1.32)
 
 
@@ -209,11 +221,11 @@ def test_settings_of_a_method_leave_the_others_alone(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "count"),
     [
-        (None, 13),
+        (None, 15),
         ("resnet50-imagenet", 5),
         ("local", 3),
         ("resnet50-imagenet/prune", 1),
-        ("*/freeze,resnet34*", 6),
+        ("*/freeze,resnet34*", 7),
         ("sgd, local", 6),
     ],
 )

@@ -99,6 +99,11 @@ def test_equal_accuracy_by_hand(results):
     assert rows["sgd, compressed"]["epochs"] == pytest.approx(3)
     assert rows["sgd, compressed"]["speedup"] == pytest.approx(1.0)
     assert (rows["freeze"]["state"], rows["refresh (ours)"]["state"]) == ("never as good", "not run")
+    assert [rows[name]["state"] for name in ("sgd, compressed", "local")] == ["not in turn"] * 2
+    assert rows["sgd, stopped early"]["state"] == ""
+    results.note_turns("resnet50-imagenet", ["sgd-seed0", "local-seed0"])
+    rows = {row["strategy"]: row for row in equal_accuracy_rows(make_plan("table6", results.base), results, 1)[:5]}
+    assert [rows[name]["state"] for name in ("sgd, compressed", "local")] == ["not in turn", ""]
 
 
 def test_equal_time_by_hand(results):
@@ -108,8 +113,10 @@ def test_equal_time_by_hand(results):
     make_run(results, cells["local-most-0.9"], [40.0, 30.0, 21.0, 20.8], 6.0)  # 24 s, 0.8 above
     make_run(results, cells["freeze"], [40.0, 30.0, 21.0, 20.1], 7.0)  # 28 s
     make_run(results, cells["freeze-most-0.9"], [40.0, 30.0, 21.0, 21.5], 5.0)  # 20 s
+    make_run(results, cells["local-step-0.0003"], [40.0, 30.0, 21.0, 20.0], 6.0)  # 24 s: ours, not one of local's
     shorter = [cell for name, cell in cells.items() if name.startswith("sgd-compressed")]
     make_run(results, shorter[0], [30.0, 22.0], 10.0)  # 20 s
+    results.note_turns("resnet18-cifar10", ["sgd-seed0", "local-seed0"])
     rows = {row["max_loss"]: row for row in equal_time_rows(make_plan("table7", results.base), results, 1)}
     assert (rows[0.05]["setting"], rows[0.05]["state"]) == ("local", "none within")
     assert (rows[0.25]["setting"], rows[0.25]["state"], rows[0.25]["speedup"]) == ("local", "", 1.25)
@@ -118,6 +125,12 @@ def test_equal_time_by_hand(results):
     losses = (fast["local_loss"], fast["freeze_loss"], fast["stopped_loss"], fast["compressed_loss"])
     assert losses == pytest.approx((0.8, 1.5, 10.0, 1.6))  # compressed: 22 at 20 s, 20 at 40 s, 21.6 at 24 s
     assert rows[0.25]["freeze_loss"] == pytest.approx(0.1)
+    assert (rows[0.05]["short_step_loss"], fast["short_step_loss"]) == (0.0, 0.0)
+    assert fast["state"] == "not in turn"
+    notes = "\n".join(make_sheet(make_plan("table7", results.base), results, 1).notes)
+    assert "Not trained in turn with sgd" in notes
+    assert "resnet18-cifar10, local-most-0.9" in notes
+    assert "resnet18-cifar10, local;" not in notes
 
 
 def test_the_boundarys_path_and_the_memory(results):

@@ -23,6 +23,7 @@ class Cell:
         variant: names what differs from the recipe; "" for nothing.
         settings: what differs, each as `key=value`.
         defaults: the same, but for settings that the user's own take the place of.
+        searches: settings that are found by a search, each as `lowcal sweep --search` takes it, unless they are given.
     """
 
     recipe: str
@@ -30,6 +31,7 @@ class Cell:
     variant: str = ""
     settings: tuple[str, ...] = ()
     defaults: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -49,8 +51,17 @@ class Cell:
     def all_settings(self, settings: Sequence[str]) -> list[str]:
         """The user's settings as far as they are its own, and the cell's."""
         given = self.own(settings)
-        keys = {setting.partition("=")[0].strip() for setting in given}
-        return [*given, *(s for s in self.defaults if s.partition("=")[0] not in keys), *self.settings]
+        return [*given, *_without(self.defaults, given), *self.settings]
+
+    def open_searches(self, settings: Sequence[str]) -> tuple[str, ...]:
+        """Its searches but for those of settings that the user gives."""
+        return tuple(_without(self.searches, self.own(settings)))
+
+
+def _without(settings: Iterable[str], given: Sequence[str]) -> list[str]:
+    """Those of `settings` whose keys are not among those of `given`."""
+    keys = {setting.partition("=")[0].strip() for setting in given}
+    return [setting for setting in settings if setting.partition("=")[0] not in keys]
 
 
 def choose(cells: Iterable[Cell], patterns: str | None) -> list[Cell]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from matplotlib.figure import Figure
 
-from lowcal.experiments.reproduction.plans import Plan, make_plan, plan_names
+from lowcal.experiments.reproduction.plans import Plan, make_plan, plan_names, sgd
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rivals import Curves
-from lowcal.experiments.reproduction.rows import runs_of
+from lowcal.experiments.reproduction.rows import is_apart, runs_of
 from lowcal.report import figures
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
@@ -42,7 +42,8 @@ def draw_frontier(recipe: str, results: Results, seeds: int) -> Figure | None:
     for cell in same_data:
         points = curves.by_name.get(cell.name)
         if points and not cell.variant.startswith("compressed"):
-            spots.setdefault(cell.method, []).append((points[-1].seconds, points[-1].error, cell.variant))
+            apart = is_apart(cell, sgd(recipe), results, seeds)
+            spots.setdefault(cell.method, []).append(Spot(points[-1].seconds, points[-1].error, cell.variant, apart))
     if not spots:
         return None
     line = [(point.seconds, point.error) for point in curves.line]

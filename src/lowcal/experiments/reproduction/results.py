@@ -15,6 +15,7 @@ from lowcal.experiments.folders import refuse_another_recipe, refuse_used
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
 from lowcal.experiments.reproduction.cells import Cell
+from lowcal.experiments.reproduction.found import Found, read_found
 from lowcal.experiments.reproduction.scales import Scale, image_folder, is_stand_in, scaled
 from lowcal.report.runs import RunData, read_run
 from lowcal.training.record import FORMAT, RunFolder, read_json, write_json
@@ -45,6 +46,7 @@ class Results:
         self.settings = tuple(settings)
         self.data_dir = data_dir
         self._bases: dict[str, Recipe] = {}
+        self._found: dict[Cell, Found] = {}
 
     def base(self, name: str) -> Recipe:
         """The packaged recipe at this scale, with those of the user's settings that are no method's."""
@@ -79,15 +81,39 @@ class Results:
         return folder
 
     def recipe(self, cell: Cell) -> Recipe:
-        """The recipe of a cell's runs, but for the seed."""
-        return apply_settings(self.base(cell.recipe), cell.all_settings(self.settings))
+        """The recipe of a cell's runs, but for the seed; before its search, the one where the search begins."""
+        return apply_settings(self.base(cell.recipe), [*cell.all_settings(self.settings), *self.found_settings(cell)])
+
+    def searches(self, cell: Cell) -> tuple[str, ...]:
+        """What must be searched before the cell can be trained; none where the user's settings say it all."""
+        return cell.open_searches(self.settings)
+
+    def search_folder(self, cell: Cell) -> Path:
+        """The folder of the cell's search, an ordinary one of `lowcal sweep`."""
+        return self.group(cell.recipe) / "-".join(filter(None, [cell.method, self._variant(cell), "search"]))
+
+    def found(self, cell: Cell) -> Found | None:
+        """What the cell's search has found; None if there is nothing to search or it is not finished."""
+        searches = self.searches(cell)
+        if searches and cell not in self._found:
+            found = read_found(self.search_folder(cell), searches, self.scale.trials)
+            if found is None:
+                return None
+            self._found[cell] = found
+        return self._found.get(cell)
+
+    def found_settings(self, cell: Cell) -> tuple[str, ...]:
+        """The same as settings; empty for None."""
+        found = self.found(cell)
+        return found.settings if found else ()
 
     def arm(self, cell: Cell, seed: int) -> Arm:
         """The cell's run with `seed`, as progress shows it."""
+        return Arm(cell.method, seed, self._variant(cell), self.recipe(cell).epochs)
+
+    def _variant(self, cell: Cell) -> str:
         own = cell.own(self.settings)
-        digest = f"set-{_digest(own)}" if own else ""
-        variant = "-".join(filter(None, [cell.variant, digest]))
-        return Arm(cell.method, seed, variant, self.recipe(cell).epochs)
+        return "-".join(filter(None, [cell.variant, f"set-{_digest(own)}" if own else ""]))
 
     def group(self, recipe: str) -> Path:
         """The folder of all runs of a recipe."""

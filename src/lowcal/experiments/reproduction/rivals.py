@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowcal.experiments.reproduction.cells import Cell
@@ -18,10 +18,13 @@ from lowcal.experiments.reproduction.curves import (
     stopped_at,
 )
 from lowcal.experiments.reproduction.paper import paper
-from lowcal.experiments.reproduction.plans import RESNET18_CIFAR10, Plan
+from lowcal.experiments.reproduction.plans import RESNET18_CIFAR10, Plan, short_step
 from lowcal.experiments.reproduction.results import Results
-from lowcal.experiments.reproduction.rows import Row, runs_of
+from lowcal.experiments.reproduction.rows import APART, Row, lines_apart, runs_of
 from lowcal.report.sheet import Column
+
+COMPRESSED = "sgd-compressed"  # with what the names of those cells begin
+SHORT_STEP = short_step(RESNET18_CIFAR10).name
 
 EQUAL_ACCURACY = (
     Column("strategy", "strategy"),
@@ -40,6 +43,7 @@ EQUAL_TIME = (
     Column("paper_freeze_loss", "paper freeze", "percent"),
     Column("freeze_loss", "freeze", "percent"),
     Column("refresh_loss", "refresh", "percent"),
+    Column("short_step_loss", "short step", "percent"),
     Column("stopped_loss", "sgd stopped", "percent"),
     Column("compressed_loss", "compressed", "percent"),
     Column("speedup", "speed-up", "ratio"),
@@ -63,7 +67,7 @@ class Curves:
             machine = found["sgd"][0].machine
             found = {name: [run for run in runs if run.machine == machine] for name, runs in found.items()}
         by_name = {name: curve(runs) for name, runs in found.items() if runs}
-        ends = [points[-1] for name, points in by_name.items() if name == "sgd" or name.startswith("sgd-compressed")]
+        ends = [points[-1] for name, points in by_name.items() if name == "sgd" or name.startswith(COMPRESSED)]
         return cls(by_name, frontier(ends))
 
     def of_method(self, method: str) -> dict[str, Curve]:
@@ -73,30 +77,38 @@ class Curves:
 
 def equal_accuracy_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
     """Table 6: epochs and time until each first has the lowest error of local, and the speed-up over SGD stopped."""
+    apart = lines_apart(plan, results, seeds)
     rows = []
     for recipe in dict.fromkeys(line.recipe for line in plan.lines):
         cells = [cell for cell in plan.cells if cell.recipe == recipe]
-        rows += _equal_accuracy(recipe, Curves.of(cells, results, seeds))
+        names = [line.cell.name for line in apart if line.recipe == recipe]
+        rows += _equal_accuracy(recipe, Curves.of(cells, results, seeds), names)
     return rows
 
 
-def _equal_accuracy(recipe: str, curves: Curves) -> list[Row]:
+def _equal_accuracy(recipe: str, curves: Curves, apart: Sequence[str]) -> list[Row]:
     local, plain = curves.by_name.get("local"), curves.by_name.get("sgd")
     target = lowest(local).error if local else None
     reached: dict[str, Point | None] = {}
-    has_run = {"sgd": bool(plain), "sgd-compressed": len(curves.line) > 1}
+    has_run = {"sgd": bool(plain), COMPRESSED: len(curves.line) > 1}
     for name in ("local", "freeze", "refresh"):
         has_run[name] = name in curves.by_name
     if target is not None:
         reached = {name: first_within(points, target) for name, points in curves.by_name.items()}
-        reached["sgd-compressed"] = line_within(curves.line, target) if has_run["sgd-compressed"] else None
-    words = {"sgd": "sgd, stopped early", "sgd-compressed": "sgd, compressed", "refresh": "refresh (ours)"}
+        reached[COMPRESSED] = line_within(curves.line, target) if has_run[COMPRESSED] else None
+    words = {"sgd": "sgd, stopped early", COMPRESSED: "sgd, compressed", "refresh": "refresh (ours)"}
     against = reached.get("sgd")
     rows = []
-    for name in ("sgd", "sgd-compressed", "local", "freeze", "refresh"):
+    for name in ("sgd", COMPRESSED, "local", "freeze", "refresh"):
         point = reached.get(name)
         known = paper()["table6"][recipe].get(name)
-        state = "not run" if target is None or not has_run[name] else "" if point else "never as good"
+        if target is None or not has_run[name]:
+            state = "not run"
+        elif point is None:
+            state = "never as good"
+        else:
+            own = [other for other in apart if other == name or (name == COMPRESSED and other.startswith(name))]
+            state = APART if own else ""
         rows.append(
             {
                 "network": recipe,
@@ -118,7 +130,8 @@ def equal_time_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
     """Table 7: error above SGD's of local's fastest setting within a bound, and of its rivals in the same time."""
     curves = Curves.of(plan.cells, results, seeds)
     plain = curves.by_name.get("sgd")
-    ends = {name: points[-1] for name, points in curves.of_method("local").items()}
+    ends = {name: points[-1] for name, points in curves.of_method("local").items() if name != SHORT_STEP}
+    apart = [line.cell.name for line in lines_apart(plan, results, seeds)]
     rows = []
     for known in paper()["table7"]:
         row: Row = {
@@ -129,6 +142,8 @@ def equal_time_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
         }
         if plain and ends:
             row |= _equal_time(plain, ends, known["max_loss"], curves)
+            if not row["state"] and row["setting"] in apart:
+                row["state"] = APART
         else:
             row["state"] = "not run"
         rows.append(row)
@@ -147,9 +162,11 @@ def _equal_time(plain: Curve, ends: Mapping[str, Point], bound: float, curves: C
         "stopped": stopped_at(plain, time),
         "compressed": line_at(curves.line, time) if len(curves.line) > 1 else None,
     }
-    for method in ("freeze", "refresh"):
-        others = [points[-1] for points in curves.of_method(method).values() if points[-1].seconds <= time]
-        rivals[method] = lowest(others) if others else None
+    own = curves.by_name.get(SHORT_STEP)
+    others = {method: curves.of_method(method).values() for method in ("freeze", "refresh")}
+    for rival, found in {**others, "short_step": [own] if own else []}.items():
+        in_time = [points[-1] for points in found if points[-1].seconds <= time]
+        rivals[rival] = lowest(in_time) if in_time else None
     return {
         "local_loss": ends[name].error - base,
         **{f"{rival}_loss": point.error - base if point else None for rival, point in rivals.items()},

@@ -14,6 +14,8 @@ from lowcal.report.sheet import Column
 
 Row = dict[str, Any]
 
+APART = "not in turn"
+
 BATCH = (  # empty, and so not shown, where no batch may grow
     Column("first_batch", "first batch", "number"),
     Column("last_batch", "last batch", "number"),
@@ -52,6 +54,7 @@ MEMORY = (
 
 def result_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
     """Error and speed-up of each line, paper beside measured; `loss` is the error above SGD's in points."""
+    apart = lines_apart(plan, results, seeds)
     rows = []
     for line in plan.lines:
         runs = runs_of(line.cell, results, seeds)
@@ -77,10 +80,10 @@ def result_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
                 "epochs": runs[0].planned if runs else None,
             }
             | _batches(plan, results, runs)
-            | _end(line, runs, seeds)
+            | _end(runs, seeds)
         )
-        if not rows[-1]["state"] and ratios and _apart(plan, line, results, seeds):
-            rows[-1]["state"] = "not in turn"
+        if not rows[-1]["state"] and line in apart:
+            rows[-1]["state"] = APART
     return rows
 
 
@@ -95,7 +98,7 @@ def boundary_rows(plan: Plan, results: Results, seeds: int) -> list[Row]:
         row["first_move"] = mean_or_none(moves)
         for part in (25, 50, 75, 100):
             row[f"boundary_{part}"] = mean_or_none([path[max(0, len(path) * part // 100 - 1)] for path in paths])
-        rows.append(row | _end(line, runs, seeds))
+        rows.append(row | _end(runs, seeds))
     return rows
 
 
@@ -106,17 +109,16 @@ def memory_rows(plan: Plan, results: Results, seeds: int, *, paper_half_epoch: i
         runs = runs_of(line.cell, results, seeds)
         paths = [[record["peak_memory_bytes"] for record in run.records] for run in runs]
         halves = [next((epoch for epoch, at in enumerate(path, 1) if at <= path[0] / 2), None) for path in paths]
-        is_local = line.cell is not None and line.cell.method == "local"
         rows.append(
             _start(line)
             | {
                 "first_bytes": mean_or_none([path[0] for path in paths]),
                 "last_bytes": mean_or_none([path[-1] for path in paths]),
-                "paper_half_epoch": paper_half_epoch if is_local else None,
+                "paper_half_epoch": paper_half_epoch if line.cell.method == "local" else None,
                 "half_epoch": mean_or_none(halves),
             }
             | _batches(plan, results, runs)
-            | _end(line, runs, seeds)
+            | _end(runs, seeds)
         )
     return rows
 
@@ -151,18 +153,18 @@ def deviation(values: Sequence[float | None]) -> float | None:
     return stdev(known) if len(known) > 1 and len(known) == len(values) else None
 
 
-def not_in_turn(plan: Plan, results: Results, seeds: int) -> list[str]:
-    """The lines whose speed-up is between runs of different processes, in words."""
-    return [f"{line.recipe}, {line.strategy}" for line in plan.lines if _apart(plan, line, results, seeds)]
+def lines_apart(plan: Plan, results: Results, seeds: int) -> list[Line]:
+    """The lines whose times and SGD's are of runs of different calls, so that a drift of the machine may show."""
+    lines = ((line, _baseline(plan, line.recipe)) for line in plan.lines)
+    return [line for line, plain in lines if plain and is_apart(line.cell, plain, results, seeds)]
 
 
-def _apart(plan: Plan, line: Line, results: Results, seeds: int) -> bool:
-    """Whether any of the line's runs did not take turns with SGD's."""
-    baseline = _baseline(plan, line.recipe)
-    if line.cell is None or baseline is None or line.cell == baseline:
+def is_apart(cell: Cell, plain: Cell, results: Results, seeds: int) -> bool:
+    """Whether any of the cell's runs did not take turns with those of `plain`, SGD's."""
+    if cell == plain:
         return False
-    pairs = _pairs(runs_of(baseline, results, seeds), runs_of(line.cell, results, seeds))
-    return any(not results.took_turns(line.recipe, one.name, other.name) for one, other in pairs)
+    pairs = _pairs(runs_of(plain, results, seeds), runs_of(cell, results, seeds))
+    return any(not results.took_turns(cell.recipe, one.name, other.name) for one, other in pairs)
 
 
 def _baseline(plan: Plan, recipe: str) -> Cell | None:
@@ -180,13 +182,11 @@ def _speedups(plain: Sequence[RunData], runs: Sequence[RunData]) -> list[float]:
 
 
 def _start(line: Line) -> Row:
-    return {"network": line.recipe, "strategy": line.strategy, "cell": line.cell.id if line.cell else None}
+    return {"network": line.recipe, "strategy": line.strategy, "cell": line.cell.id}
 
 
-def _end(line: Line, runs: Sequence[RunData], seeds: int) -> Row:
-    if line.missing:
-        state = "not built yet"
-    elif not runs:
+def _end(runs: Sequence[RunData], seeds: int) -> Row:
+    if not runs:
         state = "not run"
     else:
         state = f"{len(runs)} of {seeds} seeds" if len(runs) < seeds else ""

@@ -14,6 +14,7 @@ from lowcal.experiments.recipe_files import apply_settings
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
 """Training and test images."""
+EACH_CLASS = 5  # training images at least, so that a search can hold out a fifth of them
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Scale:
         image_size: of ImageNet's images; None: 224.
         stand_in: data sets for which synthetic images stand in where their own are not at hand.
         classes: of synthetic images, at most.
+        trials: of a search for settings.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Scale:
     image_size: int | None = None
     stand_in: frozenset[str] = frozenset()
     classes: int = 1000
+    trials: int = 20
 
     def epochs_of(self, recipe: Recipe) -> int:
         """The epochs of `recipe`'s whole training at this scale."""
@@ -61,6 +64,7 @@ SCALES = {
             image_size=64,
             stand_in=frozenset({"imagenet"}),
             classes=100,
+            trials=8,
         ),
         Scale(
             "tiny",
@@ -72,6 +76,7 @@ SCALES = {
             image_size=32,
             stand_in=frozenset(CLASSES),
             classes=8,
+            trials=2,
         ),
     )
 }
@@ -120,8 +125,8 @@ def scaled(recipe: Recipe, scale: Scale, *, synthetic: bool) -> Recipe:
         "local.decay_every": max(1, round(recipe.local.decay_every * scale.epochs)),
         "prune.every": max(1, round(recipe.prune.every * scale.epochs)),
         "model.width": scale.widths.get(recipe.model.name, "null"),
-        "data.train_images": _enough(scale.train_images, recipe, synthetic=synthetic),
-        "data.test_images": _enough(scale.test_images, recipe, synthetic=synthetic),
+        "data.train_images": _enough(scale.train_images, recipe, EACH_CLASS, synthetic=synthetic),
+        "data.test_images": _enough(scale.test_images, recipe, 1, synthetic=synthetic),
         "label": f"'{recipe.label}, scale {scale.name}'",
     }
     if synthetic:
@@ -133,6 +138,6 @@ def scaled(recipe: Recipe, scale: Scale, *, synthetic: bool) -> Recipe:
     return apply_settings(recipe, [f"{key}={value}" for key, value in settings.items() if value is not None])
 
 
-def _enough(images: int | None, recipe: Recipe, *, synthetic: bool) -> int | None:
-    """`images`, but of real ones at least one of each class."""
-    return images if synthetic or images is None else max(images, CLASSES[recipe.data.name])
+def _enough(images: int | None, recipe: Recipe, each: int, *, synthetic: bool) -> int | None:
+    """`images`, but of real ones at least `each` of each class."""
+    return images if synthetic or images is None else max(images, each * CLASSES[recipe.data.name])

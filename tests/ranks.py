@@ -38,15 +38,19 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 3, 8, 8, generator=generator), torch.randint(0, 5, (BATCH,), generator=generator)
 
 
-def on_two_ranks(train: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
-    """What `train(rank, *arguments)` gives on each of two ranks of one process group."""
+def on_two_ranks(train: Callable[..., Any], *arguments: Any, cuda: bool = False) -> list[Any]:
+    """What `train(rank, *arguments)` gives on each of two ranks of one process group, on a GPU each if `cuda`."""
+    method = "spawn" if cuda else "fork"  # a process that has used a GPU cannot be forked
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (train, folder, arguments), nprocs=2, start_method="fork")
+        mp.start_processes(_rank, (train, folder, cuda, arguments), nprocs=2, start_method=method)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def _rank(rank: int, train: Callable[..., dict[str, Any]], folder: str, arguments: Any) -> None:
+def _rank(rank: int, train: Callable[..., Any], folder: str, cuda: bool, arguments: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    if cuda:
+        torch.cuda.set_device(rank)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.save(train(rank, *arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,0 +1,157 @@
+"""Normalisation over all ranks: torch's SyncBatchNorm, which trains on GPUs alone, and one that trains on CPUs."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lowcal
+
+from .networks import Residual, convnet, images
+from .ranks import on_two_ranks
+from .support import same, sgd, train_step, weights
+
+RULES = [lowcal.Hebbian(lr=0.01), lowcal.Frozen(), lowcal.Refresh(every=2)]
+STEPS = 8
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.forward(ctx, gradient)
+
+
+class SyncedNorm(nn.BatchNorm2d):
+    """Batch normalisation over all ranks' samples: with collectives forward and backward, as SyncBatchNorm has them."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = SumOverRanks.apply(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = SumOverRanks.apply(centred.pow(2).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synced(device="cpu"):
+    """A network that normalises over all ranks: by torch's own module on a GPU."""
+    torch.manual_seed(3)
+    model = convnet().to(device)
+    if device != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name in ("norm1", "norm2", "norm3"):
+        model.set_submodule(name, SyncedNorm(model.get_submodule(name).num_features))
+    return model
+
+
+def train(rank, rule, norm_stats, device="cpu", ranks=2):
+    """Weights and running statistics after some steps with two moves; rank None is one process with the whole batch."""
+    model = synced(device).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    example = torch.zeros(1, 2, 6, 6, device=device, dtype=torch.float64)
+    local = lowcal.LoCal(model, optimizer, epochs=9, rule=rule, norm_stats=norm_stats, example_inputs=example)
+    called = model if rank is None else lowcal.DistributedLoCal(model, local)
+    for step, batch in enumerate(images(STEPS, size=8)):
+        if step in (2, 5):
+            local.move_to(1 if step == 2 else 2)
+        x, y = (part.to(device) if rank is None else part[rank::ranks].to(device) for part in batch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(called(x.double()), y).backward()
+        optimizer.step()
+    return {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def is_like_one_process(results, rule, norm_stats, device="cpu"):
+    alone = train(None, rule, norm_stats, device)
+    for name, expected in alone.items():
+        assert all(torch.equal(result[name], results[0][name]) for result in results), name
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(results[0][name], expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("rule", "norm_stats"), [*itertools.product(RULES[::2], ["batch"]), (RULES[0], "running")])
+def test_two_ranks_that_normalise_together_are_like_one_process(rule, norm_stats):
+    is_like_one_process(on_two_ranks(train, rule, norm_stats), rule, norm_stats)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm over two ranks needs two GPUs")
+@pytest.mark.parametrize("norm_stats", ["batch", "running"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_sync_batch_norm_on_two_gpus(rule, norm_stats):
+    is_like_one_process(on_two_ranks(train, rule, norm_stats, "cuda", cuda=True), rule, norm_stats, "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_sync_batch_norm_on_one_gpu(tmp_path, rule):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        results = [train(0, rule, "batch", "cuda", ranks=1)]
+    finally:
+        dist.destroy_process_group()
+    is_like_one_process(results, rule, "batch", "cuda")
+
+
+@pytest.mark.parametrize("network", [convnet, Residual])
+def test_sync_batch_norm_follows_the_layer_that_batch_norm_follows(network):
+    model = network()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    orders = [
+        lowcal.LoCal(m, sgd(m), epochs=9, example_inputs=images(1)[0][0]).state_dict() for m in (model, converted)
+    ]
+    assert orders[0]["norms"]
+    assert same(*orders)
+
+
+@pytest.mark.parametrize("norm_stats", ["batch", "running"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_in_one_process_sync_batch_norm_is_bitwise_batch_norm(rule, norm_stats):
+    results = []
+    for convert in (lambda model: model, nn.SyncBatchNorm.convert_sync_batchnorm):
+        torch.manual_seed(3)
+        model = convert(convnet())
+        optimizer = sgd(model)
+        options = {"rule": rule, "norm_stats": norm_stats, "example_inputs": images(1)[0][0]}
+        local = lowcal.LoCal(model, optimizer, epochs=9, **options)
+        for step, batch in enumerate(images(6)):
+            train_step(model, optimizer, batch)
+            if step == 2:
+                local.move_to(2)
+                before = weights(model)
+        results.append(weights(model))
+        still = {n for n, value in before.items() if "running" in n and torch.equal(value, results[-1][n])}
+        prefix = {"norm1.running_mean", "norm1.running_var", "norm2.running_mean", "norm2.running_var"}
+        assert still == (prefix if norm_stats == "running" else set())
+    assert same(*results)
+
+
+def test_a_stilled_sync_batch_norm_waits_for_no_rank(tmp_path):
+    """Before the boundary, by its running statistics, it no longer asks for the other ranks (nor for a GPU)."""
+    model = convnet()
+    for name in ("norm1", "norm2"):
+        model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(name)))
+    optimizer = sgd(model)
+    options = {"norm_stats": "running", "example_inputs": images(1)[0][0]}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        local = lowcal.LoCal(model, optimizer, epochs=9, **options)
+        with pytest.raises(ValueError, match="GPU"):
+            train_step(model, optimizer, images(1)[0])
+        local.move_to(2)
+        train_step(model, optimizer, images(1)[0])
+    finally:
+        dist.destroy_process_group()

@@ -20,7 +20,7 @@ LEVELS = [
     {"discovery", "hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
     {"local"},
     {"models", "narrow", "data"},
-    {"parallel", "integrations", "methods"},
+    {"parallel", "synced_norm", "integrations", "methods"},
     {"training"},
     {"report"},
     {"experiments"},

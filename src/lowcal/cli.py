@@ -1,7 +1,7 @@
 """The command `lowcal`: what it answers, and how it ends.
 
 A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130, SIGTERM and SIGUSR1 with
-75, each with a line that says how to go on; a closed pipe quietly with 141.
+75, each with a line that says how to go on; a closed pipe quietly with 141. Of several processes one speaks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands
 from lowcal.commands.common import INTERRUPTED, Stopped, app
 from lowcal.errors import LowcalError, nearest
 from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.ranks import is_spokesman
 
 MISTAKE = 2
 CLOSED_PIPE = 141  # 128 + SIGPIPE
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end(message: str, code: int) -> int:
-    print("lowcal:", " ".join(message.split()), file=sys.stderr)
+    if is_spokesman():
+        print("lowcal:", " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 

@@ -13,6 +13,8 @@ from lowcal.data import Augmentation, Batches, Images
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import PruneSettings, StochasticDepthSettings, build_method, find_method
 from lowcal.models import BasicBlock
+from lowcal.synced_norm import synchronise
+from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
@@ -64,18 +66,20 @@ def make_run(
     lr_at: Callable[[int], float] = lambda epoch: 0.1 * 0.7**epoch,
     checkpoint: bool = True,
     fused: bool = False,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> Run:
     """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `Run`."""
     torch.manual_seed(seed)
     model = network() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01, fused=fused)
-    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25)}
+    ranks = ranks or Ranks()
+    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "share": ranks.share}
     train = Batches(
         images(22), batch=5, seed=seed, shuffle=True, augmentation=Augmentation(pad=1, flip=True), **statistics
     )
-    if RunFolder.holds_run(path):
-        folder = RunFolder.open(path)
+    if RunFolder.holds_run(path) or not ranks.is_main:
+        folder = RunFolder(path)
     else:
         identity = {
             "method": method,
@@ -89,6 +93,8 @@ def make_run(
         folder = RunFolder.create(path, recipe="name: tiny\n", environment={"device": "cpu"}, identity=identity)
     own = OTHER_SETTINGS.get(find_method(method).section, local or settings())
     attached = build_method(method, model, optimizer, own, epochs=epochs, example_inputs=train.example(1), seed=seed)
+    if ranks.world > 1:
+        synchronise(model)
     return Run(
         model=model,
         optimizer=optimizer,
@@ -102,6 +108,7 @@ def make_run(
         folder=folder,
         seed=seed,
         checkpoint=checkpoint,
+        ranks=ranks,
         **options,
     )
 

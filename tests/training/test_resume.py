@@ -210,11 +210,11 @@ def test_a_signal_while_images_are_loaded_saves_too(tmp_path, whole, monkeypatch
     run = make_run(tmp_path / "run")
     make = run.train._make
 
-    def fail(index, augmentation):
+    def fail(index, own, augmentation):
         if len(run.folder.read_epochs()) == 1 and run.train._position > 10:
             signal.raise_signal(signal.SIGTERM)
             raise LowcalError("a worker was killed")
-        return make(index, augmentation)
+        return make(index, own, augmentation)
 
     monkeypatch.setattr(run.train, "_make", fail)
     monkeypatch.setattr(run.train, "state_dict", lambda: {**type(run.train).state_dict(run.train), "position": 10})

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lowcal.training.interrupt import Interrupted, catch_signals
+from lowcal.training.ranks import Launch, is_lost
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -51,17 +52,30 @@ class Stopped(Exception):
 
 @contextmanager
 def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iterator[None]:
-    """Turns a signal into the command that goes on: the present one with the arguments `more`."""
+    """Turns a signal, or the end of another process, into the command that goes on: this one with `more` arguments."""
     try:
         with catch_signals():
             yield
+        return
     except KeyboardInterrupt as error:
-        by, code = "", INTERRUPTED
+        what, code = "stopped", INTERRUPTED
         if isinstance(error, Interrupted) and error.signal != signal.SIGINT:
-            by, code = f" by {error.signal.name}", PREEMPTED
-        if not folder.exists() or not any(folder.iterdir()):
-            raise Stopped(f"stopped{by}; nothing was written", code) from None
-        raise Stopped(f"stopped{by}; go on with: {shlex.join(['lowcal', *context.obj, *more])}", code) from None
+            what, code = f"stopped by {error.signal.name}", PREEMPTED
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        what, code = "stopped, since another process of the run has ended or does not answer", PREEMPTED
+    if not folder.exists() or not any(folder.iterdir()):
+        raise Stopped(f"{what}; nothing was written", code)
+    raise Stopped(f"{what}; go on with: {_program()} {shlex.join([*context.obj, *more])}", code)
+
+
+def _program() -> str:
+    launch = Launch.read()
+    if launch.world == 1:
+        return "lowcal"
+    here = f"--nproc-per-node {launch.local_world}" if launch.world == launch.local_world else "..."
+    return f"torchrun {here} -m lowcal"
 
 
 def free_folder(wanted: Path) -> Path:

@@ -21,6 +21,7 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
+from lowcal.training.ranks import Launch, joined
 
 
 @app.callback(invoke_without_command=True)
@@ -35,6 +36,11 @@ def _root(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand != "train" and Launch.read().world > 1:
+        raise LowcalError(
+            f"lowcal {context.invoked_subcommand} is for one process; start it without torchrun, "
+            "which is for lowcal train"
+        )
 
 
 @app.command()
@@ -99,7 +105,10 @@ def train(
     deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train one network by one method."""
+    """Train one network by one method.
+
+    Under torchrun each process takes its share of each mini-batch: torchrun --nproc-per-node N -m lowcal train ...
+    """
     from lowcal.console import Display
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
@@ -107,27 +116,25 @@ def train(
     from lowcal.experiments.train import train as run
     from lowcal.report.tables import duration
 
-    if resume and out is None:
-        raise LowcalError("--resume needs the run's folder: give it with --out")
-    if resume and out is not None:
-        kept, kept_method = started_with(out)
-        base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
-    else:
-        base, method = load_recipe(recipe or "digits"), method or "local"
-    chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
-    folder = out or free_folder(Path("runs") / f"{chosen.name}-{method}")
-    more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
-    with resumable(context, folder, more), Display(quiet=quiet) as display:
-        display.note(f"{chosen.label}: {method}; in {folder}")
-        summary = run(
-            chosen,
-            method,
-            folder,
-            resume=resume,
-            data_dir=data_dir,
-            device=find_device(device),
-            watcher=display,
-        )
+    launch = Launch.read()
+    if out is None and (resume or launch.may_restart):
+        why = "--resume needs" if resume else "torchrun --max-restarts needs"
+        raise LowcalError(f"{why} the run's folder: give it with --out")
+    with joined(find_device(device, launch)) as ranks:
+        if resume and out is not None:
+            kept, kept_method = started_with(out, ranks)
+            base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
+        else:
+            base, method = load_recipe(recipe or "digits"), method or "local"
+        chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
+        folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
+        more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
+        with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:
+            among = f" by {ranks.world} processes" if ranks.world > 1 else ""
+            display.note(f"{chosen.label}: {method}{among}; in {folder}")
+            summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)
+    if not ranks.is_main:
+        return
     print(
         f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
         f"boundary {summary['boundary']}/{summary['layers']}"

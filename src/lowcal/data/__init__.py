@@ -4,7 +4,7 @@ from lowcal.data.batches import Batches
 from lowcal.data.dataset import Augmentation, Dataset, Files, Images
 from lowcal.data.file_batches import FileBatches
 from lowcal.data.load import DATASETS, load, make_loader
-from lowcal.data.loader import Loader
+from lowcal.data.loader import Loader, Share
 
 __all__ = [
     "DATASETS",
@@ -15,6 +15,7 @@ __all__ = [
     "Files",
     "Images",
     "Loader",
+    "Share",
     "load",
     "make_loader",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcal.data.dataset import Augmentation, Images
-from lowcal.data.loader import Normalise, check_batch, check_state
+from lowcal.data.loader import Normalise, Share, check_batch, check_state
 from lowcal.errors import LowcalError
 
 __all__ = ["Batches"]
@@ -20,7 +20,8 @@ class Batches:
     Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
     order, with `augmentation` each image a new crop and flip; both come from generators of their own that start
     from `seed`, so nothing else moves them and they move nothing else. `state_dict` continues exactly, in the
-    middle of an epoch too. No step waits for the device.
+    middle of an epoch too, and whatever the `share`: what is drawn is drawn for the whole batch. No step waits for the
+    device.
 
     >>> images = Images(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
     >>> [len(y) for x, y in Batches(images, batch=4, mean=(0.5,), std=(0.5,))]
@@ -39,12 +40,15 @@ class Batches:
         shuffle: bool = False,
         augmentation: Augmentation | None = None,
         channels_last: bool = False,
+        share: Share = Share(),  # noqa: B008  (immutable)
     ) -> None:
         self.device = torch.device(device)
         self.images = images.to(self.device)
         self.batch = batch
         self.shuffle = shuffle
         self.augmentation = augmentation
+        self.total = 0
+        self._share = share
         self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
         self._order = torch.Generator().manual_seed(seed)
         self._draws = torch.Generator(device=self.device).manual_seed(seed)
@@ -74,13 +78,16 @@ class Batches:
         order = order.to(self.device)
         while self._position < count:
             index = order[self._position : self._position + self._batch]
-            self._position += len(index)
-            yield self._make(index, self.augmentation), self.images.labels[index]
+            self.total = len(index)
+            self._position += self.total
+            own = self._share.of(self.total)
+            yield self._make(index, own, self.augmentation), self.images.labels[index[own]]
         self._position = 0
 
     def example(self, count: int) -> Tensor:
         """Return the first `count` images as a batch without augmentation; moves no random state."""
-        return self._make(torch.arange(min(count, len(self.images)), device=self.device), None)
+        index = torch.arange(min(count, len(self.images)), device=self.device)
+        return self._make(index, slice(None), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next batch depends on: tensors and plain values."""
@@ -108,20 +115,23 @@ class Batches:
         self._position = self._resume_at = state["position"]
         self._epoch_start = self._order.get_state()
 
-    def _make(self, index: Tensor, augmentation: Augmentation | None) -> Tensor:
-        pixels = self.images.pixels_at(index)
+    def _make(self, index: Tensor, own: slice, augmentation: Augmentation | None) -> Tensor:
+        pixels = self.images.pixels_at(index[own])
         if augmentation is not None:
-            pixels = self._crop_and_flip(pixels, augmentation)
+            pixels = self._crop_and_flip(pixels, len(index), own, augmentation)
         return self._normalise(pixels)
 
-    def _crop_and_flip(self, pixels: Tensor, augmentation: Augmentation) -> Tensor:
-        """Shift each image by up to `pad` pixels each way over black, and mirror about half of them."""
+    def _crop_and_flip(self, pixels: Tensor, total: int, own: slice, augmentation: Augmentation) -> Tensor:
+        """Shift each image by up to `pad` pixels each way over black, and mirror about half of them.
+
+        The images are those at the places `own` among the `total` of the batch, for all of which it is drawn.
+        """
         count, _, height, width = pixels.shape
         reach = augmentation.pad
-        offsets = torch.randint(2 * reach + 1, (2, count), generator=self._draws, device=self.device)
+        offsets = torch.randint(2 * reach + 1, (2, total), generator=self._draws, device=self.device)[:, own]
         windows = pad(pixels, (reach,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         pixels = windows[torch.arange(count, device=self.device), :, offsets[0], offsets[1]]
         if not augmentation.flip:
             return pixels
-        mirror = torch.randint(2, (count, 1, 1, 1), generator=self._draws, device=self.device).bool()
+        mirror = torch.randint(2, (total, 1, 1, 1), generator=self._draws, device=self.device)[own].bool()
         return torch.where(mirror, pixels.flip(3), pixels)

@@ -132,7 +132,7 @@ class _Decoding(Dataset[Decoded]):
                 else:
                     with _drawing_from(task.seed):
                         row.copy_(self.train(image))
-        return Decoded(pixels, torch.tensor([task.label for task in tasks]), failures)
+        return Decoded(pixels, torch.tensor([task.label for task in tasks], dtype=torch.int64), failures)
 
 
 def available_workers() -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowcal.data.dataset import Files
 from lowcal.data.decoders import Task
 from lowcal.data.listing import unreadable
-from lowcal.data.loader import Normalise, check_batch, check_state
+from lowcal.data.loader import Normalise, Share, check_batch, check_state
 
 __all__ = ["FileBatches"]
 
@@ -20,7 +20,8 @@ class FileBatches:
 
     With `shuffle` each pass has a new order, with `augment` each image a new random-resized crop and flip. The order
     comes from (`seed`, epoch) and each crop from (`seed`, epoch, position), so neither depends on the number of
-    workers, and `state_dict` continues exactly, in the middle of a pass too. What crosses to the device is uint8.
+    workers nor on the `share`, and `state_dict` continues exactly, in the middle of a pass too. What crosses to the
+    device is uint8.
 
     A file that cannot be read stops the pass with a LowcalError that names it.
     """
@@ -37,6 +38,7 @@ class FileBatches:
         shuffle: bool = False,
         augment: bool = False,
         channels_last: bool = False,
+        share: Share = Share(),  # noqa: B008  (immutable)
     ) -> None:
         self.files = files
         self.batch = batch
@@ -44,6 +46,8 @@ class FileBatches:
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
+        self.total = 0
+        self._share = share
         self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
         self._begun = 0  # passes
         self._position = 0  # images given out in the present pass
@@ -67,12 +71,13 @@ class FileBatches:
         if self._resume_at == 0:
             self._begun += 1
         self._position, self._resume_at = self._resume_at, 0
-        pin = self.device.type == "cuda"
-        for decoded in self.files.decoders.run(self._tasks(self._begun - 1, self._position, self._batch), pin=pin):
+        pin, batch, count = self.device.type == "cuda", self._batch, len(self.files)
+        for decoded in self.files.decoders.run(self._tasks(self._begun - 1, self._position, batch), pin=pin):
             if decoded.failures:
                 path, reason = decoded.failures[0]
                 raise unreadable(f"{path}: {reason}")
-            self._position += len(decoded.labels)
+            self.total = min(batch, count - self._position)
+            self._position += self.total
             yield self._move(decoded.pixels), decoded.labels.to(self.device, non_blocking=True)
         self._position = 0
 
@@ -113,6 +118,7 @@ class FileBatches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for first in range(start, count, batch):
             index = order[first : first + batch]
+            index = index[self._share.of(len(index))]
             labels = self.files.labels[index].tolist()
             yield [
                 Task(self.files.paths[i], label, _mixed(seed, epoch, i) if self.augment else None)

@@ -1,28 +1,52 @@
 """What every loader is, and what those of this package share: checks and normalisation."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lowcal.errors import LowcalError
 
-__all__ = ["Loader", "Normalise", "check_batch", "check_state"]
+__all__ = ["Loader", "Normalise", "Share", "check_batch", "check_state"]
+
+
+class Share(NamedTuple):
+    """Which part of each mini-batch is this process's, where `world` processes train together.
+
+    The parts are as equal as can be, and the first one is never smaller than another; all images are in one of them.
+
+    >>> [Share(rank, 3).of(8) for rank in range(3)]
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None)]
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> slice:
+        """Its places among `count` images; none if there are fewer images than processes."""
+        each, more = divmod(count, self.world)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
 
 
 class Loader(Protocol):
     """Mini-batches of one split, on the training device: all that training and evaluation know of data.
 
-    A pass over it is an epoch: each image once, the last batch may be smaller.
+    A pass over it is an epoch: each image once, the last batch may be smaller. Where several processes train together,
+    each is given its share of the same mini-batches, and only that: the others' images are not loaded.
     """
 
     @property
     def batch(self) -> int:
-        """Images per batch; may be set between passes."""
+        """Images per batch, over all processes; may be set between passes."""
 
     @batch.setter
     def batch(self, value: int) -> None: ...
+
+    @property
+    def total(self) -> int:
+        """Images of the batch given out last, over all processes."""
 
     def __len__(self) -> int:
         """Batches in a pass."""

@@ -8,27 +8,44 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lowcal.data import Dataset, Loader, load, make_loader
+from lowcal.data import Dataset, Loader, Share, load, make_loader
+from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.synced_norm import synchronise
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
 from lowcal.training.modes import find_step
+from lowcal.training.ranks import Launch, Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
+ALONE = Launch()
 EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, launch: Launch = ALONE) -> torch.device:
     """The device called `name`: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
 
+    Of several processes on a machine each has a GPU of its own.
+
     Raises:
-        LowcalError: it is none of these, or not in this machine.
+        LowcalError: it is none of these, or not in this machine, or there are fewer than processes.
     """
+    if launch.world > 1:
+        if ":" in name:
+            raise LowcalError(f"device '{name}' is one for several processes; give --device cuda, each takes its own")
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if name == "cuda" or (name == "auto" and present):
+            if present < launch.local_world:
+                raise LowcalError(
+                    f"{launch.local_world} processes on this machine, where torch finds {present} CUDA device(s); "
+                    f"start as many (torchrun --nproc-per-node {max(present, 1)}) or use --device cpu"
+                )
+            return torch.device("cuda", launch.local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
@@ -42,9 +59,12 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_data(recipe: Recipe, data_dir: Path | None) -> Dataset:
-    """The recipe's images."""
-    return load(data_dir=data_dir, **recipe.data.model_dump())
+def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> Dataset:
+    """The recipe's images; the processes on a machine share its processors for decoding."""
+    settings = recipe.data.model_dump()
+    if launch.local_world > 1 and recipe.data.name == "imagenet" and recipe.data.workers is None:
+        settings["workers"] = max(1, available_workers() // launch.local_world)
+    return load(data_dir=data_dir, **settings)
 
 
 def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> None:
@@ -69,22 +89,33 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
 
 
 def build_run(
-    recipe: Recipe, *, method: str, folder: Path, data: Dataset, device: torch.device, reopen: bool = False
+    recipe: Recipe,
+    *,
+    method: str,
+    folder: Path,
+    data: Dataset,
+    device: torch.device,
+    reopen: bool = False,
+    ranks: Ranks | None = None,
 ) -> Run:
     """A run of `method` under `recipe`, whose seed decides its initial weights and its batches.
 
     Args:
         folder: its run folder, which is made; with `reopen` it must be there, and `Run.resume` goes on with it.
+        ranks: the processes that share each mini-batch among them.
     """
+    ranks = ranks or Ranks()
     torch.manual_seed(recipe.seed)
     model, optimizer, attached = _parts(recipe, method, data, device)
-    if reopen:
-        files = RunFolder.open(folder)
+    if recipe.sync_batch_norm and ranks.world > 1:
+        synchronise(model)
+    if reopen or not ranks.is_main:
+        files = RunFolder(folder)
     else:
         files = RunFolder.create(
             folder,
             recipe=dump_recipe(recipe),
-            environment=gather_environment(str(device)),
+            environment={**gather_environment(str(device)), "ranks": ranks.world},
             identity={
                 "method": method,
                 "recipe": recipe.name,
@@ -99,8 +130,8 @@ def build_run(
         model=model,
         optimizer=optimizer,
         method=attached,
-        train=_loader(recipe, data, device, training=True),
-        test=_loader(recipe, data, device, training=False),
+        train=_loader(recipe, data, device, ranks.share, training=True),
+        test=_loader(recipe, data, device, ranks.share, training=False),
         epochs=recipe.epochs,
         lr_at=lr_at(recipe),
         precision=recipe.precision,
@@ -111,6 +142,7 @@ def build_run(
         max_skips=recipe.guard.max_skips,
         step="eager" if recipe.step == "auto" else recipe.step,
         growth=_growth(recipe.batch, len(data.train)),
+        ranks=ranks,
     )
 
 
@@ -148,8 +180,14 @@ def _growth(batch: BatchSettings, images: int) -> Growth:
     return Growth(batch.size, most=most, limit=batch.memory_limit, scale_lr=batch.scale_lr)
 
 
-def _loader(recipe: Recipe, data: Dataset, device: torch.device, *, training: bool) -> Loader:
+def _loader(recipe: Recipe, data: Dataset, device: torch.device, share: Share, *, training: bool) -> Loader:
     batch = recipe.batch.size if training else min(len(data.test), max(recipe.batch.size, EVALUATION_BATCH))
     return make_loader(
-        data, training=training, batch=batch, device=device, seed=recipe.seed, channels_last=recipe.channels_last
+        data,
+        training=training,
+        batch=batch,
+        device=device,
+        seed=recipe.seed,
+        channels_last=recipe.channels_last,
+        share=share,
     )

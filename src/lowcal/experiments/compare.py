@@ -18,6 +18,7 @@ from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
 from lowcal.report import Report, write_report
+from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
@@ -93,11 +94,21 @@ def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, ep
         run.finish()
 
 
-def prepare(recipe: Recipe, arm: Arm, folder: Path, *, data: Dataset, device: torch.device, watcher: Watcher) -> Run:
+def prepare(
+    recipe: Recipe,
+    arm: Arm,
+    folder: Path,
+    *,
+    data: Dataset,
+    device: torch.device,
+    watcher: Watcher,
+    ranks: Ranks | None = None,
+) -> Run:
     """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on."""
-    reopen = RunFolder.holds_run(folder)
+    ranks = ranks or Ranks()
+    reopen = ranks.from_main(lambda: RunFolder.holds_run(folder))
     own = recipe.model_copy(update={"seed": arm.seed})
-    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen)
+    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, ranks=ranks)
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")

@@ -191,6 +191,8 @@ class Recipe(Settings):
 
     `label` is the line that tables and reports show for it; `threads` are torch's on the CPU (None: torch's choice).
     `deterministic` lets torch use no algorithm whose result changes from run to run, which on a GPU costs speed.
+    `batch` is that of all processes together; with `sync_batch_norm` they normalise by its statistics, not by those of
+    their shares.
     """
 
     name: Name
@@ -203,6 +205,7 @@ class Recipe(Settings):
     step: Literal["auto", "eager", "compiled"] = "auto"
     threads: Count | None = None
     deterministic: bool = False
+    sync_batch_norm: bool = False
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings

@@ -1,26 +1,33 @@
-"""A single run."""
+"""A single run, by one process or by several that share each mini-batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import advance, note_skipped, prepare
 from lowcal.experiments.determinism import deterministic
-from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe_files import parse_recipe
 from lowcal.experiments.threads import cpu_threads
+from lowcal.training.interrupt import deferred
+from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 
 
-def started_with(folder: Path) -> tuple[Recipe, str]:
+def started_with(folder: Path, ranks: Ranks) -> tuple[Recipe, str]:
     """The recipe and the method of the run in `folder`."""
-    return recipe_in(folder), RunFolder.open(folder).read_identity()["method"]
+
+    def read() -> tuple[str, str]:
+        files = RunFolder.open(folder)
+        return files.recipe, files.read_identity()["method"]
+
+    text, method = ranks.from_main(read)
+    return parse_recipe(text, str(folder / "recipe.yaml")), method
 
 
 def train(
@@ -30,10 +37,16 @@ def train(
     *,
     resume: bool,
     data_dir: Path | None,
-    device: torch.device,
+    ranks: Ranks,
     watcher: Watcher,
 ) -> dict[str, Any]:
     """Train one network by one method in `folder`, or with `resume` go on with the run that is there.
+
+    Each of several processes calls it; all come to the same end. After torchrun has started them anew they go on with
+    the run as if told to resume.
+
+    Args:
+        ranks: the processes, each with its device.
 
     Returns:
         What the run's `summary.json` holds.
@@ -42,30 +55,53 @@ def train(
         LowcalError: as `compare` does; with `resume` also if the run there is of another recipe or method, or its
             checkpoints cannot be used.
     """
-    if resume:
+    if ranks.world > 1:
+        _refuse_for_many(recipe, ranks.world)
+    summary = ranks.from_main(lambda: _look(recipe, method, folder, resume=resume, restarts=ranks.launch.restarts))
+    if summary is not None:
+        watcher.note(f"{folder} is finished already")
+        return summary
+    with ranks.one_first():  # data may have to be downloaded, or decoded and kept
+        data = load_data(recipe, data_dir, ranks.launch)
+    note_skipped(data, watcher)
+    ranks.from_main(lambda: check(recipe, [method], data, ranks.device))
+    arm = Arm(method, recipe.seed)
+    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
+        run = prepare(recipe, arm, folder, data=data, device=ranks.device, watcher=watcher, ranks=ranks)
+        watcher.begin([arm], [run.finished], recipe.epochs)
+        run.warm_up()
+        with deferred():  # between epochs too, where one process alone must not leave
+            while not run.done:
+                advance(arm, run, watcher)
+        return run.finish()
+
+
+def _refuse_for_many(recipe: Recipe, world: int) -> None:
+    """Refuse what does not go with several processes."""
+    if recipe.batch.size < world:
+        raise LowcalError(
+            f"batch.size={recipe.batch.size}: is shared among {world} processes, so it must be at least as many images; "
+            "--set batch.size=N, or start fewer"
+        )
+    if recipe.step not in ("auto", "eager"):
+        raise LowcalError(f"step={recipe.step}: is for one process; --set step=eager, or start it without torchrun")
+
+
+def _look(recipe: Recipe, method: str, folder: Path, *, resume: bool, restarts: int) -> dict[str, Any] | None:
+    """Refuse a folder that cannot be used; the summary of a run that is finished there, None if there is none."""
+    if resume or (restarts and RunFolder.holds_run(folder)):
         refuse_another_recipe(folder, recipe)
-        started = started_with(folder)[1]
+        started = RunFolder.open(folder).read_identity()["method"]
         if method != started:
             raise LowcalError(
                 f"{folder} is a run of '{started}', not of '{method}'; leave --method out to go on with it"
             )
         summary = RunFolder(folder).read_summary()
         if summary is not None:
-            watcher.note(f"{folder} is finished already")
             return summary
     elif RunFolder.holds_run(folder):
         raise LowcalError(f"{folder} holds a run already; go on with it by --resume or choose another --out")
     elif not RunFolder.is_half_made(folder):
         refuse_used(folder, "a run")
     refuse_unwritable(folder)
-    data = load_data(recipe, data_dir)
-    note_skipped(data, watcher)
-    check(recipe, [method], data, device)
-    arm = Arm(method, recipe.seed)
-    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
-        run = prepare(recipe, arm, folder, data=data, device=device, watcher=watcher)
-        watcher.begin([arm], [run.finished], recipe.epochs)
-        run.warm_up()
-        while not run.done:
-            advance(arm, run, watcher)
-        return run.finish()
+    return None

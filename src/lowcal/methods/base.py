@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
@@ -73,6 +74,14 @@ class Method:
     def penalty(self, loss: Tensor) -> Tensor | None:
         """What a mini-batch's mean loss `loss` is increased by: a 0-d tensor with graph, or None."""
         return None
+
+    def parallel(self, **ddp_options: Any) -> nn.Module:
+        """What several processes call in the network's place, so that its gradients are their means.
+
+        It is good until `end_epoch` returns True; let go of it before asking for the next one. The options are those of
+        `torch.nn.parallel.DistributedDataParallel`.
+        """
+        return DistributedDataParallel(self.model, **ddp_options)
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
         """The FLOPs of a training step on average over many; `step` takes one, `count` says what a call takes."""

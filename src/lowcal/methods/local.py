@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowcal.local import LoCal
 from lowcal.methods.base import Fact, Method
 from lowcal.methods.settings import LocalSettings, build_schedule
+from lowcal.parallel import DistributedLoCal
 from lowcal.rules import Hebbian, Rule
 from lowcal.supervision import LossTrend, Supervision
 
@@ -32,6 +33,7 @@ class Local(Method):
             norm_stats=self.settings.norm_stats,
             example_inputs=example_inputs,
         )
+        self._parallel: DistributedLoCal | None = None
         self._facts: dict[str, Fact] = super().facts()
         return self._local.layers
 
@@ -49,6 +51,12 @@ class Local(Method):
     def move_to(self, boundary: int) -> None:
         """Sets the boundary by hand; never backwards."""
         self._local.move_to(boundary)
+
+    def parallel(self, **ddp_options: Any) -> nn.Module:
+        """The same at each call, since it follows the boundary by itself."""
+        if self._parallel is None:
+            self._parallel = DistributedLoCal(self.model, self._local, **ddp_options)
+        return self._parallel
 
     def end_epoch(self, loss: float) -> bool:
         """Sets the sign of local updates and moves the boundary, as the schedule says."""

@@ -75,6 +75,10 @@ class StochasticDepth(Method):
         self._scales: list[RemovableHandle] = []
         return layers
 
+    def parallel(self, **ddp_options: Any) -> nn.Module:
+        """DDP that looks in each step for the blocks without gradients, which are the same in all processes."""
+        return super().parallel(find_unused_parameters=min(self.survival) < 1, **ddp_options)
+
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
         """The expectation over all gates: a step of all blocks, less what each branch takes while it is dropped."""
         shapes: list[torch.Size] = []

@@ -55,14 +55,14 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     _rename(folder)
 
 
-def settle(checkpoint: Checkpoint) -> None:
-    """Ends the saving of `checkpoint`, if a crash came between its writing and its renaming.
+def settle(path: Path) -> None:
+    """Ends the saving of the checkpoint in `path`, if a crash came between its writing and its renaming.
 
     Raises:
         LowcalError: the system refuses.
     """
-    if checkpoint.path.name == NEXT:
-        _rename(checkpoint.path.parent)
+    if path.name == NEXT:
+        _rename(path.parent)
 
 
 def _rename(folder: Path) -> None:

@@ -49,7 +49,10 @@ class Pause(Protocol):
     """What may come between two steps: a checkpoint, or the end of the program."""
 
     def is_due(self) -> bool:
-        """Whether `__call__` wants to be called now; asked after each step."""
+        """Whether `__call__` wants to be called now; asked once after each step."""
+
+    def is_urgent(self) -> bool:
+        """Whether it wants to be called even though no further step can be taken."""
 
     def __call__(self) -> None:
         """Saves; the device has done all that was asked of it, and the losses so far are good."""
@@ -89,11 +92,11 @@ def train_epoch(
     steps = part.steps
     start = last = shown = now(device)
 
-    def rest() -> None:
+    def rest(pause: Pause | None) -> None:
         nonlocal start, last
         part.seconds += now(device) - start
         part.check(max_skips)
-        if pause is not None and pause.is_due():
+        if pause is not None:
             pause()
         start = last = now(device)
 
@@ -104,12 +107,12 @@ def train_epoch(
         except StopIteration:
             break
         except LowcalError:
-            if pause is not None and pause.is_due():  # a signal to the whole process group ends loading too
-                rest()
+            if pause is not None and pause.is_urgent():  # a signal to the whole process group ends loading too
+                rest(pause)
             raise
         loss = step(images, labels)
         moment = perf_counter()
-        part.add(loss, step.skipped, images.shape, moment - last)
+        part.add(loss, step.skipped, (batches.total, *images.shape[1:]), moment - last)
         last = moment
         done = part.done
         if done % CHECK_EVERY == 0:
@@ -132,5 +135,5 @@ def train_epoch(
             )
         # After the last step the loader must come to its end first: its state is then that of the next epoch.
         if done < steps and pause is not None and pause.is_due():
-            rest()
-    rest()
+            rest(pause)
+    rest(pause if pause is not None and pause.is_due() else None)

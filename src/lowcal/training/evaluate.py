@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,12 @@ from lowcal.training.step import autocast
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: str
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    precision: str,
+    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> tuple[float, float]:
     """Mean cross entropy and top-1 error, in percent, of `model` over all images of `batches`.
 
@@ -23,6 +28,7 @@ def evaluate(
         batches: images (N, C, H, W) and class numbers (N,), on the device; N may differ.
         device: where the network is.
         precision: of the forward pass.
+        add_up: from the sums over these images, (3,) float64 on the device, to those over the images of all processes.
     """
     model.eval()
     count = 0
@@ -36,5 +42,6 @@ def evaluate(
             both = torch.stack((loss.double(), right.double()))
         totals += both
         count += len(labels)
-    loss_sum, right_sum = totals.tolist()
-    return loss_sum / count, 100.0 * (1.0 - right_sum / count)
+    counts = torch.full((1,), count, dtype=torch.float64, device=device)
+    loss_sum, right_sum, images = add_up(torch.cat((totals, counts))).tolist()
+    return loss_sum / images, 100.0 * (1.0 - right_sum / images)

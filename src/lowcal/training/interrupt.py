@@ -25,6 +25,7 @@ class _Desk:
 
     received: int | None = None
     deferred = 0  # how many `deferred` are entered
+    is_ending = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         is_impatient = number == signal.SIGINT and self.received is not None  # a second Ctrl-C
@@ -46,19 +47,19 @@ def catch_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _desk.received = None
+    _desk.received, _desk.is_ending = None, False
     before = {number: signal.signal(number, _desk.receive) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not _desk.is_ending else ():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _desk.received = None
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within it a signal waits until `raise_if_requested` is called; a second Ctrl-C does not."""
+    """Within it a signal waits, and `requested` tells of it; a second Ctrl-C does not wait."""
     _desk.deferred += 1
     try:
         yield
@@ -66,12 +67,13 @@ def deferred() -> Iterator[None]:
         _desk.deferred -= 1
 
 
-def requested() -> bool:
-    """Whether a signal waits."""
-    return _desk.received is not None
+def requested() -> int:
+    """The number of the signal that waits; 0 if none does."""
+    return _desk.received or 0
 
 
-def raise_if_requested() -> None:
-    """Raises `Interrupted` if a signal waits."""
-    if _desk.received is not None:
-        raise Interrupted(_desk.received)
+def end() -> None:
+    """From here on signals do nothing, since the program is ending: none may come between it and its last words."""
+    _desk.is_ending = True
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lowcal.data import Share
 from lowcal.methods import Method
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 
@@ -17,10 +18,12 @@ class Meter:
         method: attached to the network; `renew` is to be called when either changes.
         device: where the network is.
         precision: of its steps.
+        world: processes among which each mini-batch is shared out.
     """
 
-    def __init__(self, method: Method, device: torch.device, precision: str) -> None:
+    def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
         self._method, self._device, self._precision = method, device, precision
+        self._largest = Share(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
         self._others = 0  # bytes on the device that belong to data sets and to other runs
 
@@ -44,9 +47,18 @@ class Meter:
         return torch.cuda.max_memory_allocated(self._device) - self._others if self._device.type == "cuda" else 0
 
     def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
-        """FLOPs of so many steps of images of such shapes, and the bytes of one: `peak`, unless that is 0."""
-        for shape in shapes:
-            if shape not in self._costs:
-                self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
-        flops = sum(self._costs[shape].flops * count for shape, count in shapes.items())
-        return flops, peak or max(self._costs[shape].peak_bytes for shape in shapes)
+        """FLOPs of so many steps of images of such shapes, and a device's bytes in one: `peak`, unless that is 0.
+
+        The shapes and the FLOPs are of all processes, the bytes of the one that has most.
+        """
+        flops = sum(self._cost(shape).flops * count for shape, count in shapes.items())
+        return flops, peak or max(self._cost(self._on_one(shape)).peak_bytes for shape in shapes)
+
+    def _on_one(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        share = self._largest.of(shape[0])
+        return (share.stop - share.start, *shape[1:])
+
+    def _cost(self, shape: tuple[int, ...]) -> Cost:
+        if shape not in self._costs:
+            self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
+        return self._costs[shape]

@@ -96,12 +96,12 @@ class EagerStep:
         if self._guard is not None:
             self._guard.remember()
         with autocast(self._device, self._precision):
-            loss = F.cross_entropy(self._model(images), labels)
+            loss, own = self._losses(images, labels)
         penalty = self._method.penalty(loss)
-        total = loss if penalty is None else loss + penalty
+        whole, total = (loss, own) if penalty is None else (loss + penalty, own + penalty)
         (total if self._scaler is None else self._scaler.scale(total)).backward()
         if self._guard is not None:
-            self.skipped = self._guard.step(total.detach(), self._scaler)
+            self.skipped = self._guard.step(whole.detach(), self._scaler)
         elif self._scaler is not None:
             self._scaler.step(self._optimizer)
             self.skipped = overflowed(self._scaler, self._optimizer)
@@ -110,3 +110,8 @@ class EagerStep:
         if self._scaler is not None:
             self._scaler.update()
         return loss.detach()
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mini-batch's mean loss, and what is to be differentiated in its place: here the same."""
+        loss = F.cross_entropy(self._model(images), labels)
+        return loss, loss

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +16,18 @@ from torch.optim import Optimizer
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
-from lowcal.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, settle
+from lowcal.training.checkpoint import load_checkpoint, save_checkpoint, settle
 from lowcal.training.epoch import Progress, now, train_epoch
 from lowcal.training.evaluate import evaluate
 from lowcal.training.finish import export_weights, write_summary
 from lowcal.training.growth import Growth, is_out_of_memory, kept_apart, release
-from lowcal.training.interrupt import deferred, raise_if_requested, requested
+from lowcal.training.interrupt import Interrupted, deferred, end, requested
 from lowcal.training.meter import Meter
 from lowcal.training.modes import build_step
 from lowcal.training.part import DivergedError, Part
 from lowcal.training.random_state import RandomState
+from lowcal.training.ranked_step import RankedStep
+from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.resume import Learner, check_identity, identity
 from lowcal.training.step import Step, build_scaler
@@ -33,6 +37,9 @@ __all__ = ["Progress", "Run"]
 
 class Run:
     """A method on a network, epoch by epoch; several runs may take turns in one process.
+
+    Several processes that train one network each have a run of it, all in the same state but for the share of the
+    images that its loaders give. The main one's alone writes to the folder, which the others need not see.
 
     Args:
         model: the network, on `device`; the method is attached to it.
@@ -52,6 +59,7 @@ class Run:
             at the first loss that is.
         growth: decides the size of the mini-batches; None: it stays.
         step: how a step is run: "eager" or "compiled".
+        ranks: the processes that train the network.
 
     Attributes:
         finished: epochs that are done.
@@ -77,7 +85,9 @@ class Run:
         max_skips: int = 0,
         step: str = "eager",
         growth: Growth | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.optimizer, self.method = model, optimizer, method
         self.train, self.test = train, test
         self.epochs, self.seed, self.folder = epochs, seed, folder
@@ -98,8 +108,8 @@ class Run:
         self._saved_steps = 0  # of the running epoch
         random, scaler = RandomState(seed, self.device), build_scaler(self.device, precision)
         self._learner = Learner(model, optimizer, method, scaler, random)
-        self._step = self._build_step(self._learner)
-        self._meter = Meter(method, self.device, precision)
+        self._step = self._build_step(self._learner, self.ranks)
+        self._meter = Meter(method, self.device, precision, self.ranks.world)
         self._is_whole = True  # False from an epoch's start to its end: a broken-off run cannot be gone on from
 
     @property
@@ -120,7 +130,7 @@ class Run:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             twin = self._twin(images[:1])
             twin.model.train()
-            step = self._build_step(twin)
+            step = self._build_step(twin, Ranks())
             for _ in range(steps):
                 step(images, labels)
             twin.method.detach()
@@ -135,7 +145,8 @@ class Run:
         Raises:
             LowcalError: the loss became NaN or infinite, the run is finished, or its last epoch was broken off. The
                 folder is then as the last checkpoint left it.
-            Interrupted: a signal asked for the end; the run is saved as it was at the end of the last step.
+            Interrupted: a signal asked one of the processes for the end; the run is saved as it was at the end of the
+                last step.
         """
         if self.done:
             raise LowcalError(
@@ -155,9 +166,15 @@ class Run:
                 loss = part.mean_loss()
                 if not math.isfinite(loss):
                     raise self._diverged("every step was skipped, the last", part.steps)
-                flops, peak = self._meter.count(part.shape_counts(), max(part.peak, self._meter.peak()))
-                batches = self._interruptible(part)
-                test_loss, top1_error = evaluate(self.model, batches, device=self.device, precision=self.precision)
+                flops, peak = self._costs(part)
+                self.ranks.spread(self.model.buffers())  # running statistics, which each process makes of its share
+                test_loss, top1_error = evaluate(
+                    self.model,
+                    self._interruptible(part),
+                    device=self.device,
+                    precision=self.precision,
+                    add_up=self.ranks.sum,
+                )
             if not math.isfinite(test_loss):
                 raise self._diverged(f"the test loss is {test_loss}", part.steps)
             held = self._meter.held()
@@ -187,10 +204,12 @@ class Run:
             if changed:
                 self._renew()
             self.finished += 1
-            self.folder.append(record)
+            if self.ranks.is_main:
+                self.folder.append(record)
             self._save(None)
             self._is_whole = True
-            raise_if_requested()
+            if signal := self.ranks.most(requested()):
+                self._end(signal)
         return record
 
     def resume(self) -> tuple[str, ...]:
@@ -202,26 +221,23 @@ class Run:
         Raises:
             LowcalError: no checkpoint can be used, or it belongs to another run; this run is unchanged then.
         """
-        checkpoint = load_checkpoint(self.folder.path)
-        if checkpoint is None:
-            # The first epoch's record may be there without its checkpoint.
-            if not self._is_whole or len(self.folder.read_epochs()) > 1:
-                raise LowcalError(f"{self.folder.path} has no checkpoint; start the run anew in another folder")
-            self.folder.truncate(0)
+        found = self.ranks.from_main(self._newest)
+        if found is None:
             return ("no epoch had been finished; started from the first",)
-        check_identity(checkpoint.state.get("run"), self._identity(), checkpoint.path)
+        state, name, notes = found
         batches = self.train.state_dict()
         try:
-            self._take(checkpoint)
+            self._take(state)
         except Exception as error:  # each of the parts refuses what it cannot load with an error of its own
             self.train.load_state_dict(batches)
             first_line = str(error).partition("\n")[0]
             raise LowcalError(
-                f"{checkpoint.path} does not fit this run ({type(error).__name__}: {first_line}); "
+                f"{name} does not fit this run ({type(error).__name__}: {first_line}); "
                 "resume with the lowcal and the recipe that wrote it"
             ) from error
-        settle(checkpoint)
-        return checkpoint.passed_over
+        if self.ranks.is_main:
+            settle(Path(name))
+        return notes
 
     def finish(self) -> dict[str, Any]:
         """Writes the network's weights and the folder's `summary.json`; returns what the latter holds.
@@ -234,8 +250,12 @@ class Run:
                 f"the run in {self.folder.path} has finished {self.finished} of {self.epochs} epochs; "
                 "go on with it first"
             )
-        export_weights(self.model, self.folder.path)
-        return write_summary(self.folder)  # last: its presence says that the run is finished
+
+        def write() -> dict[str, Any]:
+            export_weights(self.model, self.folder.path)
+            return write_summary(self.folder)  # last: its presence says that the run is finished
+
+        return self.ranks.from_main(write)
 
     # One epoch
 
@@ -288,14 +308,26 @@ class Run:
             f"{self._growth.batch}, which stays",
         )
 
+    def _costs(self, part: Part) -> tuple[int, int]:
+        """FLOPs of the epoch's steps, and the most bytes on a device in one of them."""
+        peak = self.ranks.most(max(part.peak, self._meter.peak()))
+        return self.ranks.from_main(lambda: self._meter.count(part.shape_counts(), peak))
+
     def _interruptible(self, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """The images for evaluation; a signal ends it, with the run saved as it was before."""
         random = self._learner.random.state_dict()
         for batch in self.test:
-            if requested():
+            if signal := self.ranks.poll(requested()):
                 self._save(part, random=random)
-                raise_if_requested()
+                self._end(signal)
             yield batch
+
+    def _end(self, signal: int) -> NoReturn:
+        """Ends the run, which is saved, as all processes have agreed."""
+        if self.ranks.world > 1:
+            self.ranks.wait()  # for the main one, which saves
+            end()  # torchrun sends a signal to those that are still there when the first has gone
+        raise Interrupted(signal)
 
     def _diverged(self, what: str, step: int) -> LowcalError:
         if not self._checkpoint or not (self.finished or self._saved_steps):
@@ -315,7 +347,17 @@ class Run:
 
     # Building, saving and loading
 
-    def _build_step(self, learner: Learner) -> Step:
+    def _build_step(self, learner: Learner, ranks: Ranks) -> Step:
+        guard = self._max_skips > 0
+        if ranks.world > 1:
+            return RankedStep(
+                learner.optimizer,
+                learner.method,
+                ranks=ranks,
+                precision=self.precision,
+                scaler=learner.scaler,
+                guard=guard,
+            )
         return build_step(
             self._mode,
             learner.model,
@@ -324,13 +366,16 @@ class Run:
             device=self.device,
             precision=self.precision,
             scaler=learner.scaler,
-            guard=self._max_skips > 0,
+            guard=guard,
             batch=self.train.batch,
         )
 
     def _renew(self) -> None:
         """What depends on the network's shape and on what learns in it."""
-        self._step = self._build_step(self._learner)
+        if self.ranks.world > 1:
+            del self._step
+            gc.collect()  # DDP's hooks on the parameters go with it
+        self._step = self._build_step(self._learner, self.ranks)
         self._meter.renew()
 
     def _twin(self, example: Tensor) -> Learner:
@@ -341,7 +386,7 @@ class Run:
 
     def _save(self, part: Part | None, *, random: dict[str, Tensor] | None = None) -> None:
         """Saves the run at the end of an epoch (None), or with `part` of the next one done."""
-        if not self._checkpoint:
+        if not self._checkpoint or not self.ranks.is_main:
             return
         if part is not None:
             part.peak = max(part.peak, self._meter.peak())
@@ -350,6 +395,7 @@ class Run:
             "run": self._identity(),
             "finished": self.finished,
             "seconds": self._seconds,
+            "ranks": self.ranks.world,
             "in_a_row": self._in_a_row,
             "part": None if part is None else part.state_dict(),
             "batches": self.train.state_dict(),
@@ -359,9 +405,23 @@ class Run:
         }
         save_checkpoint(self.folder.path, state if random is None else {**state, "random": random})
 
-    def _take(self, checkpoint: Checkpoint) -> None:
+    def _newest(self) -> tuple[dict[str, Any], str, tuple[str, ...]] | None:
+        """The newest whole checkpoint, its file, and what a person should know; None if the first epoch is to come."""
+        checkpoint = load_checkpoint(self.folder.path)
+        if checkpoint is None:
+            # The first epoch's record may be there without its checkpoint.
+            if not self._is_whole or len(self.folder.read_epochs()) > 1:
+                raise LowcalError(f"{self.folder.path} has no checkpoint; start the run anew in another folder")
+            self.folder.truncate(0)
+            return None
+        check_identity(checkpoint.state.get("run"), self._identity(), checkpoint.path)
+        notes, before = checkpoint.passed_over, checkpoint.state.get("ranks", 1)
+        if before != self.ranks.world:
+            notes += (f"saved by {before} process(es), goes on with {self.ranks.world}",)
+        return checkpoint.state, str(checkpoint.path), notes
+
+    def _take(self, state: dict[str, Any]) -> None:
         """Takes over a checkpoint's state, once copies have shown that all of it fits."""
-        state = checkpoint.state
         twin = self._twin(self.train.example(1))
         twin.load_state_dict(state)
         twin.method.detach()
@@ -373,7 +433,8 @@ class Run:
             part.load_state_dict(state["part"])
         self._growth.load_state_dict(state["growth"])
         self._before = state["before"]
-        self.folder.truncate(finished)
+        if self.ranks.is_main:
+            self.folder.truncate(finished)
         self._learner.load_state_dict(state)
         self._seconds, self.finished, self._in_a_row, self._part = seconds, finished, in_a_row, part
         self._renew()
@@ -385,11 +446,21 @@ class _Saving:
     def __init__(self, run: Run, part: Part) -> None:
         self._run, self._part = run, part
         self._last = monotonic()
+        self._signal = 0
+        self._is_alone = False
 
     def is_due(self) -> bool:
-        return requested() or monotonic() - self._last >= self._run._save_every
+        self._signal = self._run.ranks.poll(requested())
+        return self._signal > 0 or monotonic() - self._last >= self._run._save_every
+
+    def is_urgent(self) -> bool:
+        self._is_alone = requested() > 0  # the other processes do not know
+        return self._is_alone
 
     def __call__(self) -> None:
         self._run._save(self._part)
-        raise_if_requested()
+        if self._signal:
+            self._run._end(self._signal)
+        if self._is_alone:
+            raise Interrupted(requested())
         self._last = monotonic()

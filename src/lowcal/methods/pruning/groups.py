@@ -76,7 +76,7 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
         LowcalError: the network's forward pass cannot be traced, or all its channels must stay.
     """
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # the trace runs the network's own code, which may fail on symbols in any way
         reason = str(error).partition("\n")[0]
         raise LowcalError(
@@ -91,6 +91,13 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
             f"prune finds no channel in {type(model).__name__} that could be removed; use another method or network"
         )
     return groups
+
+
+class _Tracer(fx.Tracer):
+    """Takes normalisation that is derived from torch's for a whole, as torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, nn.BatchNorm2d)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,63 @@
+"""Several processes that train together, forked from the test's own so that torch need not be loaded again."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo  # DDP needs it, which takes seconds: loaded here once, not in each process
+
+from lowcal.training.ranks import Ranks, joined
+
+CPU = torch.device("cpu")
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would tell process `rank` of `world` on one machine."""
+    values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def together(world: int, task: Callable[..., Any], *arguments: Any) -> None:
+    """Calls `task(ranks, *arguments)` in each of `world` processes; none may fail."""
+    assert apart(world, _joined, task, *arguments) == [0] * world
+
+
+def apart(world: int, task: Callable[..., int | None], *arguments: Any) -> list[int | None]:
+    """Calls `task(*arguments)` in each of `world` processes; their exit codes, which it may return."""
+    port, context = free_port(), multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_child, args=(rank, world, port, task, arguments)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def _joined(task: Callable[[Ranks], Any], *arguments: Any) -> None:
+    with joined(CPU) as ranks:
+        task(ranks, *arguments)
+
+
+def _child(rank: int, world: int, port: int, task: Callable[..., int | None], arguments: Any) -> None:
+    os.environ.update(environment(rank, world, port))
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        code = task(*arguments) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

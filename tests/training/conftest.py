@@ -14,7 +14,7 @@ def _remembered_costs(monkeypatch):
 
     def remember(method, shape, *, precision):
         weights = [(name, value.shape) for name, value in method.model.named_parameters()]
-        key = (method.name, method.boundary, str(method.settings), str(weights), shape, precision)
+        key = (str(method.model), method.name, method.boundary, str(method.settings), str(weights), shape, precision)
         if key not in _costs:
             _costs[key] = dry_cost(method, shape, precision=precision)
         return _costs[key]

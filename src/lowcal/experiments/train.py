@@ -80,7 +80,7 @@ def _refuse_for_many(recipe: Recipe, world: int) -> None:
     """Refuse what does not go with several processes."""
     if recipe.batch.size < world:
         raise LowcalError(
-            f"batch.size={recipe.batch.size}: is shared among {world} processes, so it must be at least as many images; "
+            f"batch.size={recipe.batch.size}: is shared among {world} processes, so it must be as many images or more; "
             "--set batch.size=N, or start fewer"
         )
     if recipe.step not in ("auto", "eager"):

@@ -1,0 +1,203 @@
+"""The figures of docs/cifar10.md: every method on ResNet18 and VGG13, with CIFAR-10, beside SGD in less time.
+
+    python benchmarks/cifar10.py --data-dir DIR --out FOLDER --seeds 2
+
+Trains what is missing in FOLDER (a results folder of `lowcal reproduce`): Table 2's methods, ours, and SGD with its
+schedule compressed, those of one network and seed in turn. Writes FOLDER/RECIPE.json, .md and .svg from what is
+finished.
+
+Other work on the machine comes in bursts, so a speed-up is worked out from step times: each over the median of the SGD
+runs of the same round, then the median over all rounds of a method at the same boundary and number of FLOPs.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lowcal.experiments.assemble import find_device
+from lowcal.experiments.reproduction.cells import Cell
+from lowcal.experiments.reproduction.paper import published
+from lowcal.experiments.reproduction.plans import STRATEGIES, compressed
+from lowcal.experiments.reproduction.results import Results
+from lowcal.experiments.reproduction.scales import find_scale
+from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.report.figures import save
+from lowcal.report.frontier import frontier
+from lowcal.report.runs import RunData
+from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.record import write_json
+
+METHODS = {
+    "resnet18-cifar10": ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune"),
+    "vgg13-cifar10": ("sgd", "local", "freeze", "refresh", "prune"),
+}
+SETTINGS = ("lr_schedule.name=cosine", "optimizer.lr=0.05", "model.width=8", "threads=1", "channels_last=true")
+SHORT_STEP = ("step-0.0003", ("local.lr=0.0003",))
+
+
+class Log:
+    """Prints what is trained."""
+
+    def note(self, text: str) -> None:
+        """Prints `text`."""
+        print(text, flush=True)
+
+    def begin(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def step(self, *_: Any) -> None:
+        """Nothing."""
+
+    def epoch(self, arm: Any, record: Any) -> None:
+        """Prints how an epoch went."""
+        words = f"{record['top1_error']:.2f} %, {record['seconds']:.1f} s"
+        print(arm.folder, record["epoch"], record["boundary"], words, flush=True)
+
+
+def cells_of(recipe: str, results: Results) -> list[Cell]:
+    """What is trained; without the shortest of the compressed runs."""
+    cells = [Cell(recipe, method) for method in METHODS[recipe]]
+    return [*cells, Cell(recipe, "local", *SHORT_STEP), *compressed(recipe, results.base)[1:]]
+
+
+def steady(runs: dict[str, list[RunData]]) -> dict[str, float]:
+    """The time of each cell's run over that of sgd, bursts of other work taken out."""
+    plain = [run for name, group in runs.items() if name.startswith("sgd") for run in group]
+    pace: dict[tuple[int, int], float] = {}
+    for seed in {run.seed for run in plain}:
+        for epoch in range(max(len(run.records) for run in plain)):
+            times = [r.records[epoch]["step_ms"] for r in plain if r.seed == seed and epoch < len(r.records)]
+            if times:
+                pace[seed, epoch] = statistics.median(times)
+    at: dict[Any, list[float]] = defaultdict(list)
+
+    def kind(name: str, record: dict[str, Any]) -> Any:
+        is_plain = not record["boundary"] and record["flops"] == plain[0].records[0]["flops"]
+        return "plain" if is_plain and not name.startswith("prune") else (name, record["boundary"], record["flops"])
+
+    for name, group in runs.items():
+        for run in group:
+            for record in run.records:
+                if (run.seed, record["epoch"]) in pace:
+                    at[kind(name, record)].append(record["step_ms"] / pace[run.seed, record["epoch"]])
+    typical = {key: statistics.median(values) for key, values in at.items()}
+    sums = {
+        name: statistics.mean(sum(typical.get(kind(name, r), 1.0) for r in run.records) for run in group)
+        for name, group in runs.items()
+    }
+    return {name: total / sums["sgd"] for name, total in sums.items()}
+
+
+def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample deviation."""
+    found = list(values)
+    return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None
+
+
+def line_at(line: list[tuple[float, float]], time: float) -> float | None:
+    """The error of SGD in `time`, on straight lines between its runs; None outside of them."""
+    for (before, worse), (after, better) in pairwise(line):
+        if before <= time <= after:
+            return worse + (better - worse) * (time - before) / (after - before)
+    return None
+
+
+def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]:
+    """A row for each cell that is finished."""
+    cells = {cell.name: cell for cell in cells_of(recipe, results)}
+    runs = {name: found for name, cell in cells.items() if (found := results.complete(cell, seeds))}
+    shared = set.intersection(*({run.seed for run in group} for group in runs.values()))
+    runs = {name: [run for run in group if run.seed in shared] for name, group in runs.items()}
+    times = steady(runs)
+    errors = {name: mean_std(run.records[-1]["top1_error"] for run in group) for name, group in runs.items()}
+    line = sorted((times[name], errors[name][0]) for name in runs if name.startswith("sgd"))
+    flops = {n: statistics.mean(sum(r["flops"] for r in run.records) for run in g) for n, g in runs.items()}
+    rows = []
+    for name, group in runs.items():
+        rival = None if name.startswith("sgd") else line_at(line, times[name])
+        cell = cells[name]
+        strategy = next((s for s, method in STRATEGIES.items() if method == cell.method), "")
+        paper = published("table2", recipe, strategy) if strategy and not cell.variant else None
+        rows.append(
+            {
+                "name": name,
+                "seeds": len(group),
+                "epochs": len(group[0].records),
+                "top1_error": errors[name][0],
+                "top1_error_std": errors[name][1],
+                "steady_speedup": 1 / times[name],
+                "wall_seconds": statistics.mean(run.records[-1]["total_seconds"] for run in group),
+                "flops_ratio": flops[name] / flops["sgd"],
+                "boundary": [run.records[-1]["boundary"] for run in group],
+                "layers": group[0].records[-1]["layers"],
+                "sgd_in_that_time": rival,
+                "paper_top1_error": paper.top1_error if paper else None,
+                "paper_speedup": paper.speedup if paper else None,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table for the documentation."""
+    lines = [
+        "| method | top-1 error, % | paper's | speed-up | paper's | FLOPs | last boundary | SGD in that time | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        deviation = "" if row["top1_error_std"] is None else f" ± {row['top1_error_std']:.2f}"
+        last = "–" if not any(row["boundary"]) else f"{statistics.mean(row['boundary']):.3g} of {row['layers']}"
+        rival = "–" if row["sgd_in_that_time"] is None else f"{row['sgd_in_that_time']:.2f}"
+        error = "–" if row["paper_top1_error"] is None else f"{row['paper_top1_error']:.2f}"
+        paper = "–" if row["paper_speedup"] is None else f"{row['paper_speedup']:.2f}×"
+        measured = f"{row['top1_error']:.2f}{deviation} | {error} | {row['steady_speedup']:.2f}×"
+        work = f"{row['flops_ratio']:.2f}× | {last} | {rival} | {row['seeds']}"
+        lines.append(f"| {row['name']} | {measured} | {paper} | {work} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(recipe: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """The frontier: error against time, with the line of compressed SGD."""
+    whole = next(row["wall_seconds"] for row in rows if row["name"] == "sgd")
+    at = {row["name"]: (whole / row["steady_speedup"], row["top1_error"]) for row in rows}
+    line = sorted(point for name, point in at.items() if name.startswith("sgd"))
+    spots = {name: [(*point, "")] for name, point in at.items() if not name.startswith("sgd")}
+    save(frontier(line, spots, title=f"{recipe}, width 8, CIFAR-10 (JPEG): error against time"), path)
+
+
+def main() -> None:
+    """Trains, and writes what is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--scale", default="small")
+    parser.add_argument("--only", choices=METHODS)
+    parser.add_argument("--no-training", action="store_true", help="write the tables alone")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    keep_freed_memory()  # as the command does
+    results = Results(arguments.out, find_scale(arguments.scale), settings=SETTINGS, data_dir=arguments.data_dir)
+    recipes = [arguments.only] if arguments.only else list(METHODS)
+    for seeds in () if arguments.no_training else range(1, arguments.seeds + 1):
+        for recipe in recipes:
+            cells = cells_of(recipe, results)
+            results.refuse_others(cells, seeds)
+            results.begin()
+            train_missing(results, missing(results, cells, seeds), device=find_device(arguments.device), watcher=Log())
+    for recipe in recipes:
+        rows = summarise(recipe, results, arguments.seeds)
+        size = results.sizes([recipe])
+        write_json(arguments.out / f"{recipe}.json", {"format": 1, "size": size, "settings": SETTINGS, "rows": rows})
+        (arguments.out / f"{recipe}.md").write_text(markdown(rows))
+        draw(recipe, rows, arguments.out / f"{recipe}.svg")
+        print(json.dumps(size), markdown(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

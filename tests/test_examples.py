@@ -26,3 +26,17 @@ def test_plain_loop():
     last = done.stdout.splitlines()[-1]
     assert "boundary 2 of 4" in last
     assert float(last.split("accuracy ")[1].split("%")[0]) > 85
+
+
+def test_ddp():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, ROOT / "examples" / "ddp.py"], capture_output=True, text=True, check=True, timeout=120
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6  # of rank 0 alone
+    assert "boundary 2 of 4" in lines[-1]
+    assert float(lines[-1].split("accuracy ")[1].split("%")[0]) > 85
+    sent = [int(line.split(", ")[1].split(" ")[0]) for line in lines]
+    assert sent == sorted(sent, reverse=True)
+    assert sent[0] > sent[-1]

@@ -176,6 +176,11 @@ WRONG = {
     "recipe": (["compare", "--recipe", "digit"], "did you mean 'digits'"),
     "recipe file": (["compare", "--recipe", "none.yaml"], "none.yaml"),
     "method": (["compare", "--methods", "sgd,lokal"], "did you mean 'local'"),
+    "methods combined": (["compare", "--methods", "sgd,local+prune"], "methods cannot be combined yet; choose one"),
+    "method that does not apply": (
+        ["train", "--method", "stochastic-depth", "--set", "model.name=vgg13", "--set", "data.name=synthetic"],
+        "stochastic-depth drops residual blocks, and VGG has none that it knows",
+    ),
     "method of train": (["train", "--method", "freese"], "did you mean 'freeze'"),
     "method twice": (["compare", "--methods", "sgd,sgd"], "twice"),
     "no method": (["compare", "--methods", ""], "unknown method"),

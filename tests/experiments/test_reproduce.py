@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from lowcal.cli import main
 from lowcal.errors import LowcalError
@@ -176,6 +177,44 @@ def test_a_strange_results_folder_is_refused(tmp_path, capsys):
     (tmp_path / "reproduce.json").write_text('{"format": 1, "lowcal": "0.0.0"}')
     assert "holds results of lowcal 0.0.0, this is" in refusal(capsys, *arguments)
     assert "--dry-run" not in refusal(capsys, *arguments, "--dry-run")
+
+
+def test_damaged_data_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = tmp_path / "data" / "cifar-10-batches-py"
+    files.mkdir(parents=True)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
+        (files / name).write_text("damaged")
+    arguments = ["table2", "--scale", "tiny", "--cells", "vgg13-cifar10/sgd", "--device", "cpu"]
+    line = refusal(capsys, *arguments, "--data-dir", "data", "--out", "out")
+    assert (
+        "cifar-10-batches-py/data_batch_1 is damaged: its MD5 checksum is not c99cafc152244af753f735de768cd75f" in line
+    )
+    assert "replace it" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("table", ["table1", "table4"])
+def test_a_folder_of_too_few_classes_is_not_the_papers_data(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in [f"{split}/{label}" for split in ("train", "val") for label in ("n1", "n2")]:
+        (tmp_path / "data" / place).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), (9 * number, 0, 0)).save(tmp_path / "data" / place / f"{number}.jpg")
+    sizes = [
+        "--set",
+        "data.train_images=8",
+        "--set",
+        "data.test_images=4",
+        "--set",
+        "batch=2",
+        "--set",
+        "data.workers=0",
+    ]
+    arguments = [table, "--cells", "resnet34-imagenet/local*", "--device", "cpu", "--data-dir", "data", "--out", "out"]
+    line = refusal(capsys, *arguments, *sizes)
+    assert "resnet34-imagenet has 1000 classes, but data holds 2: give the whole data set with --data-dir" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_another_recipe_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from lowcal.experiments.reproduction.paper import paper
 from lowcal.experiments.reproduction.plans import Plan, make_plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rows import runs_of
-from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.experiments.reproduction.training import check_data, missing, train_missing
 from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearched
 from lowcal.experiments.sweep import require_optuna
 from lowcal.report.figures import save
@@ -82,8 +82,7 @@ def reproduce(
     if done:
         watcher.note(f"{results.out}: {done} of {len(chosen) * seeds} runs are finished already")
     if waiting:
-        for recipe in dict.fromkeys(cell.recipe for cell, _ in waiting):
-            results.images(recipe)  # refused before the folder is made
+        check_data(results, dict.fromkeys(cell.recipe for cell, _ in waiting))
         searched = unsearched(results, [cell for cell, _ in waiting])
         if searched:
             require_optuna()

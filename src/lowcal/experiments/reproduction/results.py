@@ -156,7 +156,7 @@ class Results:
         if version != lowcal.__version__:
             raise LowcalError(
                 f"{self.out} holds results of lowcal {version}, this is {lowcal.__version__}; "
-                "use that one or choose another --out"
+                "go on with that version or choose another --out"
             )
         for cell in cells:
             recipe = self.recipe(cell)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
 
+from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import note_skipped, prepare, take_turns
 from lowcal.experiments.determinism import deterministic
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.results import Results
+from lowcal.experiments.reproduction.scales import CLASSES
 from lowcal.experiments.threads import cpu_threads
 
 
@@ -30,16 +32,31 @@ def missing(results: Results, cells: Sequence[Cell], seeds: int) -> list[tuple[C
     return waiting
 
 
+def check_data(results: Results, recipes: Iterable[str]) -> None:
+    """Read the data of each recipe once, so that what is wrong is found before anything is written or trained.
+
+    Raises:
+        LowcalError: data is not there, cannot be read, or is not the data set of the paper.
+    """
+    for name in recipes:
+        folder, dataset = results.images(name), results.base(name).data.name
+        data = load_data(results.base(name), folder)
+        wanted, classes = CLASSES.get(dataset, len(data.classes)), len(data.classes)
+        if classes != wanted:
+            raise LowcalError(
+                f"{name} has {wanted} classes, but {folder} holds {classes}: give the whole data set with --data-dir, "
+                f"or train on this one by: lowcal train --recipe {name}"
+            )
+
+
 def train_missing(
     results: Results, waiting: Sequence[tuple[Cell, int]], *, device: torch.device, watcher: Watcher
 ) -> None:
     """Train what `missing` found; runs that were interrupted go on where they stopped.
 
     Raises:
-        LowcalError: data is not there or cannot be used, a cell does not fit it, or a run diverges.
+        LowcalError: data cannot be used, a cell does not fit it, or a run diverges.
     """
-    for recipe in dict.fromkeys(cell.recipe for cell, _ in waiting):
-        results.images(recipe)  # found now, not after hours of training
     left = sum(results.recipe(cell).epochs - results.state(cell, seed).finished for cell, seed in waiting)
     for name, group in groupby(waiting, key=lambda entry: entry[0].recipe):
         own = list(group)

@@ -1,4 +1,4 @@
-"""Normalisation over all ranks: torch's SyncBatchNorm, which trains on GPUs alone, and one that trains on CPUs."""
+"""Normalisation over all ranks: torch's SyncBatchNorm, which trains on GPUs alone, and ours, for CPUs too."""
 
 import copy
 import itertools
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lowcal
+from lowcal.synced_norm import synchronise
 
 from .networks import Residual, convnet, images
 from .ranks import on_two_ranks
@@ -18,51 +19,22 @@ RULES = [lowcal.Hebbian(lr=0.01), lowcal.Frozen(), lowcal.Refresh(every=2)]
 STEPS = 8
 
 
-class SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverRanks.forward(ctx, gradient)
-
-
-class SyncedNorm(nn.BatchNorm2d):
-    """Batch normalisation over all ranks' samples: with collectives forward and backward, as SyncBatchNorm has them."""
-
-    def forward(self, x):
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = SumOverRanks.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = SumOverRanks.apply(centred.pow(2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight / (variance + self.eps).sqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
 def synced(device="cpu"):
-    """A network that normalises over all ranks: by torch's own module on a GPU."""
+    """A network that normalises over all ranks: by torch's module on a GPU."""
     torch.manual_seed(3)
     model = convnet().to(device)
-    if device != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for name in ("norm1", "norm2", "norm3"):
-        model.set_submodule(name, SyncedNorm(model.get_submodule(name).num_features))
-    return model
+    if device == "cpu":
+        synchronise(model)
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def train(rank, rule, norm_stats, device="cpu", ranks=2):
     """Weights and running statistics after some steps with two moves; rank None is one process with the whole batch."""
-    model = synced(device).double()
+    dtype = torch.float32 if device == "cpu" else torch.float64  # which leaves no room for TF32
+    model = synced(device).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    example = torch.zeros(1, 2, 6, 6, device=device, dtype=torch.float64)
+    example = torch.zeros(1, 2, 6, 6, device=device, dtype=dtype)
     local = lowcal.LoCal(model, optimizer, epochs=9, rule=rule, norm_stats=norm_stats, example_inputs=example)
     called = model if rank is None else lowcal.DistributedLoCal(model, local)
     for step, batch in enumerate(images(STEPS, size=8)):
@@ -70,7 +42,7 @@ def train(rank, rule, norm_stats, device="cpu", ranks=2):
             local.move_to(1 if step == 2 else 2)
         x, y = (part.to(device) if rank is None else part[rank::ranks].to(device) for part in batch)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(called(x.double()), y).backward()
+        nn.functional.cross_entropy(called(x.to(dtype)), y).backward()
         optimizer.step()
     return {name: value.cpu() for name, value in model.state_dict().items()}
 
@@ -80,7 +52,7 @@ def is_like_one_process(results, rule, norm_stats, device="cpu"):
     for name, expected in alone.items():
         assert all(torch.equal(result[name], results[0][name]) for result in results), name
         if not name.endswith("num_batches_tracked"):
-            torch.testing.assert_close(results[0][name], expected, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(results[0][name], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rule", "norm_stats"), [*itertools.product(RULES[::2], ["batch"]), (RULES[0], "running")])

@@ -80,6 +80,26 @@ def test_resumed_at_any_step_it_goes_on_bitwise():
         assert same(weights(model), weights(again)), step
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_a_scaler_skips_moves_nothing_and_counts_only_with_a_fused_optimizer(fused):
+    model = convnet(norm=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=fused)
+    local = LoCal(model, optimizer, epochs=9, rule=Refresh(3), example_inputs=images(1)[0][0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=10**6)
+    local.move_to(2)
+    spoilt, opened = {2, 4}, []
+    for step, batch in enumerate(images(9)):
+        before = weights(model)
+        train_step(model, optimizer, batch, scaler=scaler, spoil=step in spoilt)
+        moved = {name.partition(".")[0] for name in changed(before, model)}
+        assert (moved == set()) == (step in spoilt)
+        if moved & set(LOCAL):
+            assert moved >= {"conv1", "conv2"}
+            opened.append(step)
+    # A fused optimizer skips on the device, where the host does not look: its step is one of the three all the same.
+    assert opened == ([0, 3, 6] if fused else [0, 5, 8])
+
+
 def test_detach_in_any_step_gives_the_gradients_back():
     for steps in range(3):
         model, optimizer, local = controlled(2)

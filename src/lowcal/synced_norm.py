@@ -38,6 +38,13 @@ def synchronise(model: nn.Module) -> None:
             module.__class__ = SyncedBatchNorm2d
 
 
+def separate(model: nn.Module) -> None:
+    """Takes back what `synchronise` did."""
+    for module in model.modules():
+        if type(module) is SyncedBatchNorm2d:
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lowcal.methods import METHODS
+from lowcal.training.growth import Growth
 
 from ..support import same
 from ..world import together
@@ -45,3 +46,40 @@ def test_processes_are_alike_and_like_one(tmp_path, world, methods):
                     continue
                 assert ours[name] == pytest.approx(value, rel=1e-3), (method, name)
             assert ours["peak_memory_bytes"] < theirs["peak_memory_bytes"]
+
+
+def train_growing(ranks, folder, growth, short_of_memory=()):
+    """Trains; the processes `short_of_memory` have none for more than three images."""
+
+    def allocate(model, inputs):
+        if ranks.rank in short_of_memory and model.training and len(inputs[0]) > 3 and not inputs[0].is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = plain()
+    model.register_forward_pre_hook(allocate)
+    run = run_on(make_run(folder / "run", model=model, ranks=ranks, growth=growth))
+    torch.save(state(run), folder / f"{ranks.rank}.pt")
+
+
+def test_processes_grow_their_batch_together(tmp_path):
+    alone = state(run_on(make_run(tmp_path / "alone", model=plain(), growth=Growth(5, most=22, limit=10**9))))
+    together(2, train_growing, tmp_path, Growth(5, most=22, limit=10**9))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert same(first, second)
+    assert [record["batch"] for record in first["log"]] == [5, 5, 10, 10, 20, 20]
+    assert [record["steps"] for record in first["log"]] == [5, 5, 3, 3, 2, 2]
+    torch.testing.assert_close(first["model"], alone["model"], rtol=1e-3, atol=1e-4)
+
+
+def test_memory_that_one_process_lacks_keeps_the_batch_of_all(tmp_path):
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "grown").mkdir()
+    together(2, train_growing, tmp_path / "fixed", Growth(5, most=5))
+    together(2, train_growing, tmp_path / "grown", Growth(5, most=22, limit=10**9), (1,))
+    (fixed, _), (first, second) = (
+        [torch.load(tmp_path / name / f"{rank}.pt") for rank in range(2)] for name in ("fixed", "grown")
+    )
+    assert same(first, second)
+    assert [record.pop("refused_batch") for record in first["log"]] == [None, None, 10, 10, 10, 10]
+    assert {record.pop("refused_batch") for record in fixed["log"]} == {None}
+    assert same(first, fixed)

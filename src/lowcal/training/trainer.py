@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
+from lowcal.synced_norm import separate
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint, settle
 from lowcal.training.epoch import Progress, now, train_epoch
 from lowcal.training.evaluate import evaluate
@@ -124,17 +125,24 @@ class Run:
 
     def warm_up(self, steps: int = 3) -> None:
         """Trains copies of everything for a few steps, so that the first epoch's time has no start-up in it."""
+        share = self.ranks.share.of(self._growth.proven)
+        self._rehearse(steps, share.stop - share.start)
+        now(self.device)
+
+    def _rehearse(self, steps: int, most: int | None = None, *, alone: bool = False) -> None:
+        """Trains copies of everything on the coming mini-batch's first `most` images; `alone`: without other ranks."""
         before = self.train.state_dict()
-        images, labels = (part[: self._growth.proven] for part in next(iter(self.train)))
+        images, labels = (part[:most] for part in next(iter(self.train)))
         self.train.load_state_dict(before)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             twin = self._twin(images[:1])
             twin.model.train()
+            if alone:
+                separate(twin.model)
             step = self._build_step(twin, Ranks())
             for _ in range(steps):
                 step(images, labels)
             twin.method.detach()
-        now(self.device)
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.
@@ -265,6 +273,9 @@ class Run:
         self._part, self._saved_steps = None, part.done
         if self._growth.on_trial and self._before is None:
             self._before = kept_apart({"batches": self.train.state_dict(), **self._learner.state_dict()})
+            # In a step one process cannot tell the others, who wait for its gradients, that its memory ran out.
+            if self.ranks.world > 1 and self.ranks.most(not self._has_memory()):
+                return None
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.model.train()
@@ -287,10 +298,20 @@ class Run:
         except DivergedError as error:
             raise self._diverged(str(error), error.step) from None
         except Exception as error:
-            if self._growth.on_trial and is_out_of_memory(error):
+            if self._growth.on_trial and self.ranks.world == 1 and is_out_of_memory(error):
                 return None
             raise
         return part
+
+    def _has_memory(self) -> bool:
+        """Whether this process by itself can take a step with its share of the batch."""
+        try:
+            self._rehearse(1, alone=True)
+        except Exception as error:
+            if is_out_of_memory(error):
+                return False
+            raise
+        return True
 
     def _shrink_batch(self) -> None:
         """Takes the run back to the start of the epoch, with the batch that was before."""

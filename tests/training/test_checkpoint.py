@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from lowcal import LowcalError
-from lowcal.training.checkpoint import FORMAT, MAGIC, NEXT, PRESENT, PREVIOUS, load_checkpoint, save_checkpoint
+from lowcal.training.checkpoint import (
+    FORMAT,
+    MAGIC,
+    NEXT,
+    PRESENT,
+    PREVIOUS,
+    load_checkpoint,
+    save_checkpoint,
+    settle,
+)
 
 from ..support import same
 
@@ -95,6 +104,16 @@ def test_a_flipped_bit_is_noticed(folder):
         checkpoint = load_checkpoint(folder)
         assert checkpoint.path == folder / PREVIOUS
         assert len(checkpoint.passed_over) == 1
+
+
+def test_the_checkpoint_gone_on_from_outlives_the_damaged_one(folder):
+    (folder / PRESENT).write_bytes(b"damaged")
+    settle(load_checkpoint(folder).path)
+    assert loaded(folder) == 1
+    assert load_checkpoint(folder).passed_over == ()
+    save_checkpoint(folder, state(3))
+    (folder / PRESENT).write_bytes(b"damaged too")
+    assert loaded(folder) == 1
 
 
 @pytest.mark.parametrize(

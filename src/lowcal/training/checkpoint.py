@@ -56,24 +56,34 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def settle(path: Path) -> None:
-    """Ends the saving of the checkpoint in `path`, if a crash came between its writing and its renaming.
+    """Makes the checkpoint in `path` the present one, in the place of newer ones that are damaged.
+
+    So a saving that a crash broke off before its renaming is ended, and the next one keeps this checkpoint, and not a
+    damaged one, as the previous.
 
     Raises:
         LowcalError: the system refuses.
     """
+    folder = path.parent
     if path.name == NEXT:
-        _rename(path.parent)
+        _rename(folder)
+    elif path.name == PREVIOUS:
+        _replace(path, folder / PRESENT)
 
 
 def _rename(folder: Path) -> None:
     """Makes the next checkpoint the present one, and that the previous one."""
+    if (folder / PRESENT).exists():
+        _replace(folder / PRESENT, folder / PREVIOUS)
+    _replace(folder / NEXT, folder / PRESENT)
+
+
+def _replace(path: Path, target: Path) -> None:
     try:
-        if (folder / PRESENT).exists():
-            (folder / PRESENT).replace(folder / PREVIOUS)
-        (folder / NEXT).replace(folder / PRESENT)
+        path.replace(target)
     except OSError as error:
         raise LowcalError(
-            f"cannot rename {folder / NEXT}: {error.strerror}; make the folder writable and resume from this file"
+            f"cannot rename {path}: {error.strerror}; make the folder writable and resume from this file"
         ) from error
 
 

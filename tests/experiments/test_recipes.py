@@ -133,7 +133,13 @@ def eager(recipe: Recipe, model: nn.Module, optimizer: SGD, method: Method) -> S
 
 
 @every_method
-@pytest.mark.parametrize("name", [name for name in (*PUBLISHED, *MODERN) if "cifar" in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if "cifar" in name else pytest.mark.slow)  # at 224x224: below without values
+        for name in (*PUBLISHED, *MODERN)
+    ],
+)
 def test_two_steps(name, method):
     recipe = load_recipe(name)
     model = copy.deepcopy(network(recipe.model.name, IMAGES[recipe.data.name][1]))
@@ -141,15 +147,15 @@ def test_two_steps(name, method):
         with pytest.raises(LowcalError, match="residual blocks, and VGG has none"):
             attach(recipe, method, model)
         return
-    before = model.head.weight.clone()
     optimizer, attached = attach(recipe, method, model)
+    before = model.get_parameter(f"{attached.layers[-1]}.weight").clone()
     for images, labels in make_loader(images_for(recipe), training=True, batch=2, device="cpu"):
         loss = eager(recipe, model, optimizer, attached)(images, labels)
         assert loss.isfinite()
         attached.end_epoch(float(loss))
     assert attached.boundary == (4 if method in MOVING else 0)
     assert all(value.isfinite().all() for value in model.parameters())
-    assert not torch.equal(model.head.weight, before)
+    assert not torch.equal(model.get_parameter(f"{attached.layers[-1]}.weight"), before)
 
 
 @every_method

@@ -198,6 +198,31 @@ def test_a_stopped_worker_gives_its_trial_back_and_the_next_goes_on_from_its_che
     assert len(study_of(out).trials) == 1
 
 
+def test_a_killed_workers_trial_is_taken_up_by_another_and_every_trial_is_finished_once(tmp_path, monkeypatch):
+    out, whole, left = tmp_path / "out", Run.run_epoch, [2]
+
+    def run_epoch(run, progress=None):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return whole(run, progress)
+
+    made = plan("local.lr=0.1,0.2", trials=2, settings=["epochs=3"], lease=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "run_epoch", run_epoch)
+        patch.setattr(ledger_module.Ledger, "release", lambda *_, **__: True)  # who is killed gives nothing back
+        with pytest.raises(KeyboardInterrupt):
+            run(made, out)
+    diary = Diary()
+    rows = run(made, out, diary).summary["rows"]
+    # The second worker first takes what is free, and the dead one's trial when the lease has run out.
+    expected = [("trial-0001-seed0", epoch) for epoch in range(3)] + [("trial-0000-seed0", 2)]
+    assert sorted(diary.epochs) == sorted(expected)
+    assert any("trial 0 is taken up again: its worker stopped" in note for note in diary.notes)
+    assert [(row["trial"], row["reason"]) for row in rows] == [(0, None), (1, None)]
+    assert [trial.state.name for trial in study_of(out).trials] == ["COMPLETE"] * 2
+
+
 def test_a_trial_that_workers_die_of_is_given_up(tmp_path, monkeypatch):
     out, made = tmp_path / "out", plan("local.lr=0.1,0.2", trials=1)
     with monkeypatch.context() as patch:

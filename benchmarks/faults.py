@@ -34,7 +34,7 @@ def killed(trials: Trials, points: tuple[Point, ...], kind: str) -> list[Tally]:
         recovered = trials.kill(point)
         rows[point.place].note(recovered)
         print(f"{kind}: {point}: {'nothing lost' if recovered else 'LOST'}", flush=True)
-    return list(rows.values())
+    return [row for row in rows.values() if row.tried]
 
 
 def terminated(trials: Trials) -> list[Tally]:

@@ -160,6 +160,8 @@ def trials(folder: Path) -> list[Tally]:
     rows = []
     for number, (name, kind) in enumerate(KINDS.items()):
         end = "used" if kind.colour is not None else "named in one line, or left out and counted"
+        if not kind.is_square:
+            end = "used, or as a CIFAR image named or left out"
         row = Tally(f"image file: {name}", f"in training and evaluation; {end}")
         for loader in LOADERS:
             try:

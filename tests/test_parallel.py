@@ -1,11 +1,13 @@
 """Two ranks over every move: alike to the bit, and like one process on the whole mini-batch."""
 
 import copy
+import gc
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lowcal
 from lowcal.parallel import Exchange
@@ -100,6 +102,7 @@ def test_two_ranks_are_alike_and_like_one_process(rule, micro, sync, options):
 
 @pytest.fixture
 def alone(tmp_path):
+    gc.collect()  # what earlier tests have left
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -141,6 +144,8 @@ def test_bytes_handed_to_collectives_are_those_foretold(alone, rule, micro, grad
         counts.append(counted)
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) == 4
+    alive = sum(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+    assert alive == (2 if rule.opens else 1)  # those of earlier boundaries are gone
 
 
 def test_after_detach_all_gradients_are_reduced_again(alone):

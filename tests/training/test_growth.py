@@ -1,5 +1,7 @@
 """A batch that grows when a move frees memory: the decision, the runs, and memory that runs out."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -204,6 +206,18 @@ def test_what_torch_raises_is_known():
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert not is_out_of_memory(RuntimeError("shape '[3]' is invalid"))
+    with pytest.raises(RuntimeError) as broken, broken_capture():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(broken.value)
+
+
+@contextmanager
+def broken_capture():
+    """Ends as `torch.cuda.graph` does when what it captures fails."""
+    try:
+        yield
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -106,10 +106,14 @@ class Growth:
         self._limit, self._is_freed = state["limit"], state["is_freed"]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is what torch raises when a device or the processor has no memory left."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or one that led to it, is what torch raises when there is no memory left."""
     words = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # of cuBLAS, cuDNN
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__  # a capture that is broken off raises an error of its own
+    return False
 
 
 def kept_apart(state: Mapping[str, Any]) -> dict[str, Any]:

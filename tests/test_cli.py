@@ -68,6 +68,15 @@ def test_compare_prints_one_table_and_writes_runs_and_report(here, capsys):
     assert lines(here / "alone") == lines(here / "out" / "local-seed1")
 
 
+def test_a_growing_batch_is_told_and_reported(here, capsys):
+    settings = ["epochs=3", "batch.grow=true", "batch.memory_limit=1GiB"]
+    assert main(["compare", "--methods", "sgd,local", *small(*settings), "--out", "out"]) == 0
+    assert "local-seed0: batch 32 from epoch 3 on" in capsys.readouterr().out.splitlines()
+    assert [record["batch"] for record in lines(here / "out" / "local-seed0")] == [16, 16, 32]
+    assert [record["batch"] for record in lines(here / "out" / "sgd-seed0")] == [16, 16, 16]
+    assert "Batch: local-seed0 16, from epoch 3 on 32." in (here / "out" / "summary.md").read_text()
+
+
 def test_output_that_is_no_terminal_holds_no_control_characters(here, capsys):
     assert main(["train", *small(), "--out", "out"]) == 0
     captured = capsys.readouterr()

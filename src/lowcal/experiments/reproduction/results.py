@@ -47,19 +47,21 @@ class Results:
         self.data_dir = data_dir
         self._bases: dict[str, Recipe] = {}
         self._found: dict[Cell, Found] = {}
+        self._synthetic: dict[str, bool] = {}
 
     def base(self, name: str) -> Recipe:
         """The packaged recipe at this scale, with those of the user's settings that are no method's."""
         if name not in self._bases:
             recipe = load_recipe(name)
-            synthetic = is_stand_in(recipe, self.scale, self.data_dir)
-            recipe = scaled(recipe, self.scale, synthetic=synthetic)
+            recipe = scaled(recipe, self.scale, synthetic=self.is_synthetic(name))
             self._bases[name] = apply_settings(recipe, Cell(name, "sgd").own(self.settings))
         return self._bases[name]
 
     def is_synthetic(self, name: str) -> bool:
         """Whether synthetic images stand in for those of the recipe `name`."""
-        return is_stand_in(load_recipe(name), self.scale, self.data_dir)
+        if name not in self._synthetic:
+            self._synthetic[name] = is_stand_in(load_recipe(name), self.scale, self.data_dir)
+        return self._synthetic[name]
 
     def images(self, name: str) -> Path | None:
         """The folder of the recipe's images; None where they are synthetic or in the cache folder.

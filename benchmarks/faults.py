@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from fault_trials import disks, pictures
+from fault_trials import disks, pictures, ranks
 from fault_trials.checkpoints import damage
 from fault_trials.points import FILES, LONG, PLACES, Point
 from fault_trials.runs import WORKERS, image_files, options
@@ -48,6 +48,22 @@ def terminated(trials: Trials) -> list[Tally]:
             row.slowest_exit = max(row.slowest_exit or 0.0, seconds)
         rows.append(row)
     return rows
+
+
+def of_two(trials: ranks.RankTrials) -> list[Tally]:
+    """Rows of runs of two processes."""
+    told = Tally("SIGTERM to one of two processes", "in training, in evaluation and at a move")
+    for point, rank in ranks.TERMINATED:
+        recovered, seconds = trials.terminate(point, rank)
+        told.note(recovered and seconds < 30)
+        told.slowest_exit = max(told.slowest_exit or 0.0, seconds)
+    killed = Tally("kill -9 of one of two processes", "at any of these places; torchrun --max-restarts 1 goes on")
+    for point, rank in ranks.KILLED:
+        killed.note(trials.kill(point, rank))
+    lost = Tally("kill -9 of one of two processes", "in training; the other ends, and the run is resumed")
+    for rank in range(ranks.WORLD):
+        lost.note(trials.lose(Point("step", 7), rank))
+    return [told, killed, lost]
 
 
 def starved(trials: Trials, mounted: Path) -> list[Tally]:
@@ -105,6 +121,7 @@ def main() -> None:
             trials = Trials(place / f"workers-{workers}", *options(WORKERS.format(workers)), *data)
             rows += killed(trials, FILES, f"{workers} loading workers")
         rows += pictures.trials(place / "pictures")
+        rows += of_two(ranks.RankTrials(place / "ranks", *options()))
     print(table(rows))
     environment = gather_environment("cpu")
     write_json(RESULT, {"format": 1, "environment": environment, "rows": [asdict(row) for row in rows]})

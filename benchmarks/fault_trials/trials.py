@@ -38,14 +38,19 @@ class Trials:
     """
 
     def __init__(self, folder: Path, *more: str) -> None:
-        for module in ("lowcal.console", "lowcal.experiments.train", "torch._dynamo"):  # here once, not in each process
-            importlib.import_module(module)
+        self.load()
         folder.mkdir(exist_ok=True)
         self.folder, self.more = folder, more
         self._count = 0
         if train(folder / "whole", *more):
             raise RuntimeError(errors_of(folder / "whole").read_text())
         self.whole = outcome(folder / "whole")
+
+    @staticmethod
+    def load() -> None:
+        """Loads what runs need, once, and not in each process."""
+        for module in ("lowcal.console", "lowcal.experiments.train", "torch._dynamo"):
+            importlib.import_module(module)
 
     def broken(self, at: Point, fault: Callable[[], None], code: int, place: Path | None = None) -> Path:
         """The folder, in `place`, of a run in which `fault` came; `code` is how its process must have ended."""

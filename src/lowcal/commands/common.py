@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lowcal.training.interrupt import Interrupted, catch_signals
+from lowcal.training.interrupt import Interrupted, catch_signals, end
 from lowcal.training.ranks import Launch, is_lost
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
@@ -55,7 +55,12 @@ def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iter
     """Turns a signal, or the end of another process, into the command that goes on: this one with `more` arguments."""
     try:
         with catch_signals():
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if is_lost(error):
+                    end()  # torchrun sends SIGTERM to those that are left, which must not come before their last words
+                raise
         return
     except KeyboardInterrupt as error:
         what, code = "stopped", INTERRUPTED

@@ -57,7 +57,8 @@ def train(
     """
     if ranks.world > 1:
         _refuse_for_many(recipe, ranks.world)
-    summary = ranks.from_main(lambda: _look(recipe, method, folder, resume=resume, restarts=ranks.launch.restarts))
+    restarts = ranks.most(ranks.launch.restarts)  # torchrun counts on each machine for itself
+    summary = ranks.from_main(lambda: _look(recipe, method, folder, resume=resume, restarts=restarts))
     if summary is not None:
         watcher.note(f"{folder} is finished already")
         return summary

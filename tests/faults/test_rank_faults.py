@@ -1,4 +1,4 @@
-"""Two processes under torchrun's own agent, one of which is killed or told to end; benchmarks/fault_trials plants it."""
+"""Two processes under torchrun's own agent, one killed or told to end; benchmarks/fault_trials plants the faults."""
 
 import pytest
 

@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from lowcal.data import Share
 from lowcal.errors import LowcalError
@@ -28,6 +26,9 @@ from lowcal.training.random_state import RandomState
 # A process that ends is noticed at once, by its connections; this is for one that hangs, and must be longer than it
 # takes the main process to read all data or to write a checkpoint.
 PATIENCE = timedelta(minutes=30)
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -259,6 +260,9 @@ def _fresh_store(launch: Launch) -> Store:
     The main process tells each other one a name that is new. An old greeting may lie where it looks for theirs; whoever
     has left it is no longer there, so it goes on answering until all have said that they heard.
     """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in every build of torch
+    from torch.distributed.rendezvous import rendezvous
+
     store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
     name = uuid4().hex
     if launch.rank:

@@ -95,6 +95,7 @@ class LoCal:
         self._changes: tuple[float, ...] = ()
         self._steps = 0
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
+        self._step: Tensor | None = None  # eta with its sign, where steps are replayed by the device
 
         self._discovery = Discovery(model, self._candidates, self._take)
         self._modules: list[nn.Module] = []
@@ -173,6 +174,7 @@ class LoCal:
         self.change, self._changes = change, changes
         self._losses = (*self._losses, loss)
         self.sign = self.supervision(self._losses) if self.supervision else 1
+        self._set_step()
         moved = target > self.boundary
         if moved:
             self._move(target)
@@ -229,7 +231,8 @@ class LoCal:
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
         self._steps = state["steps"]
-        self._skipped = torch.tensor(state["skipped"], dtype=torch.int64)
+        self._skipped.fill_(state["skipped"])
+        self._set_step()
         self._window.drop()
         self._open()
 
@@ -256,18 +259,38 @@ class LoCal:
 
     def end_forward(self) -> None:
         """Ends a data-parallel forward pass: its updates are summed even if the last local layer did not run."""
-        due = self._learners and self._is_due
+        due = self._learners and self.is_due
         if due and self.model.training and torch.is_grad_enabled():
             self._window.share(self._local_weights())
 
     @property
     def is_open(self) -> bool:
         """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
-        return self.rule.opens and self._is_due
+        return self.rule.opens and self.is_due
 
     def opened(self) -> list[nn.Parameter]:
         """The parameters of local layers that learn by the optimizer in open steps (`DistributedLoCal`)."""
         return [parameter for parameter, required in self._required.items() if required and self.rule.opens]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the rule acts in the coming step."""
+        return self._steps % self.rule.every == 0
+
+    def make_replayable(self, device: torch.device) -> None:
+        """Lets a step depend on this object through what lies on `device`, so that a CUDA graph can replay it.
+
+        A step is then what the device was recorded to do in it, and `count_step`.
+        """
+        self._step = torch.zeros((), device=device)
+        self._skipped = self._skipped.to(device)
+        self._set_step()
+
+    def count_step(self) -> None:
+        """Counts an optimizer step, and opens or closes local layers for the next one."""
+        self._steps += 1
+        if self.rule.opens:
+            self._open()
 
     def update_bytes(self) -> int:
         """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
@@ -370,10 +393,14 @@ class LoCal:
 
     # The step
 
+    def _set_step(self) -> None:
+        if self._step is not None:
+            self._step.fill_(self.sign * self.lr)
+
     def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
         self._ran = set()
         for tap in self._taps.values():
-            tap.due, tap.update = self._is_due, None
+            tap.due, tap.update = self.is_due, None
 
     def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         for index, tap in self._taps.items():  # compiled layers have left their updates there
@@ -382,13 +409,8 @@ class LoCal:
                 tap.update = None
         self._ran = None
 
-    @property
-    def _is_due(self) -> bool:
-        """Whether the rule acts in the coming step."""
-        return self._steps % self.rule.every == 0
-
     def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
-        if not (module.training and torch.is_grad_enabled() and self._is_due):
+        if not (module.training and torch.is_grad_enabled() and self.is_due):
             return
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
             return
@@ -406,19 +428,18 @@ class LoCal:
             self._window.share(self._local_weights())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps += 1
-        if self.rule.opens:
-            self._open()
+        self.count_step()
         weights = self._local_weights()
         updates = self._window.take(weights)
         if not updates:
             return
-        step: float | Tensor = self.sign * self.lr
+        step: float | Tensor = self.sign * self.lr if self._step is None else self._step
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
         if overflow is not None:
             step = torch.where(overflow.reshape(()) > 0, 0.0, step)
         skipped = self.rule.apply([weights[index] for index in updates], list(updates.values()), step)
-        self._skipped = self._skipped.to(skipped.device, non_blocking=True) + skipped
+        self._skipped = self._skipped.to(skipped.device, non_blocking=True)
+        self._skipped += skipped
 
 
 def _remove(*lists: list[RemovableHandle]) -> None:

@@ -256,8 +256,10 @@ def apply_updates(
     for group_weights, group_updates in _by_device(weights, updates):
         norms = torch.stack(torch._foreach_norm(group_updates))
         usable = norms.isfinite() & (norms > 0)
-        length = step if not relative else step * torch.stack(torch._foreach_norm(group_weights)).to(norms.dtype)
-        factors = torch.where(usable, length / norms, 0.0)
+        factors = norms.reciprocal()
+        if relative:
+            factors *= torch.stack(torch._foreach_norm(group_weights)).to(norms.dtype)
+        factors = torch.where(usable, step * factors, 0.0)  # rounded alike for a number and a tensor
         torch._foreach_mul_(group_updates, list(factors.unbind()))
         for update in group_updates:
             update.nan_to_num_(0.0, 0.0, 0.0)  # what a factor of 0 leaves of an infinite update

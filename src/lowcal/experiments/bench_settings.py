@@ -19,7 +19,7 @@ class BenchSettings:
         width: channels of the network's first stage; None: its own.
         precision: "float32", "bf16" or "fp16".
         channels_last: the memory format.
-        step: how a step is run: "eager" or "compiled".
+        step: how a step is run: "eager", "compiled" or "graphed".
         norm_stats: what normalisation before the boundary normalises by.
         every: local updates in each `every`-th step, in a row of its own; 1 leaves that row out.
         rounds: samples of each time.

@@ -202,7 +202,7 @@ class Recipe(Settings):
     seed: Whole = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     channels_last: bool = False
-    step: Literal["auto", "eager", "compiled"] = "auto"
+    step: Literal["auto", "eager", "compiled", "graphed"] = "auto"
     threads: Count | None = None
     deterministic: bool = False
     sync_batch_norm: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -33,11 +34,13 @@ class Method:
     Attributes:
         layers: names of the network's weight layers in the order in which the forward pass runs them.
         period: optimizer steps after which a step's work repeats.
+        unreplayable: why a step cannot be recorded on the device and replayed; None: it can be.
     """
 
     name: ClassVar[str]
     section: ClassVar[str] = "local"
     period: int = 1
+    unreplayable: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -82,6 +85,17 @@ class Method:
         `torch.nn.parallel.DistributedDataParallel`.
         """
         return DistributedDataParallel(self.model, **ddp_options)
+
+    @property
+    def phase(self) -> int:
+        """Which of the kinds of step the coming one is; steps of one kind give the device the same work."""
+        return 0
+
+    def make_replayable(self, device: torch.device) -> None:
+        """Lets numbers that change from epoch to epoch lie on `device` from now on."""
+
+    def replayed(self) -> None:
+        """Does what a step does in Python alone, once the device has replayed one of the present phase."""
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
         """The FLOPs of a training step on average over many; `step` takes one, `count` says what a call takes."""

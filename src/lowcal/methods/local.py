@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lowcal.local import LoCal
@@ -57,6 +58,20 @@ class Local(Method):
         if self._parallel is None:
             self._parallel = DistributedLoCal(self.model, self._local, **ddp_options)
         return self._parallel
+
+    @property
+    def phase(self) -> int:
+        """0 in steps in which the rule acts, 1 in those between."""
+        return int(self.boundary > 0 and not self._local.is_due)
+
+    def make_replayable(self, device: torch.device) -> None:
+        """The length and sign of local steps."""
+        self._local.make_replayable(device)
+
+    def replayed(self) -> None:
+        """Counts the step, and opens or closes the layers before the boundary for the next one."""
+        if self.boundary:
+            self._local.count_step()
 
     def end_epoch(self, loss: float) -> bool:
         """Sets the sign of local updates and moves the boundary, as the schedule says."""

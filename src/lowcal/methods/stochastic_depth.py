@@ -50,6 +50,7 @@ class StochasticDepth(Method):
 
     name: ClassVar[str] = "stochastic-depth"
     section: ClassVar[str] = "stochastic_depth"
+    unreplayable: ClassVar[str | None] = "other blocks run in each step"
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
         settings = StochasticDepthSettings(self.settings.survival)

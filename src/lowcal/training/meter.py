@@ -25,11 +25,15 @@ class Meter:
         self._method, self._device, self._precision = method, device, precision
         self._largest = Share(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
+        self._most = (
+            0  # bytes, in the epochs since `renew`: a step that the device replays allocates in the first alone
+        )
         self._others = 0  # bytes on the device that belong to data sets and to other runs
 
     def renew(self) -> None:
         """Forgets what steps cost."""
         self._costs.clear()
+        self._most = 0
 
     def start(self) -> None:
         """Starts the count of peak memory."""
@@ -43,8 +47,10 @@ class Meter:
         return held_bytes(self._method.model, self._method.optimizer, gradients=False)
 
     def peak(self) -> int:
-        """Most bytes since `start`; 0 on a device that does not count them."""
-        return torch.cuda.max_memory_allocated(self._device) - self._others if self._device.type == "cuda" else 0
+        """Most bytes that steps like the present one have taken; 0 on a device that does not count them."""
+        if self._device.type == "cuda":
+            self._most = max(self._most, torch.cuda.max_memory_allocated(self._device) - self._others)
+        return self._most
 
     def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
         """FLOPs of so many steps of images of such shapes, and a device's bytes in one: `peak`, unless that is 0.

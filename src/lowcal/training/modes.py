@@ -10,12 +10,17 @@ from torch.optim import Optimizer
 from lowcal.errors import LowcalError, nearest
 from lowcal.methods import Method
 from lowcal.training.compiled import CompiledStep
+from lowcal.training.graphed import GraphedStep
 from lowcal.training.step import EagerStep, Step
 
-STEPS: dict[str, type[EagerStep | CompiledStep]] = {"eager": EagerStep, "compiled": CompiledStep}
+STEPS: dict[str, type[EagerStep | CompiledStep | GraphedStep]] = {
+    "eager": EagerStep,
+    "compiled": CompiledStep,
+    "graphed": GraphedStep,
+}
 
 
-def find_step(mode: str) -> type[EagerStep | CompiledStep]:
+def find_step(mode: str) -> type[EagerStep | CompiledStep | GraphedStep]:
     """The class of the steps of the given mode; its `check` tells whether it applies.
 
     Raises:

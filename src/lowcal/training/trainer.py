@@ -59,7 +59,7 @@ class Run:
         max_skips: steps that may be skipped in a row since their loss or gradient is NaN or infinite; 0: the run stops
             at the first loss that is.
         growth: decides the size of the mini-batches; None: it stays.
-        step: how a step is run: "eager" or "compiled".
+        step: how a step is run: "eager", "compiled" or "graphed".
         ranks: the processes that train the network.
 
     Attributes:

@@ -1,0 +1,202 @@
+"""The whole step as a CUDA graph: one launch for forward, local updates, backward and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, Optimizer
+
+from lowcal.errors import LowcalError
+from lowcal.methods import Method
+from lowcal.training.growth import is_out_of_memory
+from lowcal.training.step import EagerStep
+
+
+class Graphs(Protocol):
+    """What records the work that a function gives the device, to be given again without running the function."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Refuses a device that cannot record."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Where work runs as it does when it is recorded; what is to be recorded must have run there once."""
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Runs `body` without any of its work being done; returns what does that work each time it is called."""
+
+
+class CudaGraphs:
+    """CUDA graphs, whose memory comes from one pool and is kept until all of them are gone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def check(device: torch.device) -> None:
+        """Refuses all but CUDA devices."""
+        if device.type != "cuda":
+            raise LowcalError(
+                f"step=graphed needs a CUDA device, and this run is on {device}; use step=eager or compiled"
+            )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The stream that records. Autograd binds a parameter's gradient to the stream of its first backward pass."""
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            yield
+        present.wait_stream(self._stream)
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Captures `body`; other threads, such as those that load images, may go on using the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            body()
+        return graph.replay
+
+
+GRAPHS: type[Graphs] = CudaGraphs
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A step that can be replayed: it reads `images` and `labels`, and writes `loss` and `skipped`."""
+
+    replay: Callable[[], None]
+    images: Tensor
+    labels: Tensor
+    loss: Tensor
+    skipped: Tensor | None
+
+
+class GraphedStep:
+    """The eager step, recorded and replayed; build another after each move.
+
+    There is a graph for each shape of mini-batch and each kind of step that the method has (`Method.phase`). The first
+    such step runs eagerly, which is all the warm-up that recording needs, so nothing has to be undone; the second is
+    recorded and replayed. What Python does in a step happens once in each: in the eager step, while recording, or by
+    `Method.replayed`. Learning rates and the length of local steps lie on the device, so epochs share graphs.
+
+    The loss that a call returns is overwritten by the next call.
+
+    Args:
+        batch: not needed.
+
+    Raises:
+        LowcalError: as `check` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        device: torch.device,
+        precision: str,
+        scaler: GradScaler | None,
+        guard: bool = False,
+        batch: int | None = None,
+    ) -> None:
+        self.check(model, optimizer, method, device)
+        self._step = EagerStep(
+            model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard, batch=batch
+        )
+        self._optimizer, self._method = optimizer, method
+        self._graphs = GRAPHS(device)
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._rates_set: list[float] = []
+        self._has_run: set[tuple[torch.Size, int]] = set()
+        self._recorded: dict[tuple[torch.Size, int], _Recorded] = {}
+        self._skipped: Tensor | None = None
+        method.make_replayable(device)
+
+    @staticmethod
+    def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
+        """Refuses a device without graphs, a method whose steps differ, an optimizer that a graph cannot hold."""
+        GRAPHS.check(device)
+        if method.unreplayable is not None:
+            raise LowcalError(f"step=graphed cannot run {method.name}: {method.unreplayable}; use step=eager")
+        if not (isinstance(optimizer, SGD) and all(group["fused"] for group in optimizer.param_groups)):
+            raise LowcalError(
+                f"step=graphed cannot run {type(optimizer).__name__} as it is; use torch.optim.SGD(fused=True), "
+                "or step=eager"
+            )
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """As `Step` says."""
+        return self._skipped
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Trains on one mini-batch; as `Step` says.
+
+        Raises:
+            LowcalError: the step cannot be recorded, as when the network reads from the device.
+        """
+        self._set_rates()
+        key = images.shape, self._method.phase
+        if key not in self._has_run:
+            self._has_run.add(key)
+            with self._graphs.aside(), self._rates_on_device():
+                loss = self._step(images, labels)
+            self._skipped = self._step.skipped
+            return loss
+        is_new = key not in self._recorded
+        if is_new:
+            self._recorded[key] = self._record(images, labels)
+        step = self._recorded[key]
+        step.images.copy_(images)
+        step.labels.copy_(labels)
+        step.replay()
+        if not is_new:
+            self._method.replayed()
+        self._skipped = step.skipped
+        return step.loss
+
+    def _record(self, images: Tensor, labels: Tensor) -> _Recorded:
+        images, labels = images.clone(), labels.clone()
+        losses: list[Tensor] = []
+        try:
+            with self._rates_on_device():
+                replay = self._graphs.record(lambda: losses.append(self._step(images, labels)))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            raise LowcalError(
+                f"the step cannot be recorded as a CUDA graph ({first_line}); use step=eager or compiled"
+            ) from error
+        return _Recorded(replay, images, labels, losses[0], self._step.skipped)
+
+    def _set_rates(self) -> None:
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        if rates != self._rates_set:
+            for tensor, rate in zip(self._rates, rates, strict=True):
+                tensor.fill_(rate)
+            self._rates_set = rates
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """The optimizer takes its learning rates from the device, where graphs look for them."""
+        groups = self._optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, number in zip(groups, before, strict=True):
+                group["lr"] = number

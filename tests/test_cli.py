@@ -190,6 +190,14 @@ WRONG = {
         ["train", "--method", "stochastic-depth", "--set", "model.name=vgg13", "--set", "data.name=synthetic"],
         "stochastic-depth drops residual blocks, and VGG has none that it knows",
     ),
+    "step without a GPU": (
+        ["train", "--device", "cpu", "--set", "step=graphed"],
+        "step=graphed needs a CUDA device, and this run is on cpu; use step=eager or compiled",
+    ),
+    "step that does not fit the method": (
+        ["train", "--method", "sgd", "--device", "cpu", "--set", "step=compile"],
+        "step=compile: must be 'auto', 'eager', 'compiled' or 'graphed'",
+    ),
     "method of train": (["train", "--method", "freese"], "did you mean 'freeze'"),
     "method twice": (["compare", "--methods", "sgd,sgd"], "twice"),
     "no method": (["compare", "--methods", ""], "unknown method"),

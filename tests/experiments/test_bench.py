@@ -20,6 +20,9 @@ from lowcal.experiments.timing import Work, summarise, take_turns
 from lowcal.layers import own_parameters, trace
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic
+from lowcal.training import graphed
+
+from ..training.software_graphs import SoftwareGraphs
 
 CPU = torch.device("cpu")
 ROW = [
@@ -136,7 +139,8 @@ def test_a_tensor_that_the_suffix_changes_in_place_is_new_in_each_run():
     torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=0)
 
 
-def test_the_suffix_by_itself_is_a_full_step_of_the_layers_behind_the_boundary():
+@pytest.mark.parametrize("graphs", [None, SoftwareGraphs(CPU)], ids=["eager", "recorded"])
+def test_the_suffix_by_itself_is_a_full_step_of_the_layers_behind_the_boundary(graphs):
     torch.manual_seed(0)
     model = build_model("resnet8", classes=4, width=4).train()
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -151,16 +155,30 @@ def test_the_suffix_by_itself_is_a_full_step_of_the_layers_behind_the_boundary()
         labels,
         boundary=5,
         precision="float32",
+        graphs=graphs,
     )
-    for _ in range(3):
+    for step in range(4):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        parts.suffix.prepare(1)
-        parts.suffix.run()
+        if step or graphs is None:  # before it is recorded, the suffix has run once
+            parts.suffix.prepare(1)
+            parts.suffix.run()
+        parts.prefix.run()
         parts.products.run()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(twin.get_parameter(key), parameter, rtol=0, atol=0)
+
+
+def test_graphed_steps_are_held_beside_recorded_parts(monkeypatch):
+    monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
+    monkeypatch.setattr(SoftwareGraphs, "recorded", 0)
+    settings = {"boundaries": (0.5,), "width": 4, "every": 2, "rounds": 1, "warm_up": 1, "runs": 1, "layers": False}
+    result = bench(BenchSettings("resnet8", batch=2, image_size=8, step="graphed", **settings), CPU, lambda text: None)
+    assert [row.method for row in result.rows] == ["sgd", "local", "local", "freeze", "local/2"]
+    # sgd and local once each; local, freeze and both kinds of step of local/2 before the move and after it (there
+    # is one kind before it); three parts.
+    assert SoftwareGraphs.recorded == 2 + 2 + 2 + (1 + 2) + 3
 
 
 def test_works_take_turns_and_whole_periods():

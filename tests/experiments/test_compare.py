@@ -87,7 +87,7 @@ def test_checking_moves_no_random_state_and_writes_nothing(tmp_path, monkeypatch
     chosen = recipe()
     data = load_data(chosen, None)
     before = torch.get_rng_state()
-    check(chosen, ["sgd", "local", "freeze"], data)
+    check(chosen, ["sgd", "local", "freeze"], data, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
     assert list(tmp_path.iterdir()) == []
 

@@ -133,6 +133,12 @@ def state(run: Run) -> dict[str, Any]:
     }
 
 
+def outcome(run: Run) -> dict[str, Any]:
+    """The state of a run that may not depend on how its steps are run either."""
+    records = [{k: v for k, v in record.items() if k != "step"} for record in log(run)]
+    return {**state(run), "log": records}
+
+
 def log(run: Run) -> list[dict[str, Any]]:
     """The run's records without the times in them."""
     return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]

@@ -20,7 +20,7 @@ from lowcal.training.step import EagerStep
 
 from ..networks import images
 from ..support import same, weights
-from .runs import make_run, network, run_on, settings, state
+from .runs import make_run, network, outcome, run_on, settings, state
 
 CPU = torch.device("cpu")
 OPTIONS = {"device": CPU, "precision": "float32", "scaler": None}
@@ -60,7 +60,7 @@ def test_a_run_is_bitwise_the_eager_one(tmp_path, counter, method):
         run_on(make_run(tmp_path / step, method, epochs=epochs, local=local, step=step, fused=True))
         for step in ("eager", "compiled")
     ]
-    assert same(*map(state, runs))
+    assert same(*map(outcome, runs))
     assert counter.frame_count > 0
 
 
@@ -68,13 +68,13 @@ def test_a_run_is_bitwise_the_eager_one(tmp_path, counter, method):
 def test_mixed_precision_and_guard(tmp_path, counter, precision):
     options = {"precision": precision, "max_skips": 2, "fused": True, "epochs": 5}
     runs = [run_on(make_run(tmp_path / step, step=step, **options)) for step in ("eager", "compiled")]
-    assert same(*map(state, runs))
+    assert same(*map(outcome, runs))
 
 
 def test_running_statistics_of_the_prefix(tmp_path, counter):
     local = settings(norm_stats="running")
     runs = [run_on(make_run(tmp_path / step, local=local, step=step, epochs=5)) for step in ("eager", "compiled")]
-    assert same(*map(state, runs))
+    assert same(*map(outcome, runs))
 
 
 def test_twelve_moves_compile_few_graphs(counter):

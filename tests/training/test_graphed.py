@@ -13,7 +13,7 @@ from lowcal.training.step import EagerStep, build_scaler
 
 from ..networks import images
 from ..support import same
-from .runs import OTHER_SETTINGS, log, make_run, network, run_on, settings, spoilt, state
+from .runs import OTHER_SETTINGS, log, make_run, network, outcome, run_on, settings, spoilt, state
 from .software_graphs import SoftwareGraphs
 from .test_compiled import attached
 
@@ -37,7 +37,7 @@ def test_a_run_is_bitwise_the_eager_one(tmp_path, software, method):
         run_on(make_run(tmp_path / step, method, epochs=10, local=local, step=step, fused=True))
         for step in ("eager", "graphed")
     ]
-    assert same(*map(state, runs))
+    assert same(*map(outcome, runs))
     assert software.recorded > 0
     if method == "local":
         assert {record["sign"] for record in log(runs[0])} == {1, -1}
@@ -55,7 +55,7 @@ def test_mixed_precision_and_skipped_steps(tmp_path, software, precision, guard)
         model = spoilt(*places, spoil=lambda scores: scores / (scores[0, 0] < scores[1, 0]).float())
         options = {"precision": precision, "max_skips": 20 if guard else 0, "fused": True, "epochs": 4}
         runs.append(run_on(make_run(tmp_path / f"{step}", model=model, step=step, **options)))
-    assert same(*map(state, runs))
+    assert same(*map(outcome, runs))
     assert software.recorded > 0
     skipped = [record["skipped_steps"] for record in log(runs[0])]
     assert bool(sum(skipped)) is guard

@@ -140,7 +140,7 @@ def build_run(
         seed=recipe.seed,
         checkpoint_minutes=recipe.checkpoint.minutes,
         max_skips=recipe.guard.max_skips,
-        step="eager" if recipe.step == "auto" else recipe.step,
+        step=recipe.step,
         growth=_growth(recipe.batch, len(data.train)),
         ranks=ranks,
     )

@@ -13,6 +13,7 @@ from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work
 from lowcal.layers import own_parameters, trace
 from lowcal.rules import hebbian_update
+from lowcal.training.graphed import Graphs
 from lowcal.training.step import autocast
 
 
@@ -29,6 +30,7 @@ class Parts:
         build_optimizer: makes the optimizer of the suffix's parameters.
         images: one mini-batch, (N, C, H, W).
         labels: its class numbers, (N,).
+        graphs: records each part, as steps are recorded that are held beside them; None: the parts run eagerly.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Parts:
         *,
         boundary: int,
         precision: str,
+        graphs: Graphs | None = None,
     ) -> None:
         self._model, self._images, self._labels = model, images, labels
         self._precision = precision
@@ -60,6 +63,26 @@ class Parts:
         self.prefix = Work(self._run_prefix)
         self.suffix = Work(self._run_suffix, self._feed)
         self.products = Work(self._run_products)
+        if graphs is not None:
+            self._record(graphs)
+
+    def _record(self, graphs: Graphs) -> None:
+        def recorded(run: Callable[[], object]) -> Callable[[], None]:
+            with graphs.aside():
+                run()
+            return graphs.record(lambda: [run()].clear())
+
+        self.prefix = Work(recorded(self._run_prefix))
+        self._feed(2)
+        given = self._fed[0]  # what the recorded run takes, the second one
+
+        def restore(runs: int) -> None:
+            # Within a sample a tensor that is changed in place goes on from what the run before has left in it.
+            for slot in self._program.suffix.overwrites:
+                given[slot].copy_(self._crossing[slot])
+
+        self.suffix = Work(recorded(self._run_suffix), restore)
+        self.products = Work(recorded(self._run_products))
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._layers.append((module, inputs[0].detach(), output.detach()))

@@ -24,7 +24,7 @@ from lowcal.training.finish import export_weights, write_summary
 from lowcal.training.growth import Growth, is_out_of_memory, kept_apart, release
 from lowcal.training.interrupt import Interrupted, deferred, end, requested
 from lowcal.training.meter import Meter
-from lowcal.training.modes import build_step
+from lowcal.training.modes import build_step, candidates, fastest, find_step
 from lowcal.training.part import DivergedError, Part
 from lowcal.training.random_state import RandomState
 from lowcal.training.ranked_step import RankedStep
@@ -59,7 +59,7 @@ class Run:
         max_skips: steps that may be skipped in a row since their loss or gradient is NaN or infinite; 0: the run stops
             at the first loss that is.
         growth: decides the size of the mini-batches; None: it stays.
-        step: how a step is run: "eager", "compiled" or "graphed".
+        step: how a step is run: "eager", "compiled", "graphed", or "auto", which `warm_up` chooses from these.
         ranks: the processes that train the network.
 
     Attributes:
@@ -100,7 +100,8 @@ class Run:
         self._checkpoint = checkpoint
         self._save_every = math.inf if checkpoint_minutes is None or not checkpoint else 60.0 * checkpoint_minutes
         self._max_skips = max_skips
-        self._mode = step
+        self._modes = candidates(self.device) if step == "auto" and self.ranks.world == 1 else (step,)
+        self._mode = "eager" if step == "auto" else step
         self._growth = growth or Growth(train.batch, most=train.batch)
         self._before: dict[str, Any] | None = None  # the run at the start of an epoch whose batch is on trial
         self._seconds = 0.0
@@ -124,13 +125,24 @@ class Run:
         return self._part.done if self._part else 0
 
     def warm_up(self, steps: int = 3) -> None:
-        """Trains copies of everything for a few steps, so that the first epoch's time has no start-up in it."""
-        share = self.ranks.share.of(self._growth.proven)
-        self._rehearse(steps, share.stop - share.start)
-        now(self.device)
+        """Trains copies of everything for a few steps, so that the first epoch's time has no start-up in it.
 
-    def _rehearse(self, steps: int, most: int | None = None, *, alone: bool = False) -> None:
-        """Trains copies of everything on the coming mini-batch's first `most` images; `alone`: without other ranks."""
+        With ``step="auto"`` this also finds which way to run a step is the fastest, for the whole run.
+        """
+        share = self.ranks.share.of(self._growth.proven)
+        most = share.stop - share.start
+        if len(self._modes) > 1:
+            self._mode = fastest(self._modes, lambda mode: self._rehearse(10 * steps, most, mode=mode))
+            self._modes = (self._mode,)
+            self._renew()
+        self._rehearse(steps, most)
+
+    def _rehearse(self, steps: int, most: int | None = None, *, alone: bool = False, mode: str | None = None) -> float:
+        """Trains copies of everything on the coming mini-batch's first `most` images; `alone`: without other ranks.
+
+        Returns:
+            Seconds of a step: the mean of the second half of `steps`.
+        """
         before = self.train.state_dict()
         images, labels = (part[:most] for part in next(iter(self.train)))
         self.train.load_state_dict(before)
@@ -139,10 +151,15 @@ class Run:
             twin.model.train()
             if alone:
                 separate(twin.model)
-            step = self._build_step(twin, Ranks())
-            for _ in range(steps):
-                step(images, labels)
-            twin.method.detach()
+            try:
+                step = self._build_step(twin, Ranks(), mode)
+                for index in range(steps):
+                    if index == steps // 2:
+                        start = now(self.device)
+                    step(images, labels)
+                return (now(self.device) - start) / (steps - steps // 2)
+            finally:
+                twin.method.detach()
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.
@@ -192,6 +209,7 @@ class Run:
                 "epoch": epoch,
                 "boundary": boundary,
                 "layers": len(self.method.layers),
+                "step": self._mode,
                 "train_loss": loss,
                 "test_loss": test_loss,
                 "top1_error": top1_error,
@@ -368,7 +386,7 @@ class Run:
 
     # Building, saving and loading
 
-    def _build_step(self, learner: Learner, ranks: Ranks) -> Step:
+    def _build_step(self, learner: Learner, ranks: Ranks, mode: str | None = None) -> Step:
         guard = self._max_skips > 0
         if ranks.world > 1:
             return RankedStep(
@@ -380,7 +398,7 @@ class Run:
                 guard=guard,
             )
         return build_step(
-            self._mode,
+            mode or self._mode,
             learner.model,
             learner.optimizer,
             learner.method,
@@ -418,6 +436,7 @@ class Run:
             "seconds": self._seconds,
             "ranks": self.ranks.world,
             "in_a_row": self._in_a_row,
+            "step": self._mode,
             "part": None if part is None else part.state_dict(),
             "batches": self.train.state_dict(),
             "growth": self._growth.state_dict(),
@@ -448,6 +467,8 @@ class Run:
         twin.method.detach()
         seconds, finished, in_a_row = float(state["seconds"]), int(state["finished"]), int(state["in_a_row"])
         self.train.load_state_dict(state["batches"])
+        mode = state["step"] if self.ranks.world == 1 else self._mode
+        find_step(mode).check(self.model, self.optimizer, self.method, self.device)
         part = None
         if state["part"] is not None:
             part = Part(len(self.train), self.device)
@@ -457,6 +478,7 @@ class Run:
         if self.ranks.is_main:
             self.folder.truncate(finished)
         self._learner.load_state_dict(state)
+        self._mode, self._modes = mode, (mode,)  # never measured again, so that the run goes on bit for bit
         self._seconds, self.finished, self._in_a_row, self._part = seconds, finished, in_a_row, part
         self._renew()
 

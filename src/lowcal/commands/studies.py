@@ -35,7 +35,7 @@ def bench(
     ] = "0,0.25,0.5,0.75",
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep channels last in memory.")] = False,
-    step: Annotated[str, typer.Option(help="How a step is run: eager.")] = "eager",
+    step: Annotated[str, typer.Option(help="How a step is run: eager, compiled or graphed.")] = "eager",
     every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
     rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,

@@ -1,4 +1,4 @@
-"""Trials of runs by two processes under torchrun's own agent, one of which is killed or told to end."""
+"""Trials of runs by two processes that torchrun looks after, one of which is killed or told to end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train(
         code_of(folder, number).unlink(missing_ok=True)
     arguments = ["train", "--quiet", "--device", "cpu", "--out", str(folder), *more]
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_agent, args=(restarts, (arguments, folder, fault, at, rank)))
+    process = context.Process(target=_torchrun, args=(restarts, (arguments, folder, fault, at, rank)))
     process.start()
     process.join()
     return int(process.exitcode or 0)
@@ -60,7 +60,7 @@ def code_of(folder: Path, rank: int) -> Path:
     return folder.with_name(f"{folder.name}.code-{rank}")
 
 
-def _agent(restarts: int, arguments: tuple[list[str], Path, Fault | None, Point | None, int]) -> None:
+def _torchrun(restarts: int, arguments: tuple[list[str], Path, Fault | None, Point | None, int]) -> None:
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
@@ -85,7 +85,7 @@ def _agent(restarts: int, arguments: tuple[list[str], Path, Fault | None, Point 
 def _process(arguments: list[str], folder: Path, fault: Fault | None, at: Point | None, rank: int) -> None:
     from lowcal.cli import main
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's own came along with the fork
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's own came along with the fork
     torch.set_num_threads(1)
     own, is_first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     with errors_of(folder).open("a") as file:

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from lowcal import LowcalError
 from lowcal.data import Dataset, Images, make_loader
 from lowcal.experiments.recipe import LocalSettings, Recipe, ScheduleSettings, lr_at
-from lowcal.experiments.recipe_files import differences, load_recipe, recipe_names
+from lowcal.experiments.recipe_files import apply_settings, differences, load_recipe, recipe_names
 from lowcal.methods import METHODS, Method, build_method, find_method
 from lowcal.models import build_model
 from lowcal.training.modes import build_step
@@ -73,6 +73,19 @@ def test_learning_rate_is_the_papers(name):
     curve = [rate(epoch) for epoch in range(epochs)]
     assert curve == sorted(curve, reverse=True)
     assert len(set(curve)) == {"cifar10": 9, "cifar100": 8, "imagenet": 3 if epochs == 90 else 150}[recipe.data.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"), [("resnet34-imagenet", 0.1), ("resnet50-imagenet", 0.1), ("mobilenet_v2-imagenet", 0.05)]
+)
+def test_four_gpus_have_four_times_the_images_and_the_rate(name, lr):
+    """Sec. 3.2; the settings are those of docs/distributed.md."""
+    one = load_recipe(name)
+    four = apply_settings(one, ["batch=256", f"optimizer.lr={lr}"])
+    assert four.batch.size == 4 * one.batch.size
+    assert {name.split(" ")[0] for name in differences(one, four)} == {"batch", "optimizer.lr"}
+    for epoch in range(one.epochs):
+        assert lr_at(four)(epoch) == pytest.approx(4 * lr_at(one)(epoch))
 
 
 @pytest.mark.parametrize(("modern", "name"), MODERN.items())

@@ -1,4 +1,4 @@
-"""Two processes under torchrun's own agent, one killed or told to end; benchmarks/fault_trials plants the faults."""
+"""Two processes that torchrun looks after, one killed or told to end; benchmarks/fault_trials plants the faults."""
 
 import pytest
 

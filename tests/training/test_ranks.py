@@ -215,3 +215,20 @@ def test_what_processes_ask_of_each_other():
     together(2, ask)
     alone = Ranks()
     assert (alone.from_main(lambda: 5), alone.most(3), alone.poll(7), alone.poll(0)) == (5, 3, 7, 0)
+
+
+def interrupt_all(ranks, folder, methods, cut):
+    for method in methods:
+        whole = run_on(make_run(folder / method / "whole", method, ranks=ranks))
+        run_on(make_run(folder / method / "cut", method, ranks=ranks), cut)
+        ranks.wait()  # for the main process's last checkpoint
+        run = make_run(folder / method / "cut", method, ranks=ranks)
+        assert run.resume() == ()
+        assert same(state(run_on(run)), state(whole)), method
+
+
+@pytest.mark.parametrize(
+    "methods", [("local", "prune"), pytest.param(tuple(METHODS), marks=pytest.mark.slow)], ids=("two", "all")
+)
+def test_a_run_resumed_right_after_a_move_is_bitwise_the_uninterrupted_one(tmp_path, methods):
+    together(2, interrupt_all, tmp_path, methods, 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowcal import LowcalError
-from lowcal.training import compiled, graphed, modes, trainer
+from lowcal.training import compiled, graphed, modes, workbench
 from lowcal.training.modes import candidates, fastest
 
 from ..support import same
@@ -49,13 +49,13 @@ def all_modes(monkeypatch):
     """All modes apply; the one named in the list is the fastest."""
     monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
     monkeypatch.setattr(compiled, "BACKEND", "eager")
-    monkeypatch.setattr(trainer, "candidates", lambda device: tuple(modes.STEPS))
+    monkeypatch.setattr(workbench, "candidates", lambda device: tuple(modes.STEPS))
     winner = ["graphed"]
 
     def choose(names, seconds):
         return fastest(names, lambda name: seconds(name) * (0.0 if name == winner[0] else 1.0) + (name != winner[0]))
 
-    monkeypatch.setattr(trainer, "fastest", choose)
+    monkeypatch.setattr(workbench, "fastest", choose)
     return winner
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import lowcal.training.trainer as trainer
+import lowcal.training.run_state as run_state
 from lowcal import LowcalError
 from lowcal.methods import METHODS
 from lowcal.methods.local import Local
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_from_the_last_epoch(tmp_path, whole, method,
 def test_a_crash_between_record_and_checkpoint_loses_nothing(tmp_path, whole, monkeypatch, finished):
     run = run_on(make_run(tmp_path / "run"), finished)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", lambda folder, state: broken_off(None))
+        patch.setattr(run_state, "save_checkpoint", lambda folder, state: broken_off(None))
         with pytest.raises(KeyboardInterrupt):
             run.run_epoch()
     assert len(log(run)) == finished + 1

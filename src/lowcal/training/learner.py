@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.random_state import RandomState
-from lowcal.training.record import RunFolder
 from lowcal.training.step import build_scaler
 
 
@@ -63,18 +59,3 @@ class Learner:
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.random.load_state_dict(state["random"])
-
-
-def identity(folder: RunFolder, *, method: str, seed: int, epochs: int) -> dict[str, Any]:
-    """By what a checkpoint is known to be of the same run."""
-    recipe = hashlib.sha256(folder.recipe.encode()).hexdigest()
-    return {"method": method, "recipe": recipe, "seed": seed, "epochs": epochs}
-
-
-def check_identity(saved: Any, own: Mapping[str, Any], path: Path) -> None:
-    """Refuses the checkpoint in the file `path`, which says that it is of the run `saved`, if that is not `own`."""
-    for name, value in own.items():
-        found = saved.get(name) if isinstance(saved, dict) else None
-        if found != value:
-            what = "differs" if name == "recipe" else f"is {found!r}, this run's is {value!r}"
-            raise LowcalError(f"{path} is of another run: its {name} {what}; choose another folder or resume that run")

@@ -104,9 +104,7 @@ class LoCal:
         self._learners: list[int] = []  # local layers whose weights updates move
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
         self._window = Window()
-        self._required: dict[
-            nn.Parameter, bool
-        ] = {}  # requires_grad of local layers' parameters before they became local
+        self._required: dict[nn.Parameter, bool] = {}  # requires_grad of local layers' parameters before the move
         self._norms: list[nn.Module] = []  # normalisation layers before the boundary
         self._stilled: set[nn.Module] = set()  # those of them made to use their running statistics
         self._ran: set[int] | None = None  # local layers that this forward pass has run

@@ -22,12 +22,12 @@ from typing import Any
 from lowcal.experiments.assemble import find_device
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.paper import published
-from lowcal.experiments.reproduction.plans import STRATEGIES, compressed
+from lowcal.experiments.reproduction.plans import STRATEGIES, compressed, short_step
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import find_scale
 from lowcal.experiments.reproduction.training import missing, train_missing
 from lowcal.report.figures import save
-from lowcal.report.frontier import frontier
+from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
 from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.record import write_json
@@ -37,7 +37,6 @@ METHODS = {
     "vgg13-cifar10": ("sgd", "local", "freeze", "refresh", "prune"),
 }
 SETTINGS = ("lr_schedule.name=cosine", "optimizer.lr=0.05", "model.width=8", "threads=1", "channels_last=true")
-SHORT_STEP = ("step-0.0003", ("local.lr=0.0003",))
 
 
 class Log:
@@ -62,7 +61,7 @@ class Log:
 def cells_of(recipe: str, results: Results) -> list[Cell]:
     """What is trained; without the shortest of the compressed runs."""
     cells = [Cell(recipe, method) for method in METHODS[recipe]]
-    return [*cells, Cell(recipe, "local", *SHORT_STEP), *compressed(recipe, results.base)[1:]]
+    return [*cells, short_step(recipe), *compressed(recipe, results.base)[1:]]
 
 
 def steady(runs: dict[str, list[RunData]]) -> dict[str, float]:
@@ -166,7 +165,7 @@ def draw(recipe: str, rows: list[dict[str, Any]], path: Path) -> None:
     whole = next(row["wall_seconds"] for row in rows if row["name"] == "sgd")
     at = {row["name"]: (whole / row["steady_speedup"], row["top1_error"]) for row in rows}
     line = sorted(point for name, point in at.items() if name.startswith("sgd"))
-    spots = {name: [(*point, "")] for name, point in at.items() if not name.startswith("sgd")}
+    spots = {name: [Spot(*point, "")] for name, point in at.items() if not name.startswith("sgd")}
     save(frontier(line, spots, title=f"{recipe}, width 8, CIFAR-10 (JPEG): error against time"), path)
 
 

@@ -6,14 +6,13 @@ Trains what is missing in FOLDER (a results folder of `lowcal reproduce`): Table
 schedule compressed, those of one network and seed in turn. Writes FOLDER/RECIPE.json, .md and .svg from what is
 finished.
 
-Other work on the machine comes in bursts, so a speed-up is worked out from step times: each over the median of the SGD
-runs of the same round, then the median over all rounds of a method at the same boundary and number of FLOPs.
+Other work on the machine comes in bursts and only ever adds time, so a speed-up is worked out with each epoch's time
+replaced by the shortest of the method's epochs at the same boundary, of all seeds.
 """
 
 import argparse
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -64,29 +63,22 @@ def cells_of(recipe: str, results: Results) -> list[Cell]:
     return [*cells, short_step(recipe), *compressed(recipe, results.base)[1:]]
 
 
-def steady(runs: dict[str, list[RunData]]) -> dict[str, float]:
-    """The time of each cell's run over that of sgd, bursts of other work taken out."""
-    plain = [run for name, group in runs.items() if name.startswith("sgd") for run in group]
-    pace: dict[tuple[int, int], float] = {}
-    for seed in {run.seed for run in plain}:
-        for epoch in range(max(len(run.records) for run in plain)):
-            times = [r.records[epoch]["step_ms"] for r in plain if r.seed == seed and epoch < len(r.records)]
-            if times:
-                pace[seed, epoch] = statistics.median(times)
-    at: dict[Any, list[float]] = defaultdict(list)
+def steady(runs: dict[str, list[RunData]], cells: dict[str, Cell]) -> dict[str, float]:
+    """The time of each cell's run over that of sgd, each epoch as long as the fastest at the same boundary."""
+    fastest: dict[Any, float] = {}
 
     def kind(name: str, record: dict[str, Any]) -> Any:
-        is_plain = not record["boundary"] and record["flops"] == plain[0].records[0]["flops"]
-        return "plain" if is_plain and not name.startswith("prune") else (name, record["boundary"], record["flops"])
+        """Epochs of one kind do the same work."""
+        method = cells[name].method
+        is_plain = not record["boundary"] and method not in ("stochastic-depth", "prune")
+        return "plain" if is_plain else (method, record["boundary"], record["flops"])
 
-    for name, group in runs.items():
-        for run in group:
-            for record in run.records:
-                if (run.seed, record["epoch"]) in pace:
-                    at[kind(name, record)].append(record["step_ms"] / pace[run.seed, record["epoch"]])
-    typical = {key: statistics.median(values) for key, values in at.items()}
+    records = [(name, record) for name, group in runs.items() for run in group for record in run.records]
+    for name, record in records:
+        key = kind(name, record)
+        fastest[key] = min(record["seconds"], fastest.get(key, record["seconds"]))
     sums = {
-        name: statistics.mean(sum(typical.get(kind(name, r), 1.0) for r in run.records) for run in group)
+        name: statistics.mean(sum(fastest[kind(name, record)] for record in run.records) for run in group)
         for name, group in runs.items()
     }
     return {name: total / sums["sgd"] for name, total in sums.items()}
@@ -112,7 +104,7 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
     runs = {name: found for name, cell in cells.items() if (found := results.complete(cell, seeds))}
     shared = set.intersection(*({run.seed for run in group} for group in runs.values()))
     runs = {name: [run for run in group if run.seed in shared] for name, group in runs.items()}
-    times = steady(runs)
+    times = steady(runs, cells)
     errors = {name: mean_std(run.records[-1]["top1_error"] for run in group) for name, group in runs.items()}
     line = sorted((times[name], errors[name][0]) for name in runs if name.startswith("sgd"))
     flops = {n: statistics.mean(sum(r["flops"] for r in run.records) for run in g) for n, g in runs.items()}

@@ -388,7 +388,7 @@ def test_a_real_ctrl_c_in_a_process(here):
 
 @pytest.mark.parametrize(("command", "number"), [("train", signal.SIGTERM), ("compare", signal.SIGUSR1)])
 def test_a_scheduler_s_signal_in_a_process_saves_and_the_line_goes_on(here, command, number):
-    data = "data={name: synthetic, train_images: 8000, test_images: 32, image_size: 8, classes: 4}"
+    data = "data={name: synthetic, train_images: 2000, test_images: 32, image_size: 8, classes: 4}"
     options = [*small("epochs=3"), "--set", data, "--out", "out"]
     arguments = [sys.executable, "-m", "lowcal", command, *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe import Recipe, Settings
 from lowcal.experiments.recipe_files import apply_settings, parse_setting, parse_value, setting_types, show_value
 from lowcal.methods import METHODS, find_method
 
@@ -115,12 +115,13 @@ def variants(base: Recipe, searches: Sequence[Search]) -> Iterator[tuple[str, Re
 
 def own_point(recipe: Recipe, searches: Sequence[Search]) -> dict[str, Any] | None:
     """The values that `recipe` itself has for the searched settings; None if one of them is not among the searched."""
-    values = recipe.model_dump()
     point = {}
     for search in searches:
-        value: Any = values
+        value: Any = recipe
         for part in search.key.split("."):
-            value = value[part]
+            value = getattr(value, part)
+        if isinstance(value, Settings) and value.short:
+            value = getattr(value, value.short)
         if value not in search:
             return None
         point[search.key] = value

@@ -29,7 +29,7 @@ from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
 from lowcal.training.allocator import keep_freed_memory
-from lowcal.training.record import write_json
+from lowcal.training.files import write_json
 
 METHODS = {
     "resnet18-cifar10": ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune"),

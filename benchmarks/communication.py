@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import lowcal
 from lowcal.models import build_model
 from lowcal.training.environment import gather_environment
-from lowcal.training.record import write_json
+from lowcal.training.files import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "communication.json"
 MODELS = {"resnet18": (10, 32), "resnet50": (1000, 64)}  # classes, image size

@@ -65,6 +65,7 @@ def limit_files() -> None:
 def plant(fault: Callable[[], None], at: Point) -> None:
     """Lets `fault` come in this process at the point `at`."""
     import lowcal.training.checkpoint as checkpoint
+    import lowcal.training.files as files
     import lowcal.training.finish as finish
     import lowcal.training.record as record
     import lowcal.training.trainer as trainer
@@ -111,7 +112,8 @@ def plant(fault: Callable[[], None], at: Point) -> None:
 
     match at.place:
         case "creation":
-            writing(record, "epochs.jsonl", "environment.json", "recipe.yaml")
+            writing(record, "epochs.jsonl", "recipe.yaml")
+            writing(files, "environment.json")
         case "step":  # warm-up and dry runs step too, so training is known by what it notes down
             if at.number == 1:
                 around(trainer, "train_epoch")
@@ -161,6 +163,6 @@ def plant(fault: Callable[[], None], at: Point) -> None:
             around(Path, "replace", after=True, only=lambda path, target: target.name == checkpoint.PREVIOUS)
         case "finish":
             writing(finish, finish.WEIGHTS, finish.SAFE_WEIGHTS)
-            writing(record, "summary.json")
+            writing(files, "summary.json")
         case _:
             raise ValueError(f"no place {at.place!r}")

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
-from lowcal.training.record import RunFolder, atomic_write, read_json, write_json
+from lowcal.training.files import atomic_write, read_json, write_json
+from lowcal.training.record import RunFolder
 
 IDENTITY = {
     "method": "local",
@@ -283,7 +284,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from lowcal.errors import LowcalError
-from lowcal.training.record import RunFolder, atomic_write
+from lowcal.training.files import atomic_write
+from lowcal.training.record import RunFolder
 folder = RunFolder.open(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for write in (

@@ -51,7 +51,7 @@ def bench(
     from lowcal.experiments.bench import bench as run
     from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
     from lowcal.models import MODELS
-    from lowcal.training.record import atomic_write
+    from lowcal.training.files import atomic_write
 
     for file in (json_file, plot):  # found now, not after minutes of measuring
         if file and not file.parent.is_dir():

@@ -26,7 +26,7 @@ from lowcal.report.figures import save
 from lowcal.report.runs import RunData
 from lowcal.report.sheet import Column, Sheet
 from lowcal.report.tables import duration
-from lowcal.training.record import FORMAT, atomic_write, write_json
+from lowcal.training.files import FORMAT, atomic_write, write_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import jinja2
 from markupsafe import Markup
 
 from ..errors import LowcalError
-from ..training.record import FORMAT, RunFolder, atomic_write, read_json, write_json
+from ..training.files import FORMAT, atomic_write, read_json, write_json
+from ..training.record import RunFolder
 from .figures import FIGURES, colours
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lowcal.errors import LowcalError
-from lowcal.training.record import atomic_write
+from lowcal.training.files import atomic_write
 
 FORMAT = 3  # 1 had no part of an epoch, 2 no growth of the batch
 MAGIC = b"lowcal-checkpoint"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowcal.training.record import RunFolder, atomic_write
+from lowcal.training.files import atomic_write
+from lowcal.training.record import RunFolder
 
 WEIGHTS = "model.pt"
 SAFE_WEIGHTS = "model.safetensors"

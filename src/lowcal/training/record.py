@@ -1,19 +1,16 @@
 """Run folders: the files that a run writes, and the only thing that the report reads."""
 
 import json
-import math
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import LowcalError
+from .files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
 
-__all__ = ["FORMAT", "RunFolder", "atomic_write", "read_json", "write_json"]
-
-FORMAT = 1
+__all__ = ["RunFolder"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -27,52 +24,6 @@ _IDENTITY_FIELDS = ("method", "recipe", "seed", "epochs", "model", "dataset", "l
 _SUMMARY_FIELDS = (*_IDENTITY_FIELDS, *_COSTS, "top1_error")
 _TEXTS = frozenset({"method", "recipe", "model", "dataset", "label"})
 _MAY_BE_NULL = frozenset({"label", "train_loss", "test_loss", "top1_error"})
-
-
-def atomic_write(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
-
-    The temporary file lies in the same folder under a fixed name, so that one left by a killed process is
-    used again. Raises LowcalError if the system refuses; then the old file is intact and no other is left.
-    """
-    temporary = _temporary(path)
-    try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _refused(path, error) from error
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` atomically as indented JSON; a number that is not finite is written as null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    atomic_write(path, f"{text}\n".encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of lowcal's; LowcalError if it is damaged or of another format."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LowcalError(f"cannot read {path}: {error.strerror}; is it a run folder's file?") from error
-    except ValueError as error:
-        raise LowcalError(f"{path} is damaged ({_first_line(error)}); restore it or leave it out") from error
-    if not isinstance(value, dict) or "format" not in value:
-        raise LowcalError(f"{path} was not written by lowcal: it has no 'format'; leave this folder out")
-    if value["format"] != FORMAT:
-        raise LowcalError(
-            f"{path} has format {value['format']!r}, this lowcal reads {FORMAT}; use the lowcal that wrote it"
-        )
-    return value
 
 
 class RunFolder:
@@ -134,12 +85,12 @@ class RunFolder:
         """Whether the folder at `path` has something in it, and only what a crash in `create` leaves."""
         if not path.is_dir():
             return False
-        left = {EPOCHS, ENVIRONMENT, *(_temporary(path / name).name for name in (EPOCHS, ENVIRONMENT, RECIPE))}
+        left = {EPOCHS, ENVIRONMENT, *(temporary(path / name).name for name in (EPOCHS, ENVIRONMENT, RECIPE))}
         try:
             names = {entry.name for entry in path.iterdir()}
             return bool(names) and names <= left and (EPOCHS not in names or not (path / EPOCHS).stat().st_size)
         except OSError as error:
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
 
     @property
     def recipe(self) -> str:
@@ -147,7 +98,7 @@ class RunFolder:
         try:
             return (self.path / RECIPE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise LowcalError(f"cannot read {self.path / RECIPE} ({_first_line(error)}); restore it") from None
+            raise LowcalError(f"cannot read {self.path / RECIPE} ({first_line(error)}); restore it") from None
 
     def read_environment(self) -> dict[str, Any]:
         """Return where the run runs: device, versions, commit, start; without the run's identity."""
@@ -165,7 +116,7 @@ class RunFolder:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's line to `epochs.jsonl`, on disk on return; a failed write leaves no part of it."""
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         path = self.path / EPOCHS
         try:
             with path.open("ab", buffering=0) as file:
@@ -179,7 +130,7 @@ class RunFolder:
                     file.truncate(before)
                     raise
         except OSError as error:
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
 
     def read_epochs(self) -> list[dict[str, Any]]:
         """Return the records of all whole lines; a last line that a crash tore (no line end) is left out."""
@@ -198,7 +149,7 @@ class RunFolder:
                 file.truncate(sum(len(line) for line in lines[:epochs]))
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _refused(path, error) from error
+            raise refused(path, error) from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` atomically to the file `name` of this folder."""
@@ -234,9 +185,7 @@ class RunFolder:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise LowcalError(
-                f"{path} is damaged at line {index + 1} ({_first_line(error)}); resume the run"
-            ) from error
+            raise LowcalError(f"{path} is damaged at line {index + 1} ({first_line(error)}); resume the run") from error
         if not isinstance(record, dict):
             raise LowcalError(f"{path} is damaged at line {index + 1} (not an object); resume the run")
         _check_fields(record, _EPOCH_FIELDS, path, f"line {index + 1} of ")
@@ -257,7 +206,7 @@ def _refuse_unless_free(path: Path) -> None:
     try:
         inside = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     if inside:
         raise LowcalError(f"{path} exists and is not a run (it holds {inside[0]!r}); choose another folder")
 
@@ -272,7 +221,7 @@ def _make_folders(path: Path) -> list[Path]:
             made.insert(0, folder)
     except OSError as error:
         _remove_folders(made)
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     return made
 
 
@@ -280,38 +229,6 @@ def _remove_folders(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # another process may have put something there
             folder.rmdir()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync_folder(path: Path) -> None:
-    if sys.platform == "win32":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refused(path: Path, error: OSError) -> LowcalError:
-    return LowcalError(f"cannot write {path}: {error.strerror or error}; mend that or choose another folder")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
 
 
 def _check_fields(value: Mapping[str, Any], fields: tuple[str, ...], path: Path, where: str = "") -> None:

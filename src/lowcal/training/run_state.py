@@ -124,10 +124,10 @@ class RunState:
         if state["part"] is not None:
             part = Part(len(self._train), self._device)
             part.load_state_dict(state["part"])
-        self._growth.load_state_dict(state["growth"])
-        self.before = state["before"]
         if self._ranks.is_main:
             self._folder.truncate(finished)
+        self._growth.load_state_dict(state["growth"])
+        self.before = state["before"]
         self._learner.load_state_dict(state)
         self._workbench.keep(mode)  # never measured again, so that the run goes on bit for bit
         self.seconds, self.finished, self.in_a_row, self.part = seconds, finished, in_a_row, part

@@ -15,12 +15,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
     activations = [torch.ones(12_000_000) for n in range(2)]  # 48 MB each
-for _ in range(5):
+found = []
+for _ in range(25):
+    before = faults()
     step()
-before = faults()
-for _ in range(5):
-    step()
-print(faults() - before)
+    found.append(faults() - before)
+print(sorted(found)[12])
 """
 
 
@@ -31,5 +31,5 @@ def page_faults(keep):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 def test_a_step_gets_the_memory_that_the_last_one_freed():
-    assert page_faults(keep=True) < 1000  # of 4 KiB
+    assert page_faults(keep=True) < 100  # of 4 KiB, in the median step: now and then the heap is laid out anew
     assert page_faults(keep=False) > 20_000  # the same program without it

@@ -17,7 +17,8 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"discovery", "hooks", "state", "window", "layers", "rules", "schedule", "supervision"},
+    {"hooks", "layers", "rules", "schedule", "supervision", "window"},
+    {"discovery", "running_norm", "state", "updates"},
     {"local"},
     {"models", "narrow", "data"},
     {"parallel", "synced_norm", "integrations", "methods"},

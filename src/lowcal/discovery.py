@@ -24,7 +24,7 @@ class Discovery:
 
     Attributes:
         order: what is known.
-        settled: leading layers whose places cannot change any more.
+        settled: leading layers whose places cannot change any more; the controller sets it to the boundary.
         handles: of the hooks that watch.
     """
 

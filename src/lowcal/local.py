@@ -1,4 +1,4 @@
-"""LoCal: the controller that joins layers, rule, schedule and supervision, and owns every hook."""
+"""LoCal: the controller that joins layers, rule, schedule and supervision; its hooks and its parts' go with it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.discovery import Discovery
 from lowcal.errors import LowcalError, is_count
-from lowcal.hooks import Hook, Tap
-from lowcal.layers import Order, own_parameters, recurring_block, runs_twice, trace, weight_layers
+from lowcal.hooks import Hook
+from lowcal.layers import Order, own_parameters, recurring_block, trace, weight_layers
 from lowcal.rules import Hebbian, Rule
+from lowcal.running_norm import RunningNorms
 from lowcal.schedule import NormTrend, Progress, Schedule
 from lowcal.state import check_state
 from lowcal.supervision import LossTrend, Supervision
-from lowcal.window import Exchange, Window
+from lowcal.updates import LocalUpdates
+from lowcal.window import Exchange
 
 # Which controller each layer learns under: a layer has one at most.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LoCal]] = weakref.WeakKeyDictionary()
@@ -93,24 +95,21 @@ class LoCal:
         self.generation = 0  # counts the changes of which parameters are local (`DistributedLoCal`)
         self._losses: tuple[float, ...] = ()
         self._changes: tuple[float, ...] = ()
-        self._steps = 0
-        self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
-        self._step: Tensor | None = None  # eta with its sign, where steps are replayed by the device
+        self._start: Tensor | None = None  # the transition layer's weight when the epoch began
 
         self._discovery = Discovery(model, self._candidates, self._take)
         self._modules: list[nn.Module] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._block = 1
-        self._learners: list[int] = []  # local layers whose weights updates move
-        self._start: Tensor | None = None  # the transition layer's weight when the epoch began
-        self._window = Window()
         self._required: dict[nn.Parameter, bool] = {}  # requires_grad of local layers' parameters before the move
-        self._norms: list[nn.Module] = []  # normalisation layers before the boundary
-        self._stilled: set[nn.Module] = set()  # those of them made to use their running statistics
-        self._ran: set[int] | None = None  # local layers that this forward pass has run
-        self._taps: dict[int, Tap] = {}  # by local layer
+        self._exchange: Exchange | None = None  # set for data-parallel training
+
+        self._updates = LocalUpdates(model, rule)
+        self._updates.set_step(self.sign * self.lr)
+        self._running_norms = RunningNorms(model)
         self._handles: list[RemovableHandle] = []
-        self._finalizer = weakref.finalize(self, _remove, self._handles, self._discovery.handles)
+        parts = (self._discovery, self._updates, self._running_norms)
+        self._finalizer = weakref.finalize(self, _remove, self._handles, *(part.handles for part in parts))
         if example_inputs is not None:
             self._discovery.take(trace(model, example_inputs))
         else:
@@ -133,7 +132,7 @@ class LoCal:
     @property
     def skipped(self) -> int:
         """Layers' updates left out so far because their norm was zero or not finite. Reads from the device."""
-        return int(self._skipped)
+        return self._updates.skipped
 
     # What a user calls
 
@@ -156,8 +155,8 @@ class LoCal:
         self._known("end_epoch")
         weight = self._weight(self.boundary)
         change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
-        if self._window.exchange is not None:
-            loss, change = self._window.exchange.mean(loss, change)
+        if self._exchange is not None:
+            loss, change = self._exchange.mean(loss, change)
         if not math.isfinite(loss):
             raise LowcalError(
                 f"end_epoch: the mean training loss of epoch {self.epoch} is {loss}; training has diverged, "
@@ -172,7 +171,7 @@ class LoCal:
         self.change, self._changes = change, changes
         self._losses = (*self._losses, loss)
         self.sign = self.supervision(self._losses) if self.supervision else 1
-        self._set_step()
+        self._updates.set_step(self.sign * self.lr)
         moved = target > self.boundary
         if moved:
             self._move(target)
@@ -207,7 +206,7 @@ class LoCal:
             "change": self.change,
             "losses": list(self._losses),
             "changes": list(self._changes),
-            "steps": self._steps,
+            "steps": self._updates.steps,
             "skipped": self.skipped,
             "start": None if self._start is None else self._start.clone(),
         }
@@ -228,10 +227,8 @@ class LoCal:
         self.epoch, self.sign, self.change = state["epoch"], state["sign"], state["change"]
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
-        self._steps = state["steps"]
-        self._skipped.fill_(state["skipped"])
-        self._set_step()
-        self._window.drop()
+        self._updates.resume(state["steps"], state["skipped"])
+        self._updates.set_step(self.sign * self.lr)
         self._open()
 
     def detach(self) -> None:
@@ -240,60 +237,11 @@ class LoCal:
         for parameter, required in self._required.items():
             parameter.requires_grad_(required)
         self._required.clear()
-        self._learners.clear()
+        self._updates.clear()
+        self._running_norms.restore()
         self.generation += 1
-        for norm in self._stilled:
-            norm.training = self.model.training
         for module in self._candidates.values():
             _controllers.pop(module, None)
-
-    def over_ranks(self, exchange: Exchange) -> None:
-        """Sums local updates and averages losses over the ranks of `exchange` from now on (`DistributedLoCal`)."""
-        self._window.exchange = exchange
-
-    def begin_forward(self) -> None:
-        """Begins a data-parallel forward pass (`DistributedLoCal`)."""
-        self._window.settle()
-
-    def end_forward(self) -> None:
-        """Ends a data-parallel forward pass: its updates are summed even if the last local layer did not run."""
-        due = self._learners and self.is_due
-        if due and self.model.training and torch.is_grad_enabled():
-            self._window.share(self._local_weights())
-
-    @property
-    def is_open(self) -> bool:
-        """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
-        return self.rule.opens and self.is_due
-
-    def opened(self) -> list[nn.Parameter]:
-        """The parameters of local layers that learn by the optimizer in open steps (`DistributedLoCal`)."""
-        return [parameter for parameter, required in self._required.items() if required and self.rule.opens]
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the rule acts in the coming step."""
-        return self._steps % self.rule.every == 0
-
-    def make_replayable(self, device: torch.device) -> None:
-        """Lets a step depend on this object through what lies on `device`, so that a CUDA graph can replay it.
-
-        A step is then what the device was recorded to do in it, and `count_step`.
-        """
-        self._step = torch.zeros((), device=device)
-        self._skipped = self._skipped.to(device)
-        self._set_step()
-
-    def count_step(self) -> None:
-        """Counts an optimizer step, and opens or closes local layers for the next one."""
-        self._steps += 1
-        if self.rule.opens:
-            self._open()
-
-    def update_bytes(self) -> int:
-        """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
-        sizes = (w.numel() * max(w.element_size(), 4) for w in self._local_weights().values())
-        return sum(sizes) // self.rule.every
 
     def __enter__(self) -> Self:
         return self
@@ -304,6 +252,54 @@ class LoCal:
     def __repr__(self) -> str:
         where = f"boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}"
         return f"LoCal({where}, rule={self.rule})"
+
+    # What `DistributedLoCal` calls
+
+    def over_ranks(self, exchange: Exchange) -> None:
+        """Sums local updates and averages losses over the ranks of `exchange` from now on."""
+        self._exchange = exchange
+        self._updates.over_ranks(exchange)
+
+    def begin_forward(self) -> None:
+        """Begins a data-parallel forward pass."""
+        self._updates.begin_forward()
+
+    def end_forward(self) -> None:
+        """Ends a data-parallel forward pass: its updates are summed even if the last local layer did not run."""
+        self._updates.end_forward()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
+        return self.rule.opens and self.is_due
+
+    def opened(self) -> list[nn.Parameter]:
+        """The parameters of local layers that learn by the optimizer in open steps."""
+        return [parameter for parameter, required in self._required.items() if required and self.rule.opens]
+
+    def update_bytes(self) -> int:
+        """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
+        return self._updates.bytes_per_step()
+
+    # What replaying a step calls
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the rule acts in the coming step."""
+        return self._updates.is_due
+
+    def make_replayable(self, device: torch.device) -> None:
+        """Lets a step depend on this object through what lies on `device`, so that a CUDA graph can replay it.
+
+        A step is then what the device was recorded to do in it, and `count_step`.
+        """
+        self._updates.make_replayable(device)
+
+    def count_step(self) -> None:
+        """Counts an optimizer step, and opens or closes local layers for the next one."""
+        self._updates.steps += 1
+        if self.rule.opens:
+            self._open()
 
     # The order of layers
 
@@ -328,9 +324,6 @@ class LoCal:
     def _weight(self, index: int) -> Tensor:
         return self._modules[index].weight.detach()  # type: ignore[operator]
 
-    def _local_weights(self) -> dict[int, Tensor]:
-        return {index: self._weight(index) for index in self._learners}
-
     def _mark_start(self) -> None:
         self._start = self._weight(self.boundary).clone()
 
@@ -345,99 +338,35 @@ class LoCal:
     def _move(self, target: int) -> None:
         if not self.boundary:
             self._handles.append(self.optimizer.register_step_post_hook(Hook(self._after_step)))
-            if self.rule.collects:
-                self._handles += [
-                    self.model.register_forward_pre_hook(Hook(self._begin_pass)),
-                    self.model.register_forward_hook(Hook(self._end_pass), always_call=True),
-                    *self._window.watch(self._modules),
-                ]
-            if self.norm_stats == "running":
-                self._handles.append(self.model.register_forward_pre_hook(Hook(self._still)))
+            self._updates.watch(self._modules)
         newly_local = self.layers[self.boundary : target]
         for index, name in enumerate(newly_local, start=self.boundary):
-            learns = self._modules[index].weight.requires_grad  # a layer that the user froze stays as it is
+            self._updates.add(index, name, self._modules[index])
             for parameter in self._parameters[name]:
                 self._required[parameter] = parameter.requires_grad
                 if not self.rule.opens:
                     self.optimizer.state.pop(parameter, None)
-            if self.rule.collects and learns:
-                self._learners.append(index)
-                self._taps[index] = tap = Tap(self.rule.update, Hook(self._collect, index))
-                self._handles.append(self._modules[index].register_forward_hook(tap, with_kwargs=True))
-        self._norms = [
-            self.model.get_submodule(name)
-            for name, layer in self._discovery.order.norms.items()
-            if layer in self.layers[:target]
-        ]
+        if self.norm_stats == "running":
+            norms = self._discovery.order.norms.items()
+            local = self.layers[:target]
+            self._running_norms.take([self.model.get_submodule(name) for name, layer in norms if layer in local])
         self._open()
         self.generation += 1
         self.boundary = self._discovery.settled = target
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
 
-    def _still(self, module: nn.Module, inputs: Any) -> None:
-        """Lets normalisation before the boundary use its running statistics, which ``model.train()`` has undone."""
-        for norm in self._norms:
-            if norm.training:
-                norm.training = False
-                self._stilled.add(norm)
-
     def _open(self) -> None:
         """Lets local layers take part in the coming step's back-propagation, if it is one of those of the rule."""
+        is_open = self.is_open
         for parameter, required in self._required.items():
-            parameter.requires_grad_(required and self.is_open)
-            if not self.is_open:
+            parameter.requires_grad_(required and is_open)
+            if not is_open:
                 parameter.grad = None  # a stale gradient would count in clipping, and be applied
-
-    # The step
-
-    def _set_step(self) -> None:
-        if self._step is not None:
-            self._step.fill_(self.sign * self.lr)
-
-    def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
-        self._ran = set()
-        for tap in self._taps.values():
-            tap.due, tap.update = self.is_due, None
-
-    def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        for index, tap in self._taps.items():  # compiled layers have left their updates there
-            if tap.update is not None:
-                self._keep(index, tap.update)
-                tap.update = None
-        self._ran = None
-
-    def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
-        if not (module.training and torch.is_grad_enabled() and self.is_due):
-            return
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
-            return
-        inputs = args[0] if args else kwargs["input"]
-        with torch.no_grad():
-            self._keep(index, self.rule.update(module, inputs.detach(), outputs.detach()))
-
-    def _keep(self, index: int, update: Tensor) -> None:
-        if self._ran is not None:
-            if index in self._ran:
-                raise LowcalError(runs_twice(self.layers[index]))
-            self._ran.add(index)
-        self._window.add(index, update)
-        if index == self.boundary - 1:
-            self._window.share(self._local_weights())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.count_step()
-        weights = self._local_weights()
-        updates = self._window.take(weights)
-        if not updates:
-            return
-        step: float | Tensor = self.sign * self.lr if self._step is None else self._step
-        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
-        if overflow is not None:
-            step = torch.where(overflow.reshape(()) > 0, 0.0, step)
-        skipped = self.rule.apply([weights[index] for index in updates], list(updates.values()), step)
-        self._skipped = self._skipped.to(skipped.device, non_blocking=True)
-        self._skipped += skipped
+        self._updates.apply(optimizer)
 
 
 def _remove(*lists: list[RemovableHandle]) -> None:

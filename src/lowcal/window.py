@@ -105,7 +105,7 @@ class Window:
             self._forward_summed = True
 
     def take(self, shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Gives what is kept, by layer and over all ranks, and forgets it."""
+        """Gives what is kept, by layer and over all ranks, and forgets it; `shapes` as for `share`."""
         self._close_forward()
         if self.exchange is not None:
             if self._own:

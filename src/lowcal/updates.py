@@ -1,0 +1,181 @@
+"""What local layers do in a step: updates made in the forward pass, applied after the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.errors import LowcalError
+from lowcal.hooks import Hook, Tap
+from lowcal.layers import runs_twice
+from lowcal.rules import Rule
+from lowcal.window import Exchange, Window
+
+
+class _Learner(NamedTuple):
+    """A layer that learns locally, and the hook on it."""
+
+    name: str
+    module: nn.Module
+    tap: Tap
+
+
+class LocalUpdates:
+    """The updates of a network's local layers, from the forward pass that makes them to the step that applies them.
+
+    A hook on each of these layers makes its dW (`Rule.update`) as the forward pass runs it, and keeps it. `apply`,
+    called right after ``optimizer.step()``, moves all of their weights by what is kept (`Rule.apply`). Nothing that
+    happens in a step reads from the device.
+
+    Layers go by their index in the order of execution.
+
+    Args:
+        model: the network.
+        rule: what makes updates and applies them.
+
+    Attributes:
+        steps: optimizer steps since the first layer became local.
+        handles: of the hooks.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule) -> None:
+        self.steps = 0
+        self.handles: list[RemovableHandle] = []
+        self._model, self._rule = model, rule
+        self._window = Window()
+        self._learners: dict[int, _Learner] = {}
+        self._last: int | None = None  # of the learners: when it has run, the pass has made all of its updates
+        self._ran: set[int] | None = None  # learners that this forward pass has run
+        self._step: float | Tensor = 0.0  # eta with its sign; on the device where it replays steps
+        self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
+
+    # Which layers learn
+
+    def watch(self, layers: Sequence[nn.Module]) -> None:
+        """Watches the passes of the network, whose layers are `layers`, before the first of them becomes local."""
+        if self._rule.collects:
+            self.handles += [
+                self._model.register_forward_pre_hook(Hook(self._begin_pass)),
+                self._model.register_forward_hook(Hook(self._end_pass), always_call=True),
+                *self._window.watch(layers),
+            ]
+
+    def add(self, index: int, name: str, module: nn.Module) -> None:
+        """Lets a layer learn locally, the one after those so far; a layer that the user froze stays as it is."""
+        if self._rule.collects and module.get_parameter("weight").requires_grad:
+            tap = Tap(self._rule.update, Hook(self._collect, index))
+            self.handles.append(module.register_forward_hook(tap, with_kwargs=True))
+            self._learners[index] = _Learner(name, module, tap)
+            self._last = index
+
+    def clear(self) -> None:
+        """Lets no layer learn any more."""
+        self._learners.clear()
+
+    # What the controller sets and reads
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the rule acts in the coming step."""
+        return self.steps % self._rule.every == 0
+
+    @property
+    def skipped(self) -> int:
+        """Layers' updates left out so far because their norm was zero or not finite. Reads from the device."""
+        return int(self._skipped)
+
+    def set_step(self, step: float) -> None:
+        """Sets eta with its sign, for the coming steps."""
+        if isinstance(self._step, Tensor):
+            self._step.fill_(step)
+        else:
+            self._step = step
+
+    def make_replayable(self, device: torch.device) -> None:
+        """Puts on `device` what a step that it replays depends on."""
+        self._step = torch.zeros((), device=device).fill_(self._step)
+        self._skipped = self._skipped.to(device)
+
+    def resume(self, steps: int, skipped: int) -> None:
+        """Takes the counts of a saved state, and forgets the updates kept."""
+        self.steps = steps
+        self._skipped.fill_(skipped)
+        self._window.drop()
+
+    def bytes_per_step(self) -> int:
+        """Bytes of updates that a step makes, on average over the steps, in single precision at least."""
+        sizes = (weight.numel() * max(weight.element_size(), 4) for weight in self._weights().values())
+        return sum(sizes) // self._rule.every
+
+    # The forward pass
+
+    def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
+        self._ran = set()
+        due = self.is_due
+        for _, _, tap in self._learners.values():
+            tap.due, tap.update = due, None
+
+    def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
+        if not (module.training and torch.is_grad_enabled() and self.is_due):
+            return
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
+            return
+        inputs = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            self._keep(index, self._rule.update(module, inputs.detach(), outputs.detach()))
+
+    def _keep(self, index: int, update: Tensor) -> None:
+        if self._ran is not None:
+            if index in self._ran:
+                raise LowcalError(runs_twice(self._learners[index].name))
+            self._ran.add(index)
+        self._window.add(index, update)
+        if index == self._last:
+            self._window.share(self._weights())
+
+    def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        for index, (_, _, tap) in self._learners.items():
+            if tap.update is not None:  # a compiled layer has left it there
+                self._keep(index, tap.update)
+                tap.update = None
+        self._ran = None
+
+    # The ranks
+
+    def over_ranks(self, exchange: Exchange) -> None:
+        """Sums updates over the ranks of `exchange` from now on."""
+        self._window.exchange = exchange
+
+    def begin_forward(self) -> None:
+        """Begins a data-parallel forward pass: DDP has written the gradients of the pass before."""
+        self._window.settle()
+
+    def end_forward(self) -> None:
+        """Ends a data-parallel forward pass: its updates are summed even if the last of the layers did not run."""
+        due = self._learners and self.is_due
+        if due and self._model.training and torch.is_grad_enabled():
+            self._window.share(self._weights())
+
+    # The step
+
+    def apply(self, optimizer: Optimizer) -> None:
+        """Moves the weights by the updates kept, after a step of `optimizer`."""
+        weights = self._weights()
+        updates = self._window.take(weights)
+        if not updates:
+            return
+        step = self._step
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
+        if overflow is not None:
+            step = torch.where(overflow.reshape(()) > 0, 0.0, step)
+        skipped = self._rule.apply([weights[index] for index in updates], list(updates.values()), step)
+        self._skipped = self._skipped.to(skipped.device, non_blocking=True)
+        self._skipped += skipped
+
+    def _weights(self) -> dict[int, Tensor]:
+        return {index: learner.module.weight.detach() for index, learner in self._learners.items()}  # type: ignore[operator]

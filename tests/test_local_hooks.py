@@ -80,6 +80,26 @@ def test_after_detach_training_is_plain_again():
     assert same(weights(model), weights(plain))
 
 
+def test_a_second_detach_leaves_a_later_controller_and_the_user_alone():
+    model = convnet()
+    optimizer = sgd(model)
+    first = controller(model, optimizer, norm_stats="running")
+    train_step(model, optimizer, images(1)[0])
+    first.detach()
+    model.norm1.eval()
+    second = controller(model, optimizer)
+    before = hooks(model, optimizer)
+    grad_before = {name: p.requires_grad for name, p in model.named_parameters()}
+    first.detach()
+    assert hooks(model, optimizer) == before
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grad_before
+    assert not model.norm1.training
+    with pytest.raises(lowcal.LowcalError, match="another LoCal"):
+        lowcal.LoCal(model, optimizer, epochs=9)
+    second.detach()
+    lowcal.LoCal(model, optimizer, epochs=9).detach()
+
+
 def test_an_update_in_waiting_is_not_applied_after_detach():
     model = convnet()
     optimizer = sgd(model)

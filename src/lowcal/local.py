@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lowcal.claims import check_free, check_held, claim, release
 from lowcal.discovery import Discovery
 from lowcal.errors import LowcalError, is_count
 from lowcal.hooks import Hook
@@ -23,9 +24,6 @@ from lowcal.state import check_state
 from lowcal.supervision import LossTrend, Supervision
 from lowcal.updates import LocalUpdates
 from lowcal.window import Exchange
-
-# Which controller each layer learns under: a layer has one at most.
-_controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LoCal]] = weakref.WeakKeyDictionary()
 
 
 class LoCal:
@@ -82,8 +80,8 @@ class LoCal:
                 f"LoCal: {rule!r} is no rule; give lowcal.Hebbian(), Frozen(), Refresh() or one like them"
             )
         self._candidates = weight_layers(model)
-        _check_held(self._candidates, optimizer)
-        _check_free(self._candidates)
+        check_held(self._candidates, optimizer)
+        check_free(self._candidates)
         self.model, self.optimizer, self.epochs = model, optimizer, epochs
         self.rule, self.schedule, self.supervision, self.norm_stats = rule, schedule, supervision, norm_stats
 
@@ -114,8 +112,7 @@ class LoCal:
             self._discovery.take(trace(model, example_inputs))
         else:
             self._discovery.watch_next_forward()
-        for module in self._candidates.values():
-            _controllers[module] = weakref.ref(self)
+        claim(self._candidates, self)
 
     # What a user reads
 
@@ -240,8 +237,7 @@ class LoCal:
         self._updates.clear()
         self._running_norms.restore()
         self.generation += 1
-        for module in self._candidates.values():
-            _controllers.pop(module, None)
+        release(self._candidates, self)
 
     def __enter__(self) -> Self:
         return self
@@ -364,6 +360,8 @@ class LoCal:
             if not is_open:
                 parameter.grad = None  # a stale gradient would count in clipping, and be applied
 
+    # The step
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.count_step()
         self._updates.apply(optimizer)
@@ -374,23 +372,3 @@ def _remove(*lists: list[RemovableHandle]) -> None:
         for handle in handles:
             handle.remove()
         handles.clear()
-
-
-def _check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, module in layers.items():
-        weight = module.get_parameter("weight")
-        if weight.requires_grad and id(weight) not in held:
-            raise LowcalError(
-                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own "
-                "parameters, as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"
-            )
-
-
-def _check_free(layers: Mapping[str, nn.Module]) -> None:
-    for name, module in layers.items():
-        other = _controllers.get(module)
-        if other is not None and other() is not None:
-            raise LowcalError(
-                f"layer '{name}' already learns under another LoCal; call its detach() first, or use that one"
-            )

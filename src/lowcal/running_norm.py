@@ -40,6 +40,7 @@ class RunningNorms:
         """Gives the layers the network's own mode back; the hook is to be removed first."""
         for norm in self._stilled:
             norm.training = self._model.training
+        self._stilled.clear()
 
     def _still(self, module: nn.Module, inputs: Any) -> None:
         for norm in self._norms:

@@ -14,6 +14,7 @@ from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, PruneSettings, StochasticDepthSettings, build_method
 from lowcal.models import build_model
 from lowcal.training.modes import build_step
+from lowcal.training.step import StepOptions
 
 from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights
@@ -56,9 +57,7 @@ class Training:
         )
 
     def epoch(self, number: int) -> bool:
-        step = build_step(
-            "eager", self.model, self.optimizer, self.method, device=CPU, precision="float32", scaler=None
-        )
+        step = build_step("eager", self.model, self.optimizer, self.method, StepOptions(CPU))
         self.model.train()
         losses = [step(*batch) for batch in images(3, seed=10 + number)]
         return self.method.end_epoch(float(torch.stack(losses).mean()))
@@ -247,7 +246,7 @@ def test_its_twin_does_the_same_and_leaves_it_alone(name, epochs):
     if name != "refresh":  # whose twin begins a period anew
         assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in training.model.parameters()]
     model.train()
-    step = build_step("eager", model, optimizer, twin, device=CPU, precision="float32", scaler=None)
+    step = build_step("eager", model, optimizer, twin, StepOptions(CPU))
     step(*images(1)[0])
     twin.detach()
     assert same((snapshot(training.model, training.optimizer), training.method.state_dict()), before)

@@ -16,7 +16,7 @@ from lowcal.experiments.recipe_files import apply_settings, differences, load_re
 from lowcal.methods import METHODS, Method, build_method, find_method
 from lowcal.models import build_model
 from lowcal.training.modes import build_step
-from lowcal.training.step import Step
+from lowcal.training.step import Step, StepOptions
 
 CPU = torch.device("cpu")
 IMAGES = {"cifar10": (32, 10), "cifar100": (32, 100), "imagenet": (224, 1000)}  # side, classes
@@ -142,7 +142,7 @@ def attach(recipe: Recipe, name: str, model: nn.Module) -> tuple[SGD, Method]:
 
 
 def eager(recipe: Recipe, model: nn.Module, optimizer: SGD, method: Method) -> Step:
-    return build_step("eager", model, optimizer, method, device=CPU, precision=recipe.precision, scaler=None)
+    return build_step("eager", model, optimizer, method, StepOptions(CPU, recipe.precision))
 
 
 @every_method

@@ -11,6 +11,7 @@ from lowcal.models import build_model
 from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
 from lowcal.training.modes import build_step
+from lowcal.training.step import StepOptions
 
 from ..networks import convnet
 from ..support import same, sgd, snapshot
@@ -66,7 +67,7 @@ def real_step(name, model, optimizer, method, precision="float32"):
 
     handles = [model.get_submodule(layer).register_forward_hook(watch(layer)) for layer in method.layers]
     model.train()
-    step = build_step("eager", model, optimizer, method, device=CPU, precision=precision, scaler=None)
+    step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision))
     images = torch.randn(SHAPES[name])
     with FlopCounterMode(display=False) if name != "grouped" else flop_counter() as counter:
         step(images, torch.arange(len(images)) % 3)

@@ -12,7 +12,7 @@ from lowcal.methods import METHODS
 from lowcal.methods.local import Local
 from lowcal.methods.sgd import SGD
 from lowcal.training.modes import build_step
-from lowcal.training.step import build_scaler
+from lowcal.training.step import StepOptions, build_scaler
 
 from ..networks import convnet, images
 from ..support import same, snapshot, weights
@@ -49,7 +49,7 @@ def built(fused, *, boundary=0, precision="float32", guard=True):
     scaler = build_scaler(CPU, precision)
     if scaler is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, backoff_factor=0.999999, growth_interval=10**6)
-    step = build_step("eager", model, optimizer, method, device=CPU, precision=precision, scaler=scaler, guard=guard)
+    step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision, scaler, guard=guard))
     return model, optimizer, step
 
 
@@ -123,7 +123,7 @@ def test_a_loss_alone_that_is_not_finite_skips_under_a_scaler():
     method = Endless(model, optimizer, None, epochs=1, example_inputs=images(1)[0][0])
     for precision in ("float32", "fp16"):
         scaler = build_scaler(CPU, precision)
-        step = build_step("eager", model, optimizer, method, device=CPU, precision=precision, scaler=scaler, guard=True)
+        step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision, scaler, guard=True))
         before = weights(model)
         step(*images(1)[0])
         assert bool(step.skipped)

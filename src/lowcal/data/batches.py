@@ -9,7 +9,6 @@ from torch.nn.functional import pad
 
 from lowcal.data.dataset import Augmentation, Images
 from lowcal.data.loader import Normalise, Share, check_batch, check_state
-from lowcal.errors import LowcalError
 
 __all__ = ["Batches"]
 
@@ -18,10 +17,10 @@ class Batches:
     """A `Loader` of images in memory: x float32 (n, C, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
 
     Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
-    order, with `augmentation` each image a new crop and flip; both come from generators of their own that start
-    from `seed`, so nothing else moves them and they move nothing else. `state_dict` continues exactly, in the
-    middle of an epoch too, and whatever the `share`: what is drawn is drawn for the whole batch. No step waits for the
-    device.
+    order, with `augmentation` each image a new crop and flip. All of an epoch is drawn when it begins, by a generator
+    of its own that starts from `seed`: nothing else moves it, it moves nothing else, and what an image gets depends on
+    neither `batch` nor `share` nor `device`. `state_dict` continues exactly, in the middle of an epoch too. No step
+    waits for the device.
 
     >>> images = Images(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
     >>> [len(y) for x, y in Batches(images, batch=4, mean=(0.5,), std=(0.5,))]
@@ -50,9 +49,8 @@ class Batches:
         self.total = 0
         self._share = share
         self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
-        self._order = torch.Generator().manual_seed(seed)
-        self._draws = torch.Generator(device=self.device).manual_seed(seed)
-        self._epoch_start = self._order.get_state()
+        self._random = torch.Generator().manual_seed(seed)
+        self._epoch_start = self._random.get_state()
         self._position = 0  # images given out in the present epoch
         self._resume_at = 0
 
@@ -66,28 +64,45 @@ class Batches:
         check_batch(value, len(self.images))
         self._batch = value
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return self.images.shape
+
     def __len__(self) -> int:
         return -(-len(self.images) // self._batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Start an epoch, or go on with the one that `load_state_dict` brought."""
+        return (self.make(*given) for given in self.drawn())
+
+    def drawn(self) -> Iterator[tuple[Tensor]]:
+        """The same pass, as what `make` makes its batches from: (n, 1) int64, or with augmentation (n, 4).
+
+        The columns are an image's number, its offsets down and to the right, and whether it is mirrored.
+        """
         self._position, self._resume_at = self._resume_at, 0
-        self._epoch_start = self._order.get_state()
-        count = len(self.images)
-        order = torch.randperm(count, generator=self._order) if self.shuffle else torch.arange(count)
-        order = order.to(self.device)
-        while self._position < count:
-            index = order[self._position : self._position + self._batch]
-            self.total = len(index)
+        self._epoch_start = self._random.get_state()
+        plan = self._draw().to(self.device)
+        while self._position < len(plan):
+            batch = plan[self._position : self._position + self._batch]
+            self.total = len(batch)
             self._position += self.total
-            own = self._share.of(self.total)
-            yield self._make(index, own, self.augmentation), self.images.labels[index[own]]
+            yield (batch[self._share.of(self.total)],)
         self._position = 0
+
+    def make(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of what was `drawn`."""
+        index = drawn[:, 0]
+        pixels = self.images.pixels_at(index)
+        if self.augmentation is not None:
+            pixels = _crop_and_flip(pixels, drawn[:, 1:], self.augmentation)
+        return self._normalise(pixels), self.images.labels[index]
 
     def example(self, count: int) -> Tensor:
         """Return the first `count` images as a batch without augmentation; moves no random state."""
         index = torch.arange(min(count, len(self.images)), device=self.device)
-        return self._make(index, slice(None), None)
+        return self._normalise(self.images.pixels_at(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next batch depends on: tensors and plain values."""
@@ -95,43 +110,35 @@ class Batches:
             "images": len(self.images),
             "batch": self._batch,
             "position": self._position,
-            "order": self._epoch_start if self._position else self._order.get_state(),
-            "draws": self._draws.get_state(),
+            "random": self._epoch_start if self._position else self._random.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken: the next pass gives what was left of that epoch.
 
-        Raises LowcalError, and changes nothing, if the state is of other data or of another kind of device.
+        Raises LowcalError, and changes nothing, if the state is of other data.
         """
-        check_state(state, {"images", "batch", "position", "order", "draws"}, len(self.images))
-        if state["draws"].shape != self._draws.get_state().shape:
-            raise LowcalError(
-                f"state of the batches is of another device than {self.device.type}: resume on the same kind"
-            )
+        check_state(state, {"images", "batch", "position", "random"}, len(self.images))
         self.batch = state["batch"]
-        self._order.set_state(state["order"].cpu())
-        self._draws.set_state(state["draws"].cpu())
+        self._random.set_state(state["random"].cpu())
         self._position = self._resume_at = state["position"]
-        self._epoch_start = self._order.get_state()
+        self._epoch_start = self._random.get_state()
 
-    def _make(self, index: Tensor, own: slice, augmentation: Augmentation | None) -> Tensor:
-        pixels = self.images.pixels_at(index[own])
-        if augmentation is not None:
-            pixels = self._crop_and_flip(pixels, len(index), own, augmentation)
-        return self._normalise(pixels)
+    def _draw(self) -> Tensor:
+        count, random = len(self.images), self._random
+        columns = [torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)]
+        if self.augmentation is not None:
+            reach = 2 * self.augmentation.pad + 1
+            bounds = reach, reach, 1 + self.augmentation.flip
+            columns += [torch.randint(bound, (count,), generator=random) for bound in bounds]
+        return torch.stack(columns, dim=1)
 
-    def _crop_and_flip(self, pixels: Tensor, total: int, own: slice, augmentation: Augmentation) -> Tensor:
-        """Shift each image by up to `pad` pixels each way over black, and mirror about half of them.
 
-        The images are those at the places `own` among the `total` of the batch, for all of which it is drawn.
-        """
-        count, _, height, width = pixels.shape
-        reach = augmentation.pad
-        offsets = torch.randint(2 * reach + 1, (2, total), generator=self._draws, device=self.device)[:, own]
-        windows = pad(pixels, (reach,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        pixels = windows[torch.arange(count, device=self.device), :, offsets[0], offsets[1]]
-        if not augmentation.flip:
-            return pixels
-        mirror = torch.randint(2, (total, 1, 1, 1), generator=self._draws, device=self.device)[own].bool()
-        return torch.where(mirror, pixels.flip(3), pixels)
+def _crop_and_flip(pixels: Tensor, drawn: Tensor, augmentation: Augmentation) -> Tensor:
+    """Shift each image by up to `pad` pixels each way over black, and mirror about half of them, as `drawn`."""
+    count, _, height, width = pixels.shape
+    down, right, mirror = drawn.unbind(1)
+    sources = pad(pixels, (augmentation.pad,) * 4)
+    sources = torch.stack((sources, sources.flip(3))) if augmentation.flip else sources[None]
+    windows = sources.unfold(3, height, 1).unfold(4, width, 1)
+    return windows[mirror, torch.arange(count, device=pixels.device), :, down, right]

@@ -63,11 +63,20 @@ class FileBatches:
         check_batch(value, len(self.files))
         self._batch = value
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return self.files.shape
+
     def __len__(self) -> int:
         return -(-len(self.files) // self._batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Start a pass, or go on with the one that `load_state_dict` brought."""
+        return (self.make(*given) for given in self.drawn())
+
+    def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pass, as what `make` makes its batches from: pixels uint8 (n, 3, H, W), labels int64 (n,)."""
         if self._resume_at == 0:
             self._begun += 1
         self._position, self._resume_at = self._resume_at, 0
@@ -78,8 +87,12 @@ class FileBatches:
                 raise unreadable(f"{path}: {reason}")
             self.total = min(batch, count - self._position)
             self._position += self.total
-            yield self._move(decoded.pixels), decoded.labels.to(self.device, non_blocking=True)
+            yield self._move(decoded.pixels), self._move(decoded.labels)
         self._position = 0
+
+    def make(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of the images' `pixels`: these normalised, and its labels."""
+        return self._normalise(pixels), labels
 
     def example(self, count: int) -> Tensor:
         """Return the first `count` images as evaluation sees them; moves no random state."""
@@ -89,7 +102,7 @@ class FileBatches:
         if decoded.failures:
             path, reason = decoded.failures[0]
             raise unreadable(f"{path}: {reason}")
-        return self._move(decoded.pixels)
+        return self._normalise(self._move(decoded.pixels))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next batch depends on: plain values."""
@@ -125,8 +138,8 @@ class FileBatches:
                 for i, label in zip(index.tolist(), labels, strict=True)
             ]
 
-    def _move(self, pixels: Tensor) -> Tensor:
-        return self._normalise(pixels.to(self.device, non_blocking=True))
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _mixed(*values: int) -> int:

@@ -1,6 +1,6 @@
 """What every loader is, and what those of this package share: checks and normalisation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,11 +48,25 @@ class Loader(Protocol):
     def total(self) -> int:
         """Images of the batch given out last, over all processes."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+
     def __len__(self) -> int:
         """Batches in a pass."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Start a pass, or go on with the one that `load_state_dict` brought; x (n, C, H, W) float32, y (n,) int64."""
+
+    def drawn(self) -> Iterator[tuple[Tensor, ...]]:
+        """The same pass, as what `make` makes its batches from: tensors on the device whose first dimension is n."""
+
+    @property
+    def make(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What gives the batch of what was drawn.
+
+        It is work for the device alone and depends on nothing else, so that a recorded training step may hold it.
+        """
 
     def example(self, count: int) -> Tensor:
         """The first `count` images as evaluation sees them; moves no random state."""
@@ -82,8 +96,8 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the images normalised, without waiting for the device."""
-        x = torch.addcmul(self._shift, pixels.to(torch.float32), self._scale)
-        return x.contiguous(memory_format=self._memory_format)
+        images = pixels.to(torch.float32, memory_format=self._memory_format, copy=True)
+        return images.mul_(self._scale).add_(self._shift)
 
 
 def check_batch(batch: int, images: int) -> None:

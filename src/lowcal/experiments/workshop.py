@@ -22,7 +22,7 @@ from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 from lowcal.training.epoch import now
 from lowcal.training.modes import build_step
-from lowcal.training.step import autocast, build_scaler
+from lowcal.training.step import StepOptions, autocast, build_scaler
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 
@@ -123,15 +123,9 @@ class Arm:
             self.move_ms -= self._milliseconds(shop, first)
 
     def _build(self, shop: Workshop) -> None:
-        self.step = build_step(
-            shop.settings.step,
-            self.model,
-            self.optimizer,
-            self.method,
-            device=shop.device,
-            precision=shop.settings.precision,
-            scaler=build_scaler(shop.device, shop.settings.precision),
-        )
+        scaler = build_scaler(shop.device, shop.settings.precision)
+        options = StepOptions(shop.device, shop.settings.precision, scaler)
+        self.step = build_step(shop.settings.step, self.model, self.optimizer, self.method, options)
 
     def _run(self, shop: Workshop, steps: int) -> None:
         for _ in range(steps):

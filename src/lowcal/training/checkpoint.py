@@ -18,7 +18,7 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.training.files import atomic_write
 
-FORMAT = 3  # 1 had no part of an epoch, 2 no growth of the batch
+FORMAT = 4  # 1 had no part of an epoch, 2 no growth of the batch, 3 two generators of mini-batches
 MAGIC = b"lowcal-checkpoint"
 PRESENT = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.layers import weight_layers
 from lowcal.methods import Method
-from lowcal.training.step import EagerStep
+from lowcal.training.step import EagerStep, StepOptions
 
 BACKEND: str | Callable[..., Any] = "inductor"
 
@@ -30,34 +29,20 @@ class CompiledStep:
     learns in it has changed, and for its input needing a gradient or not: a bounded number of times in a run.
     Dropped blocks and evaluation run as they are.
 
-    Args:
-        batch: images in the mini-batches to compile for; others, such as an epoch's last, run as they are. None: all.
+    Mini-batches of another size than the whole one's, such as an epoch's last, run as they are.
 
     Raises:
         LowcalError: the network has no block.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        *,
-        device: torch.device,
-        precision: str,
-        scaler: GradScaler | None,
-        guard: bool = False,
-        batch: int | None = None,
-    ) -> None:
-        self._step = EagerStep(
-            model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard, batch=batch
-        )
-        self._batch = batch
+    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
+        self._step = EagerStep(model, optimizer, method, options)
+        self._batch = options.batch
         self._switch = _Switch()
-        self.check(model, optimizer, method, device)
+        self.check(model, optimizer, method, options.device)
         self._blocks = find_blocks(model)
         for block in self._blocks.values():
-            key = (_signature(block), batch, precision, device, BACKEND)
+            key = (_signature(block), options.batch, options.precision, options.device, BACKEND)
             block._compiled_call_impl = _Call(block, _compiled(key), self._switch)
         self._hooks = self._present_hooks()
         self._last_hook = RemovableHandle.next_id
@@ -73,7 +58,7 @@ class CompiledStep:
         """As `Step` says."""
         return self._step.skipped
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says.
 
         Raises:
@@ -81,9 +66,9 @@ class CompiledStep:
         """
         if RemovableHandle.next_id != self._last_hook:  # somewhere in the process a hook was registered
             self._check_hooks()
-        self._switch.on = self._batch in (None, len(images))
+        self._switch.on = self._batch in (None, len(given[0]))
         try:
-            return self._step(images, labels)
+            return self._step(*given)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LowcalError(f"a block cannot be compiled ({lines[0]}); use step=eager") from error

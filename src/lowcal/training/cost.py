@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowcal.methods import Method
-from lowcal.training.step import PRECISIONS, EagerStep
+from lowcal.training.step import PRECISIONS, EagerStep, StepOptions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
         twin = method.twin(model, optimizer, images)
         model.train()
         _make_state(optimizer)
-        step = EagerStep(model, optimizer, twin, device=torch.device("cpu"), precision=precision, scaler=None)
+        step = EagerStep(model, optimizer, twin, StepOptions(torch.device("cpu"), precision))
         live.peak = live.now
         flops = round(twin.expected_flops(lambda: step(images, labels), _count))
         twin.detach()

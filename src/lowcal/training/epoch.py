@@ -100,19 +100,19 @@ def train_epoch(
             pause()
         start = last = now(device)
 
-    passing = iter(batches) if part.done < steps else iter(())
+    passing = batches.drawn() if part.done < steps else iter(())
     while True:
         try:
-            images, labels = next(passing)
+            given = next(passing)
         except StopIteration:
             break
         except LowcalError:
             if pause is not None and pause.is_urgent():  # a signal to the whole process group ends loading too
                 rest(pause)
             raise
-        loss = step(images, labels)
+        loss = step(*given)
         moment = perf_counter()
-        part.add(loss, step.skipped, (batches.total, *images.shape[1:]), moment - last)
+        part.add(loss, step.skipped, (batches.total, *batches.shape), moment - last)
         last = moment
         done = part.done
         if done % CHECK_EVERY == 0:

@@ -1,4 +1,4 @@
-"""The whole step as a CUDA graph: one launch for forward, local updates, backward and optimizer."""
+"""The whole step as a CUDA graph: one launch for augmentation, forward, local updates, backward and optimizer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.growth import is_out_of_memory
-from lowcal.training.step import EagerStep
+from lowcal.training.step import EagerStep, StepOptions
 
 
 class Graphs(Protocol):
@@ -70,13 +69,15 @@ class CudaGraphs:
 GRAPHS: type[Graphs] = CudaGraphs
 
 
+_Kind = tuple[int, int]  # images in the mini-batch, `Method.phase`
+
+
 @dataclass(frozen=True)
 class _Recorded:
-    """A step that can be replayed: it reads `images` and `labels`, and writes `loss` and `skipped`."""
+    """A step that can be replayed: it reads `given`, and writes `loss` and `skipped`."""
 
     replay: Callable[[], None]
-    images: Tensor
-    labels: Tensor
+    given: tuple[Tensor, ...]
     loss: Tensor
     skipped: Tensor | None
 
@@ -84,42 +85,27 @@ class _Recorded:
 class GraphedStep:
     """The eager step, recorded and replayed; build another after each move.
 
-    There is a graph for each shape of mini-batch and each kind of step that the method has (`Method.phase`). The first
+    There is a graph for each size of mini-batch and each kind of step that the method has (`Method.phase`). The first
     such step runs eagerly, which is all the warm-up that recording needs, so nothing has to be undone; the second is
     recorded and replayed. What Python does in a step happens once in each: in the eager step, while recording, or by
     `Method.replayed`. Learning rates and the length of local steps lie on the device, so epochs share graphs.
 
     The loss that a call returns is overwritten by the next call.
 
-    Args:
-        batch: not needed.
-
     Raises:
         LowcalError: as `check` does.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        *,
-        device: torch.device,
-        precision: str,
-        scaler: GradScaler | None,
-        guard: bool = False,
-        batch: int | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
+        device = options.device
         self.check(model, optimizer, method, device)
-        self._step = EagerStep(
-            model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard, batch=batch
-        )
+        self._step = EagerStep(model, optimizer, method, options)
         self._optimizer, self._method = optimizer, method
         self._graphs = GRAPHS(device)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._rates_set: list[float] = []
-        self._has_run: set[tuple[torch.Size, int]] = set()
-        self._recorded: dict[tuple[torch.Size, int], _Recorded] = {}
+        self._has_run: set[_Kind] = set()
+        self._recorded: dict[_Kind, _Recorded] = {}
         self._skipped: Tensor | None = None
         method.make_replayable(device)
 
@@ -140,38 +126,38 @@ class GraphedStep:
         """As `Step` says."""
         return self._skipped
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says.
 
         Raises:
             LowcalError: the step cannot be recorded, as when the network reads from the device.
         """
         self._set_rates()
-        key = images.shape, self._method.phase
+        key = len(given[0]), self._method.phase
         if key not in self._has_run:
             self._has_run.add(key)
             with self._graphs.aside(), self._rates_on_device():
-                loss = self._step(images, labels)
+                loss = self._step(*given)
             self._skipped = self._step.skipped
             return loss
         is_new = key not in self._recorded
         if is_new:
-            self._recorded[key] = self._record(images, labels)
+            self._recorded[key] = self._record(given)
         step = self._recorded[key]
-        step.images.copy_(images)
-        step.labels.copy_(labels)
+        for fixed, tensor in zip(step.given, given, strict=True):
+            fixed.copy_(tensor)
         step.replay()
         if not is_new:
             self._method.replayed()
         self._skipped = step.skipped
         return step.loss
 
-    def _record(self, images: Tensor, labels: Tensor) -> _Recorded:
-        images, labels = images.clone(), labels.clone()
+    def _record(self, given: tuple[Tensor, ...]) -> _Recorded:
+        given = tuple(tensor.clone() for tensor in given)
         losses: list[Tensor] = []
         try:
             with self._rates_on_device():
-                replay = self._graphs.record(lambda: losses.append(self._step(images, labels)))
+                replay = self._graphs.record(lambda: losses.append(self._step(*given)))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -179,7 +165,7 @@ class GraphedStep:
             raise LowcalError(
                 f"the step cannot be recorded as a CUDA graph ({first_line}); use step=eager or compiled"
             ) from error
-        return _Recorded(replay, images, labels, losses[0], self._step.skipped)
+        return _Recorded(replay, given, losses[0], self._step.skipped)
 
     def _set_rates(self) -> None:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
@@ -14,7 +13,7 @@ from lowcal.methods import Method
 from lowcal.training.compiled import CompiledStep
 from lowcal.training.graphed import GraphedStep
 from lowcal.training.growth import is_out_of_memory
-from lowcal.training.step import EagerStep, Step
+from lowcal.training.step import EagerStep, Step, StepOptions
 
 MARGIN = 0.97  # less is noise
 
@@ -65,26 +64,10 @@ def fastest(modes: Sequence[str], seconds: Callable[[str], float]) -> str:
     return best
 
 
-def build_step(
-    mode: str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    method: Method,
-    *,
-    device: torch.device,
-    precision: str,
-    scaler: GradScaler | None,
-    guard: bool = False,
-    batch: int | None = None,
-) -> Step:
+def build_step(mode: str, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> Step:
     """The training step of the given mode for the network as it is now; build another after each move.
-
-    Args:
-        batch: images in a whole mini-batch, if some may be smaller.
 
     Raises:
         LowcalError: there is no such mode, or it does not apply.
     """
-    return find_step(mode)(
-        model, optimizer, method, device=device, precision=precision, scaler=scaler, guard=guard, batch=batch
-    )
+    return find_step(mode)(model, optimizer, method, options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch.optim import Optimizer
 
 from lowcal.methods import Method
 from lowcal.training.ranks import Ranks
-from lowcal.training.step import EagerStep
+from lowcal.training.step import EagerStep, StepOptions
 
 
 class RankedStep(EagerStep):
@@ -21,18 +19,18 @@ class RankedStep(EagerStep):
     exchange their statistics. What the network draws at random (dropout) differs from process to process.
 
     Args:
-        ranks: all processes; the others are as `EagerStep` says.
+        ranks: all processes.
     """
 
-    def __init__(self, optimizer: Optimizer, method: Method, *, ranks: Ranks, **options: Any) -> None:
+    def __init__(self, optimizer: Optimizer, method: Method, options: StepOptions, *, ranks: Ranks) -> None:
         places = [ranks.device.index] if ranks.device.type == "cuda" else None
-        super().__init__(method.parallel(device_ids=places), optimizer, method, device=ranks.device, **options)
+        super().__init__(method.parallel(device_ids=places), optimizer, method, options)
         self._ranks = ranks
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Trains on this process's share; gives the mean over all shares."""
         with self._ranks.own_draws():
-            return super().__call__(images, labels)
+            return super().__call__(*given)
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         own = F.cross_entropy(self._model(images), labels, reduction="sum")

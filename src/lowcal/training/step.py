@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -35,6 +37,34 @@ def build_scaler(device: torch.device, precision: str) -> GradScaler | None:
     return GradScaler(device.type) if precision == "fp16" else None
 
 
+def as_given(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What a step is given is the mini-batch itself."""
+    return images, labels
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What every kind of step is told.
+
+    Attributes:
+        device: where everything is.
+        precision: "float32", "bf16" or "fp16".
+        scaler: the gradient scaler that "fp16" needs.
+        guard: whether a step whose loss or gradient is NaN or infinite leaves weights, optimizer and buffers as they
+            were.
+        batch: images in a whole mini-batch, if some may be smaller.
+        make: from what a step is given (`Loader.drawn`) to images (N, C, H, W), normalised, and class numbers (N,);
+            work for the device alone, which may be recorded.
+    """
+
+    device: torch.device
+    precision: str = "float32"
+    scaler: GradScaler | None = None
+    guard: bool = False
+    batch: int | None = None
+    make: Callable[..., tuple[Tensor, Tensor]] = as_given
+
+
 class Step(Protocol):
     """A training step."""
 
@@ -43,12 +73,12 @@ class Step(Protocol):
         """Whether the last call left the network as it was, 0-d on the device; None if that cannot happen."""
         ...
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Trains on one mini-batch.
 
         Args:
-            images: (N, C, H, W), normalised, on the network's device.
-            labels: (N,), class numbers.
+            given: what `StepOptions.make` makes it from, on the network's device; the first dimension of each tensor
+                is N.
 
         Returns:
             The mini-batch's mean cross entropy without penalty, a 0-d tensor on the device, not to be changed.
@@ -59,43 +89,31 @@ class Step(Protocol):
 class EagerStep:
     """The step as a plain loop would write it.
 
-    A scaler reads from the device in each step unless the optimizer is built with ``fused=True``; so does `guard`,
-    with which a step whose loss or gradient is NaN or infinite leaves weights, optimizer and buffers as they were.
+    A scaler reads from the device in each step unless the optimizer is built with ``fused=True``; so does the guard.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        *,
-        device: torch.device,
-        precision: str,
-        scaler: GradScaler | None,
-        guard: bool = False,
-        batch: int | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
         self.skipped: Tensor | None = None
         self._model = model
         self._optimizer = optimizer
         self._method = method
-        self._device = device
-        self._precision = precision
-        self._scaler = scaler
-        self._guard = Guard(model, optimizer, device) if guard else None
-        if scaler is not None or guard:
+        self._options = options
+        self._scaler = options.scaler
+        self._guard = Guard(model, optimizer, options.device) if options.guard else None
+        if self._scaler is not None or self._guard is not None:
             fill_momentum(optimizer)  # a first step that is skipped would leave it as it was allocated
 
     @staticmethod
     def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
         """Applies to all."""
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says."""
+        images, labels = self._options.make(*given)
         self._optimizer.zero_grad(set_to_none=True)
         if self._guard is not None:
             self._guard.remember()
-        with autocast(self._device, self._precision):
+        with autocast(self._options.device, self._options.precision):
             loss, own = self._losses(images, labels)
         penalty = self._method.penalty(loss)
         whole, total = (loss, own) if penalty is None else (loss + penalty, own + penalty)

@@ -13,7 +13,7 @@ from lowcal.training.learner import Learner
 from lowcal.training.modes import build_step, candidates, fastest, find_step
 from lowcal.training.ranked_step import RankedStep
 from lowcal.training.ranks import Ranks
-from lowcal.training.step import Step
+from lowcal.training.step import Step, StepOptions
 
 
 class Workbench:
@@ -65,10 +65,10 @@ class Workbench:
             Seconds of a step: the mean of the second half of `steps`.
         """
         before = self._train.state_dict()
-        images, labels = (part[:most] for part in next(iter(self._train)))
+        given = [tensor[:most] for tensor in next(self._train.drawn())]
         self._train.load_state_dict(before)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            twin = self.twin(images[:1])
+            twin = self.twin(self._train.example(1))
             twin.model.train()
             if alone:
                 separate(twin.model)
@@ -77,7 +77,7 @@ class Workbench:
                 for index in range(steps):
                     if index == steps // 2:
                         start = now(self._device)
-                    step(images, labels)
+                    step(*given)
                 return (now(self._device) - start) / (steps - steps // 2)
             finally:
                 twin.method.detach()
@@ -109,23 +109,14 @@ class Workbench:
         self.mode, self._modes = mode, (mode,)
 
     def _build(self, learner: Learner, ranks: Ranks, mode: str) -> Step:
-        if ranks.world > 1:
-            return RankedStep(
-                learner.optimizer,
-                learner.method,
-                ranks=ranks,
-                precision=self._precision,
-                scaler=learner.scaler,
-                guard=self._guard,
-            )
-        return build_step(
-            mode,
-            learner.model,
-            learner.optimizer,
-            learner.method,
-            device=self._device,
-            precision=self._precision,
-            scaler=learner.scaler,
+        options = StepOptions(
+            self._device,
+            self._precision,
+            learner.scaler,
             guard=self._guard,
             batch=self._train.batch,
+            make=self._train.make,
         )
+        if ranks.world > 1:
+            return RankedStep(learner.optimizer, learner.method, options, ranks=ranks)
+        return build_step(mode, learner.model, learner.optimizer, learner.method, options)

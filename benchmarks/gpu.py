@@ -1,74 +1,101 @@
-"""The figures of docs/performance.md on a CUDA GPU: step times, limits, layers; under 25 minutes.
+"""The figures of docs/performance.md on a CUDA GPU, in parts of under ten minutes that take under 25 together.
 
-    python benchmarks/gpu.py --out results/bench-cuda
+    python benchmarks/gpu.py --part steps --out results/bench-cuda
+    python benchmarks/gpu.py --part small-runs --out results/bench-cuda
+    python benchmarks/gpu.py --part large-runs --out results/bench-cuda
 
-Writes a JSON file and a picture for each network and kind of step, and prints the figures beside the targets. Networks
-that are out of time or memory are named and left out.
+- steps: of each network the step times, limits, memory, moves and layers (bench_networks.py), and the kinds of step
+  beside one another (step_kinds.py);
+- small-runs, large-runs: whole runs beside what their steps predict (whole_run.py), at 32x32 and 224x224.
+
+Prints the figures beside the targets. Pieces that fail, or for which the time is up, are named and left out.
 """
 
 import argparse
-import json
+import gc
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from lowcal import LowcalError
-from lowcal.console_bench import bench_text, targets_text
-from lowcal.experiments.bench import bench
-from lowcal.experiments.bench_plot import plot
-from lowcal.experiments.bench_settings import BenchSettings
+import step_kinds
+import whole_run
+from bench_networks import NETWORKS, measure, prepare
 
-SECONDS = 22 * 60  # no further network is begun after this
-FAST = {"precision": "bf16", "channels_last": True, "rounds": 15}
-SETTINGS = {
-    "resnet18-32": BenchSettings("resnet18", batch=64, image_size=32, **FAST),
-    "resnet50-224": BenchSettings("resnet50", batch=64, image_size=224, classes=1000, **FAST),
-    "vgg13-32": BenchSettings("vgg13", batch=64, image_size=32, **FAST),
-    "resnet34-224": BenchSettings("resnet34", batch=64, image_size=224, classes=1000, **FAST),
-    "mobilenet_v2-224": BenchSettings("mobilenet_v2", batch=64, image_size=224, classes=1000, epochs=150, **FAST),
-    "resnet50-224-float32": BenchSettings("resnet50", batch=64, image_size=224, classes=1000, rounds=7),
-}
-LIMITS = {"boundary 0 / plain": 1.01, "sgd / plain": 1.00, "efficiency": 0.97, "every 4 / freeze": 1.05}
+DEVICE = torch.device("cuda")
+SECONDS = 7.5 * 60  # no further piece of a part is begun after this
+TARGETS = {"boundary 0 / plain": 1.01, "sgd / plain": 1.00, "efficiency": 0.97, "every 4 / freeze": 1.05}
 MEMORY = {"memory": 0.45}  # of resnet50
-GRAPHED = {"sgd / plain": 0.80}  # of resnet18 on small images, where launching kernels takes most of an eager step
+GRAPHED = {"move, seconds": 2.0}
+LAUNCHES = {"sgd / plain": 0.80}  # of resnet18 on small images, where launching kernels takes most of an eager step
+
+STEPS = (  # what the targets are set for comes first
+    ("resnet18-32", "graphed"),
+    ("resnet50-224", "graphed"),
+    ("resnet18-32", "eager"),
+    ("resnet50-224", "eager"),
+    ("vgg13-32", "graphed"),
+    ("resnet34-224", "graphed"),
+    ("mobilenet_v2-224", "graphed"),
+)
+KINDS = ("resnet18-32", "resnet50-224")
+FLOAT32 = ("resnet50-224-float32", "graphed")
+
+
+def parts() -> dict[str, dict[str, Callable[[Path], None]]]:
+    """The pieces of each part by name; each is given the folder to write to."""
+    steps = {f"{name}-{step}": partial(time_steps, name, step) for name, step in STEPS}
+    steps |= {f"{name}-kinds": partial(step_kinds.write, name, DEVICE) for name in KINDS}
+    steps["-".join(FLOAT32)] = partial(time_steps, *FLOAT32)
+    runs = {f"whole-run-{name}": partial(whole_run.write, name, DEVICE, None) for name in whole_run.SIZES["cuda"]}
+    small = {name: piece for name, piece in runs.items() if "cifar" in name}
+    large = {name: piece for name, piece in runs.items() if name not in small}
+    return {"steps": steps, "small-runs": small, "large-runs": large}
+
+
+def time_steps(name: str, step: str, out: Path) -> None:
+    """Measures one network with one kind of step."""
+    targets = TARGETS | (MEMORY if name.startswith("resnet50") else {}) | (GRAPHED if step == "graphed" else {})
+    if (name, step) == ("resnet18-32", "graphed"):
+        targets |= LAUNCHES
+    measure(f"{name}-{step}", replace(NETWORKS["cuda"][name], step=step), DEVICE, out, targets)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints and writes; ends with 1 if something failed."""
+    found = parts()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files and pictures")
-    parser.add_argument("--only", choices=SETTINGS, help="one network alone")
-    parser.add_argument("--steps", default="eager,graphed,compiled", help="how steps are run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    parser.add_argument("--part", choices=found, help="default: all, one after another")
+    parser.add_argument("--only", default="*", help="names of pieces, as in 'resnet18*'")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    start = perf_counter()
-    torch.backends.cudnn.benchmark = True
-    for name, settings in SETTINGS.items():
-        if arguments.only not in (None, name):
-            continue
-        for step in arguments.steps.split(","):
-            if perf_counter() - start > SECONDS:
-                print(f"{name}, {step}: left out, the time is up")
+    prepare(DEVICE)
+    left_out = []
+    for part in [arguments.part] if arguments.part else found:
+        start = perf_counter()
+        for name, piece in found[part].items():
+            if not fnmatch(name, arguments.only):
                 continue
-            measure(f"{name}-{step}", replace(settings, step=step), arguments.out)
-            print(f"{perf_counter() - start:.0f} s so far\n", flush=True)
+            print(f"== {name}, at {perf_counter() - start:.0f} s", flush=True)
+            if perf_counter() - start > SECONDS:
+                left_out.append(f"{name}: the time is up")
+                continue
+            try:
+                piece(arguments.out)
+            except Exception as error:  # the other pieces are worth having
+                traceback.print_exc()
+                left_out.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            gc.collect()
             torch.cuda.empty_cache()
-
-
-def measure(name: str, settings: BenchSettings, out: Path) -> None:
-    """Measures one network with one kind of step."""
-    try:
-        result = bench(settings, torch.device("cuda"), print).as_dict()
-    except (torch.cuda.OutOfMemoryError, LowcalError) as error:
-        print(f"{name}: left out, {str(error).splitlines()[0]}")
-        return
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, out / f"{name}.svg")
-    print(bench_text(result), "\n")
-    limits = LIMITS | (MEMORY if settings.model == "resnet50" else {})
-    print(targets_text(result, limits | (GRAPHED if name == "resnet18-32-graphed" else {})))
+        print(f"== {part}: {perf_counter() - start:.0f} s", flush=True)
+    print("left out:", *left_out or ["nothing"], sep="\n  ")
+    raise SystemExit(bool(left_out))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.bench import bench
 from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
 from lowcal.experiments.limits import Parts
-from lowcal.experiments.predict import fastest_path, known_schedules, predicted_speedup, step_work
+from lowcal.experiments.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
 from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work, summarise, take_turns
 from lowcal.layers import own_parameters, trace
@@ -232,6 +232,12 @@ def test_predicted_speedup_is_that_of_the_path():
     assert speedup == pytest.approx(4 * 8.0 / (8 + 7 + 5 + 5))
 
 
+def test_flops_alone_give_the_speedup_of_a_path():
+    # Forward FLOPs 1, 10, 100: SGD 332; freeze 331 at boundary 1, 311 at 2; local 332 and 322.
+    assert flops_speedup("freeze", [0, 1, 2, 2], [1.0, 10.0, 100.0]) == pytest.approx(4 * 332 / (332 + 331 + 2 * 311))
+    assert flops_speedup("local", [1, 2], [1.0, 10.0, 100.0]) == pytest.approx(2 * 332 / (332 + 322))
+
+
 @pytest.fixture(scope="module")
 def result():
     settings = BenchSettings("resnet8", 4, 8, width=4, rounds=2, warm_up=1, boundaries=(0.0, 0.25, 0.75), every=2)
@@ -268,11 +274,13 @@ def test_rows_agree_with_one_another(result):
 
 def test_targets_stand_beside_what_was_measured(result):
     wanted = {"boundary 0 / plain": 9e9, "sgd / plain": 0.0, "efficiency": 0.0, "every 2 / freeze": 9e9, "memory": 1.0}
+    wanted |= {"move / step": 9e9, "move, seconds": -9e9}
     lines = targets_text(result, wanted).splitlines()
     assert all(len(line) <= 80 for line in lines)
     verdicts = {line.split("  ")[0]: line.split()[-1] for line in lines[2:]}
     assert verdicts["efficiency"] == verdicts["boundary 0 / plain"] == verdicts["memory"] == "met"
-    assert verdicts["sgd / plain"] == "missed"
+    assert verdicts["move / step"] == "met"
+    assert verdicts["sgd / plain"] == verdicts["move, seconds"] == "missed"
 
 
 def test_measuring_leaves_the_random_state_alone():

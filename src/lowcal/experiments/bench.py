@@ -119,8 +119,7 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
     for boundary, part in parts.items():
         works |= {f"{name} {boundary}": work for name, work in part.items()}
     note(f"timing {len(works)} pieces of work in turn, {settings.warm_up} + {settings.rounds} rounds")
-    runs = settings.runs or (1 if device.type == "cpu" else 10)
-    times = take_turns(works, rounds=settings.rounds, warm_up=settings.warm_up, runs=runs, device=device)
+    times = take_turns(works, rounds=settings.rounds, warm_up=settings.warm_up, runs=settings.runs, device=device)
     peaks = {name: arm.peak(shop, costs[name].peak_bytes) for name, arm in arms.items()}
     part_ms = {
         boundary: {name: times[f"{name} {boundary}"].median for name in part} for boundary, part in parts.items()
@@ -138,7 +137,7 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
             precision=settings.precision,
             rounds=max(5, settings.rounds // 2),
             warm_up=settings.warm_up,
-            runs=runs,
+            runs=settings.runs,
         )
     return BenchResult(
         gather_environment(str(device)),

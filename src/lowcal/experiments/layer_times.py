@@ -34,7 +34,7 @@ class LayerTime:
 
 
 def time_layers(
-    model: nn.Module, images: Tensor, *, precision: str, rounds: int, warm_up: int, runs: int
+    model: nn.Module, images: Tensor, *, precision: str, rounds: int, warm_up: int, runs: int | None
 ) -> list[LayerTime]:
     """Times each layer of `model` by itself, on random input of the size that it has for `images`."""
     order = trace(model, images[:1])

@@ -1,4 +1,4 @@
-"""What a boundary's path makes of a whole run's time, from step times measured at a few boundaries."""
+"""What a boundary's path makes of a whole run's time: from step times measured at a few boundaries, or from FLOPs."""
 
 from __future__ import annotations
 
@@ -62,6 +62,12 @@ def predicted_speedup(
     known = sorted((step_work(method, boundary, forward_flops), time) for boundary, time in step_ms.items())
     times = {boundary: _interpolate(step_work(method, boundary, forward_flops), known) for boundary in set(path)}
     return len(path) * sgd_ms / sum(times[boundary] for boundary in path)
+
+
+def flops_speedup(method: str, path: Sequence[int], forward_flops: Sequence[float]) -> float:
+    """FLOPs of an SGD run over those of a run whose boundary takes `path`; `forward_flops`: of each layer in order."""
+    work = {boundary: step_work(method, boundary, forward_flops) for boundary in {0, *path}}
+    return len(path) * work[0] / sum(work[boundary] for boundary in path)
 
 
 def _interpolate(at: float, known: Sequence[tuple[float, float]]) -> float:

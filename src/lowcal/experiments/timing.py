@@ -37,16 +37,19 @@ class Timing:
 
 
 def take_turns(
-    works: Mapping[str, Work], *, rounds: int, warm_up: int, runs: int, device: torch.device
+    works: Mapping[str, Work], *, rounds: int, warm_up: int, runs: int | None = None, device: torch.device
 ) -> dict[str, Timing]:
     """Times `works`, one sample of each in turn, beginning with another one in each round.
 
     Args:
         rounds: samples of each.
         warm_up: samples of each before those, which do not count.
-        runs: runs in a sample, at least: on a device that works on its own, enough that the host runs ahead.
+        runs: runs in a sample, at least; None: 1 on CPU, 10 on a device that works on its own, so that the host runs
+            ahead.
         device: waited for before and after each sample.
     """
+    if runs is None:
+        runs = 1 if device.type == "cpu" else 10
     samples: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     was_enabled = gc.isenabled()

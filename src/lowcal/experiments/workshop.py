@@ -46,7 +46,7 @@ class Workshop:
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
         self.boundaries = sorted({int(fraction * depth + 1e-9) for fraction in settings.boundaries} - {0})
-        self.forward_flops = _forward_flops(self.model, self.images, self.order.layers)
+        self.forward_flops = forward_flops(self.model, self.images, self.order.layers)
 
     def optimizer(self, parameters: Sequence[Tensor]) -> Optimizer:
         """As training has it."""
@@ -159,8 +159,8 @@ class Arm:
         return torch.cuda.max_memory_allocated(shop.device) - others
 
 
-def _forward_flops(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[float]:
-    """FLOPs of each layer's forward pass, from its output's size."""
+def forward_flops(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[float]:
+    """FLOPs of the forward pass of each of `layers`, from its output's size; nothing is computed."""
     twin = copy.deepcopy(model).to("meta")
     flops: dict[str, float] = {}
     for name in layers:

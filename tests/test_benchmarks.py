@@ -1,0 +1,184 @@
+"""The scripts in benchmarks/, on tiny networks: what they run, what they write, and that their arithmetic is right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench_networks
+import gpu
+import step_kinds
+import whole_run
+import whole_run_table
+from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.workshop import Workshop
+from lowcal.models import build_model
+from lowcal.training import graphed
+
+from .training.software_graphs import SoftwareGraphs
+
+CPU = torch.device("cpu")
+NAME = "resnet18-cifar10"
+TINY = whole_run.Size(batch=5, steps=2, epochs=4, test_images=10, width=2)
+NETWORK = BenchSettings("resnet8", batch=2, image_size=8, width=2, rounds=1, warm_up=1, runs=1)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
+
+
+def tiny_recipe(name):
+    """A published recipe with a tiny network."""
+    return apply_settings(load_recipe(name), ["model.name=resnet8"])
+
+
+@pytest.fixture(scope="module")
+def result():
+    """Whole runs of a tiny network, as they are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_run, "ROUNDS", 1)
+        patch.setattr(whole_run, "load_recipe", tiny_recipe)
+        return json.loads(json.dumps(whole_run.measure(NAME, TINY, ("step=eager",), CPU, None)))
+
+
+def test_a_whole_run_is_held_beside_what_its_steps_predict(result):
+    runs, rows = result["runs"], {row["method"]: row for row in result["rows"]}
+    step_ms = {(time["method"], time["boundary"]): time["step_ms"] for time in result["step_times"]}
+    step_ms["freeze", 0] = step_ms["local", 0]
+    assert {method: len(run["seconds"]) for method, run in runs.items()} == {"sgd": 4, "local": 4, "freeze": 4}
+    for method, row in rows.items():
+        path = runs[method]["boundary"]
+        assert row["last_boundary"] == path[-1] > 0, "Algorithm 1 has not moved, and nothing is tested"
+        assert row["measured"] == pytest.approx(sum(runs["sgd"]["seconds"]) / sum(runs[method]["seconds"]))
+        assert row["predicted"] == pytest.approx(4 * step_ms["sgd", 0] / sum(step_ms[method, at] for at in path))
+        assert row["ratio"] == pytest.approx(row["measured"] / row["predicted"])
+
+
+def test_the_papers_speedup_and_what_its_schedule_gives_at_most_stand_beside_it(result):
+    rows, path = {row["method"]: row for row in result["rows"]}, result["fastest_published_path"]
+    step_ms = {(time["method"], time["boundary"]): time["step_ms"] for time in result["step_times"]}
+    assert (rows["local"]["paper"], rows["freeze"]["paper"]) == (1.51, 1.65)
+    assert len(path) == load_recipe(NAME).epochs
+    assert {(method, at) for method in rows for at in (path[45], path[-1])} <= step_ms.keys()
+    for method, row in rows.items():
+        least = min(time for (name, _), time in step_ms.items() if name == method)
+        assert 1 < row["most_by_flops"] < {"local": 1.5, "freeze": 3.0}[method]
+        assert 0 < row["most_by_steps"] <= step_ms["sgd", 0] / min(least, step_ms["local", 0])
+
+
+def test_at_most_is_by_the_flops_of_the_published_network_on_the_published_path():
+    settings = BenchSettings("resnet18", batch=1, image_size=32, width=1, every=1)
+    path = whole_run.fastest_published_path(load_recipe(NAME), Workshop(settings, CPU))
+    # Eq. 2 for 21 layers, blocks of 2, 90 epochs: K = 11, so a move every 12 epochs.
+    assert path == [2 * (epoch // 12) for epoch in range(90)]
+    # A layer's forward pass in units of a 3x3 convolution of the first stage: of its 64 channels, at 32x32.
+    stage = [0.5, 1.0, 1 / 18, 1.0, 1.0]
+    layers = [3 / 64, *[1.0] * 4, *stage, *stage, *stage, 512 * 10 / (64 * 64 * 9 * 32 * 32)]
+    unit = 2.0 * 64 * 64 * 9 * 32 * 32
+    assert sorted(whole_run.published_flops(settings)) == pytest.approx(sorted(unit * layer for layer in layers))
+
+
+def test_a_table_of_all_networks_in_the_papers_order(result, tmp_path):
+    other = {**result, "recipe": "mobilenet_v2-imagenet", "model": "mobilenet_v2"}
+    for name, content in (("a", other), ("b", result), ("old", {"format": 1})):
+        (tmp_path / f"whole-run-{name}.json").write_text(json.dumps(content))
+    lines = whole_run_table.write(tmp_path).splitlines()
+    assert (tmp_path / "whole-runs.md").read_text().splitlines() == lines
+    networks = [line.split(" | ")[0].removeprefix("| ").split(" ")[0] for line in lines[2:]]
+    assert networks == ["resnet8", "resnet8", "mobilenet_v2", "mobilenet_v2"]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| local |" in lines[2]
+    assert f"| 1.51× | {result['rows'][0]['measured']:.2f}× |" in lines[2]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", whole_run.SIZES["cpu"])
+def test_shortened_recipes_are_whole_and_their_networks_can_be_had(kind, name):
+    size, published = whole_run.SIZES[kind][name], load_recipe(name)
+    settings = whole_run.shortened(published, size, whole_run.WAYS[kind], synthetic=True)
+    recipe = apply_settings(published, settings)
+    assert recipe.lr_schedule.epochs == published.epochs > recipe.epochs
+    assert recipe.data.train_images == size.steps * recipe.batch.size
+    assert min(recipe.data.train_images, recipe.data.test_images) >= recipe.data.classes
+    assert recipe.local == published.local
+    with torch.device("meta"):
+        build_model(recipe.model.name, classes=size.classes, width=recipe.model.width)
+
+
+def test_the_kinds_of_step_take_turns(graphs, monkeypatch):
+    result = step_kinds.measure(NETWORK, ("eager", "graphed"), CPU)
+    assert [(row["step"], row["method"], row["boundary"]) for row in result["rows"]] == [
+        (kind, method, boundary)
+        for kind in ("eager", "graphed")
+        for method, boundary in (("sgd", 0), ("local", 0), ("local", 5), ("freeze", 5))
+    ]
+    assert all(row["plain_over_step"] == result["plain_step_ms"] / row["step_ms"] for row in result["rows"])
+    assert len(step_kinds.table(result).splitlines()) == 2 + 8
+
+
+@pytest.fixture
+def small_gpu(graphs, monkeypatch):
+    """gpu.py on the processor, with tiny networks and graphs in software."""
+    small = dict.fromkeys(bench_networks.NETWORKS["cuda"], replace(NETWORK, layers=False, boundaries=(0.5,)))
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setitem(bench_networks.NETWORKS, kind, small)
+        monkeypatch.setitem(whole_run.SIZES, kind, dict.fromkeys(whole_run.SIZES[kind], TINY))
+    monkeypatch.setattr(whole_run, "load_recipe", tiny_recipe)
+    monkeypatch.setitem(whole_run.WAYS, "cpu", ("step=graphed", "channels_last=true"))
+    monkeypatch.setitem(step_kinds.KINDS, "cpu", ("eager", "graphed"))
+    monkeypatch.setattr(whole_run, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "DEVICE", CPU)
+    monkeypatch.setattr(gpu, "prepare", lambda device: None)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            gpu.main()
+        return ended.value.code
+
+    return run
+
+
+def test_the_gpu_script_measures_and_trains(small_gpu, tmp_path, capsys):
+    assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 0
+    assert small_gpu("--part", "small-runs", "--out", tmp_path, "--only", f"*{NAME}") == 0
+    shown = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"resnet18-32-{step}.{kind}" for step in ("graphed", "eager") for kind in ("json", "md", "svg")),
+        "resnet18-32-kinds.json",
+        "resnet18-32-kinds.md",
+        f"whole-run-{NAME}.json",
+        "whole-runs.md",
+    }
+    assert json.loads((tmp_path / "resnet18-32-graphed.json").read_text())["settings"]["step"] == "graphed"
+    assert json.loads((tmp_path / f"whole-run-{NAME}.json").read_text())["runs"]["sgd"]["step"] == ["graphed"] * 4
+    assert "move, seconds" in shown
+    assert "moves took" in shown
+
+
+def test_the_gpu_script_covers_the_papers_networks():
+    found = gpu.parts()
+    assert {name for part in ("small-runs", "large-runs") for name in found[part]} == {
+        f"whole-run-{name}" for name in whole_run.SIZES["cuda"]
+    }
+    assert {name.partition("-imagenet")[0].partition("-cifar10")[0] for name in whole_run.SIZES["cuda"]} == {
+        settings.model for settings in bench_networks.NETWORKS["cuda"].values()
+    }
+
+
+def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(small_gpu, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(gpu, "measure", fail)
+    assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 1
+    left_out = capsys.readouterr().out.partition("left out:")[2]
+    assert "resnet18-32-eager: RuntimeError: no such kernel\n" in left_out
+    assert (tmp_path / "resnet18-32-kinds.json").exists()
+
+    monkeypatch.setattr(gpu, "SECONDS", -1)
+    assert small_gpu("--part", "large-runs", "--out", tmp_path) == 1
+    assert capsys.readouterr().out.count("the time is up") == 3

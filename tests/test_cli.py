@@ -133,10 +133,12 @@ def test_layers_flops_are_those_of_torchs_counter(capsys):
 
 
 def test_report_joins_runs(here, capsys):
-    for method in ("sgd", "local"):
-        assert main(["train", "--method", method, *small(), "--out", method, "--quiet"]) == 0
+    for method, epochs in (("sgd", 2), ("local", 1)):
+        assert main(["train", "--method", method, *small(f"epochs={epochs}"), "--out", method, "--quiet"]) == 0
     assert main(["report", "sgd", "local", "--out", "both"]) == 0
-    assert "both/report.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "both/report.html" in shown
+    assert "Trained for different epochs: sgd 2, local 1." in shown.splitlines()
     assert (here / "both" / "report.html").is_file()
 
 
@@ -146,6 +148,14 @@ def test_help_and_version(arguments, capsys):
     captured = capsys.readouterr()
     assert "lowcal" in captured.out
     assert captured.err == ""
+
+
+def test_no_line_of_the_help_is_cut_at_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    commands = capsys.readouterr().out.partition("Commands:")[2]
+    assert "bench" in commands
+    assert "..." not in commands
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

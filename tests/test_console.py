@@ -69,7 +69,7 @@ def watch(display: Display) -> None:
 
 def test_a_terminal_gets_lines_that_fit_and_vanish(monkeypatch):
     screen = io.StringIO()
-    made = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None, soft_wrap=True)
+    made = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None)
     monkeypatch.setattr("lowcal.console.Console", lambda **options: made)
     display = Display()
     watch(display)

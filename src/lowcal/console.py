@@ -41,7 +41,7 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(file=sys.stdout, markup=False, highlight=False, soft_wrap=True)
+        self._console = Console(file=sys.stdout, markup=False, highlight=False)
         self._quiet = quiet
         self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lines: dict[Arm, _Line] = {}
@@ -62,7 +62,7 @@ class Display:
     def note(self, text: str) -> None:
         """Print one line, above the live lines."""
         if not self._quiet:
-            self._console.print(text)
+            self._print(text)
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """Start the lines of these arms; the time left counts `later` epochs that come after them."""
@@ -89,12 +89,16 @@ class Display:
         if self._quiet or self._is_live:
             return
         width, longest = len(str(line.epochs)), max(len(other.folder) for other in self._lines)
-        self._console.print(
+        self._print(
             f"{arm.folder:<{longest}}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
             f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}"
             f"  {_speed(line.speed)}  {clock(self._left())} left"
         )
         sys.stdout.flush()
+
+    def _print(self, text: str) -> None:
+        """Print a line, broken between words on a terminal alone."""
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
 
     def _work(self) -> float:
         return sum(line.finished + line.part for line in self._lines.values())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +21,9 @@ from lowcal.commands.common import (
 )
 from lowcal.errors import LowcalError
 from lowcal.training.ranks import Launch, joined
+
+if TYPE_CHECKING:
+    from lowcal.report import Report
 
 
 @app.callback(invoke_without_command=True)
@@ -58,11 +60,11 @@ def compare(
     deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the same network by several methods in turn, and report.
+    """Train a network by several methods in turn, and report.
 
     An interrupted comparison goes on where it stopped when it is started again with the same --out.
     """
-    from lowcal.console import Display, comparison_table
+    from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
@@ -83,9 +85,8 @@ def compare(
             device=find_device(device),
             watcher=display,
         )
-    print(f"\n{_title(result.summary)}\n\n{comparison_table(result.summary['rows'])}\n")
-    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
-    print(f"report: {result.page}")
+    print()
+    _show(result)
 
 
 @app.command()
@@ -154,7 +155,7 @@ def layers(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs that the schedule is worked out for.")] = 90,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List a network's layers in the order in which they run, with the cost of each."""
+    """List a network's layers in the order in which they run."""
     from lowcal.console import amount, layers_table
     from lowcal.experiments.describe import describe
     from lowcal.models import MODELS
@@ -180,14 +181,20 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
 ) -> None:
-    """Make tables, figures and one HTML page from run folders."""
-    from lowcal.console import comparison_table
+    """Make a table and an HTML page from run folders."""
     from lowcal.report import write_report
 
-    result = write_report(runs, out)
-    print(f"{comparison_table(result.summary['rows'])}\n\nreport: {result.page}")
+    _show(write_report(runs, out))
 
 
-def _title(summary: Mapping[str, Any]) -> str:
-    environment = summary["environment"]
-    return f"{summary['label']}: {summary['dataset']}, {environment['device_name']}"
+def _show(report: Report) -> None:
+    """Print a report's table, and what a reader must know beside it."""
+    from lowcal.console import comparison_table
+
+    summary = report.summary
+    print(f"{summary['label'] or summary['recipe']}: {summary['dataset']}, {summary['environment']['device_name']}\n")
+    print(f"{comparison_table(summary['rows'])}\n")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
+    for note in report.notes:
+        print(note)
+    print(f"report: {report.page}")

@@ -45,7 +45,10 @@ def bench(
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a training step at each boundary, beside a plain loop and the least that it can take."""
+    """Measure a training step at each boundary.
+
+    Beside it stand a plain loop and the limit, the least time that the step can take.
+    """
     from lowcal.console_bench import bench_text
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.bench import bench as run
@@ -99,7 +102,7 @@ def reproduce(
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Run a table or figure of the paper, and show its figures beside the published ones.
+    """Run a table or figure of the paper, published beside measured.
 
     Runs that are in the folder already are not trained again; interrupted ones go on where they stopped.
     """
@@ -149,7 +152,9 @@ def sweep(
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Search settings of a method by many trials, each evaluated on held-out training images.
+    """Search the settings of a method by many trials.
+
+    Each is evaluated on held-out training images.
 
     The same command with the same --out, here or on another machine, adds a worker or goes on.
     """

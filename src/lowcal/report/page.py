@@ -15,13 +15,13 @@ from ..training.record import RunFolder
 from .figures import FIGURES, colours
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells, text_table
+from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells
 from .words import batch_changes, headline
 
 __all__ = ["Report", "write_report"]
 
 _CAPTIONS = {
-    "error-against-time": "Lower and further left is better. The dot is the last epoch.",
+    "error-against-time": "Lower and further left is better. A line ends with its last epoch.",
     "boundary": "How many leading layers did not back-propagate in each epoch.",
     "step-time": "Each time the boundary moves, a step should get shorter.",
     "peak-memory": "Layers that do not back-propagate keep no activations.",
@@ -45,12 +45,12 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: `summary` is summary.json's content, `text` the table and its notes as plain text."""
+    """What was written: `summary` is summary.json's content, `notes` what a reader of the table must know beside it."""
 
     rows: Sequence[Row]
     summary: dict[str, Any]
     headline: str
-    text: str
+    notes: Sequence[str]
     page: Path
 
 
@@ -70,18 +70,17 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report
     data = read_runs(paths)
     rows = make_rows(data)
     summary = _summary(data, rows)
-    notes = _notes(data, summary)
-    page = _render(data, rows, summary, notes)
+    notes = _notes(data, rows, summary)
+    page = _render(data, rows, summary, [*_origin(summary), *notes])
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LowcalError(f"cannot make {out}: {error.strerror}; choose another folder") from error
     write_json(out / "summary.json", summary)
     atomic_write(out / "summary.csv", csv_table(rows).encode())
-    atomic_write(out / "summary.md", _markdown(rows, summary, notes).encode())
+    atomic_write(out / "summary.md", _markdown(rows, summary, [*_origin(summary), *notes]).encode())
     atomic_write(out / "report.html", page.encode())
-    text = "\n".join([f"{_subject(summary)}\n", text_table(rows), *notes])
-    return Report(rows, summary, headline(rows), text, out / "report.html")
+    return Report(rows, summary, headline(rows), notes, out / "report.html")
 
 
 def _refuse_unless_ours(out: Path) -> None:
@@ -114,16 +113,23 @@ def _common(values: Iterable[Any]) -> Any:
     return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
 
 
-def _notes(runs: Sequence[RunData], summary: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know beside it."""
+def _origin(summary: dict[str, Any]) -> list[str]:
+    """Where the runs were made, and by which recipe."""
     machine = summary["environment"]
-    notes = [f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."]
-    if summary["label"]:
-        notes.append(f"Label: {summary['label']}.")
+    ran = f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."
+    return [ran, f"Recipe: {summary['label']}."] if summary["label"] else [ran]
+
+
+def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know beside it."""
+    notes = []
     if any(row["seeds"] > 1 for row in summary["rows"]):
         notes.append("± is the sample deviation over seeds.")
     if changed := [f"{run.name} {change}" for run in runs if (change := batch_changes(run))]:
         notes.append(f"Batch: {'; '.join(changed)}.")
+    finished = {row.method: row.epochs for row in rows if row.finished}
+    if len(set(finished.values())) > 1:
+        notes.append(f"Trained for different epochs: {', '.join(f'{m} {n}' for m, n in finished.items())}.")
     if unfinished := summary["unfinished"]:
         names = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
         notes.append(f"Unfinished: {names}.")

@@ -67,7 +67,7 @@ class Sheet:
                 lines.append(str(part))
             cells = [column.cell(row) for column in shown]
             if self.group:
-                cells[0] = f"  {cells[0]}"[: max(widths[0], 2 + len(cells[0]))]
+                cells[0] = f"  {cells[0]}"
             lines.append(_line(cells, [widths[0] + 2 * bool(self.group), *widths[1:]], shown))
         if self.group:
             lines[:2] = [f"  {lines[0]}", f"──{lines[1]}"]

@@ -19,7 +19,6 @@ __all__ = [
     "markdown_table",
     "memory",
     "table_cells",
-    "text_table",
     "time_unit",
 ]
 
@@ -125,18 +124,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """Return the rows as aligned plain text, rounded for reading."""
-    lines = [list(COLUMNS), *table_cells(rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS))]
-    lines.insert(1, ["─" * width for width in widths])
-    aligned = (
-        [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        for line in lines
-    )
-    return "".join(f"{'  '.join(line).rstrip()}\n" for line in aligned)
-
-
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the rows' cells under COLUMNS, rounded for reading."""
     longest = max((row.seconds for row in rows), default=0.0)
@@ -161,11 +148,13 @@ def time_unit(seconds: float) -> tuple[str, float]:
     """Return the unit in which times up to `seconds` read best, and its length in seconds."""
     if seconds < 600:
         return "s", 1.0
-    return ("min", 60.0) if seconds < 3 * 3600 else ("h", 3600.0)
+    if seconds < 3 * 3600:
+        return "min", 60.0
+    return ("h", 3600.0) if seconds < 10 * 24 * 3600 else ("days", 24 * 3600.0)
 
 
 def duration(seconds: float) -> str:
-    """Return a time for a sentence: '12.3 s', '14.0 min', '3.2 h'."""
+    """Return a time for a sentence: '12.3 s', '14.0 min', '3.2 h', '12.5 days'."""
     unit, scale = time_unit(seconds)
     return f"{seconds / scale:.1f} {unit}"
 

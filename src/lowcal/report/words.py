@@ -38,7 +38,7 @@ def batch_changes(run: RunData) -> str | None:
 def _on_seeds(rows: Sequence[Row]) -> str:
     if min(row.seeds for row in rows) > 1:
         return ""
-    return " With one seed, a small difference of error may be chance."
+    return " With one seed, small differences may be chance."
 
 
 def _alone(row: Row) -> str:

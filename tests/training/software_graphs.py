@@ -5,7 +5,7 @@ results where the recorded ones lay, has all of Python's numbers baked in, and d
 when it runs. Reading from the device while recording is an error.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ class SoftwareGraphs:
         pass
 
     @contextmanager
-    def aside(self):
-        yield
+    def aside(self, *, strict=False):
+        with _NoReading() if strict else nullcontext():
+            yield
 
     def record(self, body):
         type(self).recorded += 1
@@ -37,6 +38,13 @@ class SoftwareGraphs:
         recorder.undo()
         torch.set_rng_state(random)
         return recorder.replay
+
+
+class _NoReading(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the device was read from\nas by Tensor.item()")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):

@@ -114,7 +114,7 @@ class Arm:
             example_inputs=shop.images[:1],
         )
         # Other steps than the eager one are built as they first run: what that takes belongs to the move.
-        first = 0 if settings.step == "eager" else 2 * self.method.period
+        first = 0 if settings.step == "eager" else (graphed.EAGER_STEPS + 1) * self.method.period
         if boundary:
             self._build(shop)
             self._run(shop, first)
@@ -155,7 +155,7 @@ class Arm:
         others = torch.cuda.memory_allocated(shop.device) - held_bytes(self.model, self.optimizer)
         torch.cuda.reset_peak_memory_stats(shop.device)
         self._build(shop)  # a step that is replayed allocates when it is recorded alone
-        self._run(shop, 2 * self.method.period)
+        self._run(shop, (graphed.EAGER_STEPS + 1) * self.method.period)
         return torch.cuda.max_memory_allocated(shop.device) - others
 
 

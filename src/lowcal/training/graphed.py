@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +27,12 @@ class Graphs(Protocol):
     def check(device: torch.device) -> None:
         """Refuses a device that cannot record."""
 
-    def aside(self) -> AbstractContextManager[None]:
-        """Where work runs as it does when it is recorded; what is to be recorded must have run there once."""
+    def aside(self, *, strict: bool = False) -> AbstractContextManager[None]:
+        """Where work runs as it does when it is recorded; what is to be recorded must have run there once.
+
+        Args:
+            strict: reading from the device, which cannot be recorded, is an error.
+        """
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """Runs `body` without any of its work being done; returns what does that work each time it is called."""
@@ -50,12 +55,17 @@ class CudaGraphs:
             )
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, *, strict: bool = False) -> Iterator[None]:
         """The stream that records. Autograd binds a parameter's gradient to the stream of its first backward pass."""
-        present = torch.cuda.current_stream(self._device)
+        present, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
-            yield
+        try:
+            if strict:
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         present.wait_stream(self._stream)
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
@@ -67,7 +77,7 @@ class CudaGraphs:
 
 
 GRAPHS: type[Graphs] = CudaGraphs
-
+EAGER_STEPS = 2  # of each kind, before it is recorded
 
 _Kind = tuple[int, int]  # images in the mini-batch, `Method.phase`
 
@@ -86,8 +96,9 @@ class GraphedStep:
     """The eager step, recorded and replayed; build another after each move.
 
     There is a graph for each size of mini-batch and each kind of step that the method has (`Method.phase`). The first
-    such step runs eagerly, which is all the warm-up that recording needs, so nothing has to be undone; the second is
-    recorded and replayed. What Python does in a step happens once in each: in the eager step, while recording, or by
+    such step runs eagerly, which is all the warm-up that recording needs, so nothing has to be undone. So does the
+    second, in which reading from the device is an error: one while recording would leave torch in disorder. The third
+    is recorded and replayed. What Python does in a step happens once in each: in an eager step, while recording, or by
     `Method.replayed`. Learning rates and the length of local steps lie on the device, so epochs share graphs.
 
     The loss that a call returns is overwritten by the next call.
@@ -104,7 +115,7 @@ class GraphedStep:
         self._graphs = GRAPHS(device)
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._rates_set: list[float] = []
-        self._has_run: set[_Kind] = set()
+        self._has_run: Counter[_Kind] = Counter()
         self._recorded: dict[_Kind, _Recorded] = {}
         self._skipped: Tensor | None = None
         method.make_replayable(device)
@@ -134,12 +145,8 @@ class GraphedStep:
         """
         self._set_rates()
         key = len(given[0]), self._method.phase
-        if key not in self._has_run:
-            self._has_run.add(key)
-            with self._graphs.aside(), self._rates_on_device():
-                loss = self._step(*given)
-            self._skipped = self._step.skipped
-            return loss
+        if self._has_run[key] < EAGER_STEPS:
+            return self._run_eagerly(key, given)
         is_new = key not in self._recorded
         if is_new:
             self._recorded[key] = self._record(given)
@@ -152,19 +159,20 @@ class GraphedStep:
         self._skipped = step.skipped
         return step.loss
 
+    def _run_eagerly(self, key: _Kind, given: tuple[Tensor, ...]) -> Tensor:
+        is_strict = self._has_run[key] > 0
+        named = _unrecordable() if is_strict else nullcontext()
+        with named, self._graphs.aside(strict=is_strict), self._rates_on_device():
+            loss = self._step(*given)
+        self._has_run[key] += 1
+        self._skipped = self._step.skipped
+        return loss
+
     def _record(self, given: tuple[Tensor, ...]) -> _Recorded:
         given = tuple(tensor.clone() for tensor in given)
         losses: list[Tensor] = []
-        try:
-            with self._rates_on_device():
-                replay = self._graphs.record(lambda: losses.append(self._step(*given)))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            first_line = str(error).partition("\n")[0]
-            raise LowcalError(
-                f"the step cannot be recorded as a CUDA graph ({first_line}); use step=eager or compiled"
-            ) from error
+        with _unrecordable(), self._rates_on_device():
+            replay = self._graphs.record(lambda: losses.append(self._step(*given)))
         return _Recorded(replay, given, losses[0], self._step.skipped)
 
     def _set_rates(self) -> None:
@@ -186,3 +194,17 @@ class GraphedStep:
         finally:
             for group, number in zip(groups, before, strict=True):
                 group["lr"] = number
+
+
+@contextmanager
+def _unrecordable() -> Iterator[None]:
+    """Says in a line of ours why a step cannot be recorded."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise LowcalError(
+            f"the step cannot be recorded as a CUDA graph ({first_line}); use step=eager or compiled"
+        ) from error

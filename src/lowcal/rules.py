@@ -191,8 +191,9 @@ def _product_dtype(outputs: Tensor) -> torch.dtype:
     """The type to multiply in: half precision overflows in sums over a batch's positions."""
     if outputs.dtype != torch.float16:
         return outputs.dtype
-    has_bfloat16 = outputs.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    # Not torch.cuda.is_bf16_supported, at which a compiled graph would break.
+    is_old = outputs.device.type == "cuda" and torch.cuda.get_device_properties(outputs.device).major < 8
+    return torch.float32 if is_old else torch.bfloat16
 
 
 def _product_by_autograd(module: nn.Module, a: Tensor, z: Tensor) -> Tensor:

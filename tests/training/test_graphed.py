@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
-from lowcal.experiments.determinism import deterministic
+from lowcal.experiments.kernels import kernels
 from lowcal.methods import METHODS, build_method
 from lowcal.training import graphed
 from lowcal.training.graphed import GraphedStep
@@ -175,7 +175,7 @@ def on_cuda(kind, name, *, precision="float32", guard=False, steps=50, **values)
 @pytest.mark.parametrize("method", RECORDED)
 @pytest.mark.parametrize(("precision", "guard"), [("float32", False), ("bf16", False), ("fp16", False), ("fp16", True)])
 def test_cuda_graphs_give_eager_s_losses(method, precision, guard):
-    with deterministic(True):
+    with kernels(deterministic=True):
         eager, graph = (on_cuda(kind, method, precision=precision, guard=guard) for kind in (EagerStep, GraphedStep))
     torch.testing.assert_close(graph[0], eager[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(graph[1], eager[1], rtol=1e-2, atol=1e-2)

@@ -34,6 +34,9 @@ def bench(
         str, typer.Option(help="Boundaries as fractions of the layers, separated by commas.")
     ] = "0,0.25,0.5,0.75",
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    tf32: Annotated[
+        bool | None, typer.Option("--tf32/--no-tf32", help="TF32 in float32 products [default: in convolutions alone].")
+    ] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep channels last in memory.")] = False,
     step: Annotated[str, typer.Option(help="How a step is run: eager, compiled or graphed.")] = "eager",
     every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
@@ -69,6 +72,7 @@ def bench(
         width=width,
         boundaries=parse_boundaries(boundaries),
         precision=precision,
+        tf32=tf32,
         channels_last=channels_last,
         step=step,
         every=every,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.kernels import kernels
 from lowcal.experiments.layer_times import LayerTime, time_layers
 from lowcal.experiments.predict import fastest_path, known_schedules, predicted_speedup
 from lowcal.experiments.timing import Timing, Work, take_turns
@@ -110,6 +111,11 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
     Raises:
         LowcalError: there is no such network, precision or step, or the network does not take such images.
     """
+    with kernels(tf32=settings.tf32):
+        return _bench(settings, device, note)
+
+
+def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], None]) -> BenchResult:
     shop = Workshop(settings, device)
     note(f"{settings.model}: {len(shop.order.layers)} layers; building")
     arms = shop.arms()

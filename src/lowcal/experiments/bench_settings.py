@@ -18,6 +18,7 @@ class BenchSettings:
         boundaries: as fractions of the network's layers; 0 is always measured too.
         width: channels of the network's first stage; None: its own.
         precision: "float32", "bf16" or "fp16".
+        tf32: whether float32 products on a GPU round their factors to 10 bits; None: torch's choice.
         channels_last: the memory format.
         step: how a step is run: "eager", "compiled" or "graphed".
         norm_stats: what normalisation before the boundary normalises by.
@@ -36,6 +37,7 @@ class BenchSettings:
     boundaries: tuple[float, ...] = (0.25, 0.5, 0.75)
     width: int | None = None
     precision: str = "float32"
+    tf32: bool | None = None
     channels_last: bool = False
     step: str = "eager"
     norm_stats: str = "batch"

@@ -12,8 +12,8 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
-from lowcal.experiments.determinism import deterministic
 from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
@@ -74,7 +74,7 @@ def train_in_turn(
 
     `later` epochs of other arms come after these; the watcher is told.
     """
-    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
+    with cpu_threads(recipe.threads), kernels_of(recipe):
         runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
         take_turns(arms, runs, watcher, epochs=recipe.epochs, later=later)
 

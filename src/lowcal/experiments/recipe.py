@@ -191,6 +191,7 @@ class Recipe(Settings):
 
     `label` is the line that tables and reports show for it; `threads` are torch's on the CPU (None: torch's choice).
     `deterministic` lets torch use no algorithm whose result changes from run to run, which on a GPU costs speed.
+    `tf32` lets float32 products on a GPU round their factors to 10 bits (None: torch's choice, in convolutions alone).
     `batch` is that of all processes together; with `sync_batch_norm` they normalise by its statistics, not by those of
     their shares.
     """
@@ -205,6 +206,7 @@ class Recipe(Settings):
     step: Literal["auto", "eager", "compiled", "graphed"] = "auto"
     threads: Count | None = None
     deterministic: bool = False
+    tf32: bool | None = None
     sync_batch_norm: bool = False
     model: ModelSettings
     data: DataSettings

@@ -9,8 +9,8 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import advance, note_skipped, prepare
-from lowcal.experiments.determinism import deterministic
 from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import parse_recipe
 from lowcal.experiments.threads import cpu_threads
@@ -67,7 +67,7 @@ def train(
     note_skipped(data, watcher)
     ranks.from_main(lambda: check(recipe, [method], data, ranks.device))
     arm = Arm(method, recipe.seed)
-    with cpu_threads(recipe.threads), deterministic(recipe.deterministic):
+    with cpu_threads(recipe.threads), kernels_of(recipe):
         run = prepare(recipe, arm, folder, data=data, device=ranks.device, watcher=watcher, ranks=ranks)
         watcher.begin([arm], [run.finished], recipe.epochs)
         run.warm_up()

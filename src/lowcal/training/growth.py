@@ -108,7 +108,12 @@ class Growth:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether `error`, or one that led to it, is what torch raises when there is no memory left."""
-    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # of cuBLAS, cuDNN
+    words = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "_STATUS_ALLOC_FAILED",  # of cuBLAS, cuDNN
+        "unable to find an engine",  # cuDNN has tried all its algorithms, and for none there is memory
+    )
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 
 import torch
@@ -38,6 +39,7 @@ class Meter:
     def start(self) -> None:
         """Starts the count of peak memory."""
         if self._device.type == "cuda":
+            gc.collect()  # what goes within the epoch, such as a copy that was trained for warming up, is no other run's
             torch.cuda.reset_peak_memory_stats(self._device)
             own = held_bytes(self._method.model, self._method.optimizer)
             self._others = torch.cuda.memory_allocated(self._device) - own

@@ -11,7 +11,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import note_skipped, prepare, take_turns
-from lowcal.experiments.determinism import deterministic
+from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import CLASSES
@@ -72,7 +72,7 @@ def train_missing(
             results.note_turns(name, [arm.folder for arm in arms])
             epochs = max(recipe.epochs for recipe in recipes)
             left -= sum(results.recipe(cell).epochs - results.state(cell, seed).finished for cell in cells)
-            with cpu_threads(recipes[0].threads), deterministic(recipes[0].deterministic):
+            with cpu_threads(recipes[0].threads), kernels_of(recipes[0]):
                 runs = [
                     prepare(recipe, arm, results.group(name) / arm.folder, data=data, device=device, watcher=watcher)
                     for recipe, arm in zip(recipes, arms, strict=True)

@@ -205,6 +205,7 @@ def test_what_torch_raises_is_known():
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(RuntimeError("FIND was unable to find an engine to execute this computation"))
     assert not is_out_of_memory(RuntimeError("shape '[3]' is invalid"))
     with pytest.raises(RuntimeError) as broken, broken_capture():
         raise torch.OutOfMemoryError("CUDA out of memory")

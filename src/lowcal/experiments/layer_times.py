@@ -12,7 +12,7 @@ from torch.optim import SGD
 from lowcal.experiments.timing import Work, take_turns
 from lowcal.layers import trace
 from lowcal.rules import apply_updates, hebbian_update
-from lowcal.training.step import autocast
+from lowcal.training.step import PRECISIONS, autocast
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def time_layers(
     times = []
     for index, name in enumerate(order.layers):
         module = copy.deepcopy(model.get_submodule(name))
-        inputs = torch.randn_like(shapes[name], device=images.device, requires_grad=index > 0)
+        # The layer before gives its output in half precision, where that is used.
+        dtype = PRECISIONS[precision] if index else None
+        inputs = torch.randn_like(shapes[name], dtype=dtype, device=images.device, requires_grad=index > 0)
         with autocast(images.device, precision):
             outputs = module(inputs)
         works = {

@@ -152,6 +152,7 @@ class Arm:
         """Peak memory of a step: measured on CUDA, elsewhere as `counted`."""
         if shop.device.type != "cuda":
             return counted
+        del self.step  # with its graphs, whose tensors the next one's take the place of
         others = torch.cuda.memory_allocated(shop.device) - held_bytes(self.model, self.optimizer)
         torch.cuda.reset_peak_memory_stats(shop.device)
         self._build(shop)  # a step that is replayed allocates when it is recorded alone

@@ -39,7 +39,7 @@ class Meter:
     def start(self) -> None:
         """Starts the count of peak memory."""
         if self._device.type == "cuda":
-            gc.collect()  # what goes within the epoch, such as a copy that was trained for warming up, is no other run's
+            gc.collect()  # a copy from warming up that went within the epoch would count as another run's
             torch.cuda.reset_peak_memory_stats(self._device)
             own = held_bytes(self._method.model, self._method.optimizer)
             self._others = torch.cuda.memory_allocated(self._device) - own

@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md on a CUDA GPU, in parts of under ten minutes that take under 25 together.
+"""The figures of docs/performance.md on a CUDA GPU, in three parts, none of which begins a piece after 7.5 minutes.
 
     python benchmarks/gpu.py --part steps --out results/bench-cuda
     python benchmarks/gpu.py --part small-runs --out results/bench-cuda

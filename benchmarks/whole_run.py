@@ -3,9 +3,10 @@
     python benchmarks/whole_run.py --only resnet18-cifar10 --data-dir path/to/cifar10 --out results/bench-cpu
 
 Trains sgd, local and freeze in turn by the published recipe, shortened as `SIZES` says; then times a step at each
-boundary that the runs were at, in turn too. A run's speed-up over sgd stands beside the one that those step times give
-for its path. What the published schedule gives at most is that of its fastest path over all of the recipe's epochs:
-from the same step times, and from the FLOPs of the network at its published width, in which there is no noise.
+boundary that the runs were at, in turn too, with its mini-batch made in it as in a run. A run's speed-up over sgd is
+put beside the one that those step times give for its path. What the published schedule gives at most is that of its
+fastest path over all of the recipe's epochs: from the same step times, and from the FLOPs of the network at its
+published width, in which there is no noise.
 
 Networks for large images are trained on synthetic ones; those for CIFAR-10 too, if no folder is given. About eight
 minutes for each network on two quiet hyperthreads. Writes OUT/whole-run-RECIPE.json, and OUT/whole-runs.md, a table of
@@ -25,7 +26,8 @@ import torch
 
 import whole_run_table
 from bench_networks import prepare
-from lowcal.experiments.assemble import find_device
+from lowcal.data import Loader, make_loader
+from lowcal.experiments.assemble import find_device, load_data
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.compare import compare
 from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
@@ -139,10 +141,12 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     is_synthetic = data_dir is None or whole.data.name == "imagenet"
     settings = shortened(whole, size, ways, synthetic=is_synthetic)
     recipe = apply_settings(whole, settings)
-    runs = train(recipe, None if is_synthetic else data_dir, device)
+    data_dir = None if is_synthetic else data_dir
+    runs = train(recipe, data_dir, device)
     release(device)
     with cpu_threads(recipe.threads):
-        shop = workshop(recipe, size, image_size(whole), runs["sgd"][0]["step"], device)
+        bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
+        shop = Workshop(bench, device, training_images(recipe, data_dir, device))
         fastest = fastest_published_path(whole, shop)
         on_it = {fastest[len(fastest) // 2], fastest[-1]}  # whether the runs came there or not
         visited = {record["boundary"] for record in chain(*runs.values())}
@@ -178,9 +182,9 @@ def train(recipe: Recipe, data_dir: Path | None, device: torch.device) -> dict[s
         return {method: [json.loads(line) for line in log.read_text().splitlines()] for method, log in logs.items()}
 
 
-def workshop(recipe: Recipe, size: Size, pixels: int, step: str, device: torch.device) -> Workshop:
+def bench_settings(recipe: Recipe, size: Size, pixels: int, step: str) -> BenchSettings:
     """The network and images of `recipe`, to time steps of the kind that its runs had."""
-    settings = BenchSettings(
+    return BenchSettings(
         recipe.model.name,
         batch=size.batch,
         image_size=pixels,
@@ -191,7 +195,18 @@ def workshop(recipe: Recipe, size: Size, pixels: int, step: str, device: torch.d
         step=step,
         epochs=size.epochs,
     )
-    return Workshop(settings, device)
+
+
+def training_images(recipe: Recipe, data_dir: Path | None, device: torch.device) -> Loader:
+    """The mini-batches of a run, which its steps make themselves."""
+    return make_loader(
+        load_data(recipe, data_dir),
+        training=True,
+        batch=recipe.batch.size,
+        device=device,
+        seed=recipe.seed,
+        channels_last=recipe.channels_last,
+    )
 
 
 def fastest_published_path(whole: Recipe, shop: Workshop) -> list[int]:

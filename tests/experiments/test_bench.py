@@ -10,6 +10,7 @@ from torch import nn
 
 from lowcal.cli import main
 from lowcal.console_bench import targets_text
+from lowcal.data import load, make_loader
 from lowcal.errors import LowcalError
 from lowcal.experiments.bench import bench
 from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
@@ -17,6 +18,7 @@ from lowcal.experiments.limits import Parts
 from lowcal.experiments.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
 from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work, summarise, take_turns
+from lowcal.experiments.workshop import Workshop
 from lowcal.layers import own_parameters, trace
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic
@@ -179,6 +181,19 @@ def test_graphed_steps_are_held_beside_recorded_parts(monkeypatch):
     # sgd and local once each; local, freeze and both kinds of step of local/2 before the move and after it (there
     # is one kind before it); three parts.
     assert SoftwareGraphs.recorded == 2 + 2 + 2 + (1 + 2) + 3
+
+
+def test_steps_can_make_their_mini_batch_as_a_run_does():
+    data = load("synthetic", image_size=8, train_images=10, test_images=10)
+    loader = make_loader(data, training=True, batch=4, device=CPU)
+    made = []
+    loader.make, make = lambda drawn: made.append(drawn) or make(drawn), loader.make
+    shop = Workshop(BenchSettings("resnet8", batch=4, image_size=8, width=2, boundaries=(0.5,), every=1), CPU, loader)
+    arms = shop.arms().values()
+    for arm in arms:
+        arm.work(shop).run()
+    assert len(made) == len(arms) == 4
+    assert all(torch.equal(drawn, made[0]) and len(drawn) == 4 for drawn in made)
 
 
 def test_works_take_turns_and_whole_periods():

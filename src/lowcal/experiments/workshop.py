@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lowcal.data import Loader
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.limits import Parts
 from lowcal.experiments.recipe import LocalSettings
@@ -22,15 +23,19 @@ from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 from lowcal.training.epoch import now
 from lowcal.training.modes import build_step
-from lowcal.training.step import StepOptions, autocast, build_scaler
+from lowcal.training.step import StepOptions, as_given, autocast, build_scaler
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 
 
 class Workshop:
-    """The network, its images, and copies of it for everything that is timed."""
+    """The network, its images, and copies of it for everything that is timed.
 
-    def __init__(self, settings: BenchSettings, device: torch.device) -> None:
+    Args:
+        loader: steps make their mini-batch as a run's do, from the first that it draws; None: they are given one.
+    """
+
+    def __init__(self, settings: BenchSettings, device: torch.device, loader: Loader | None = None) -> None:
         self.settings, self.device = settings, device
         shape = (3, settings.image_size, settings.image_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -43,6 +48,8 @@ class Workshop:
         if settings.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.make
+        self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.drawn())
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
         self.boundaries = sorted({int(fraction * depth + 1e-9) for fraction in settings.boundaries} - {0})
@@ -124,12 +131,12 @@ class Arm:
 
     def _build(self, shop: Workshop) -> None:
         scaler = build_scaler(shop.device, shop.settings.precision)
-        options = StepOptions(shop.device, shop.settings.precision, scaler)
+        options = StepOptions(shop.device, shop.settings.precision, scaler, make=shop.make)
         self.step = build_step(shop.settings.step, self.model, self.optimizer, self.method, options)
 
     def _run(self, shop: Workshop, steps: int) -> None:
         for _ in range(steps):
-            self.step(shop.images, shop.labels)
+            self.step(*shop.given)
 
     def _milliseconds(self, shop: Workshop, steps: int, move: Callable[[], None] | None = None) -> float:
         """The time of so many steps, before which the step is built anew after a `move`."""
@@ -142,7 +149,7 @@ class Arm:
 
     def work(self, shop: Workshop) -> Work:
         """Its step, to be timed."""
-        return Work(lambda: self.step(shop.images, shop.labels), period=self.method.period)
+        return Work(lambda: self.step(*shop.given), period=self.method.period)
 
     def cost(self, images: Tensor, precision: str) -> Cost:
         """FLOPs of its step and bytes, counted."""

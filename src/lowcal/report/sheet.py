@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .tables import memory
 
-__all__ = ["Column", "Sheet"]
+__all__ = ["Column", "Form", "Sheet"]
 
 ABSENT = "–"
 Form = Literal["text", "percent", "ratio", "number", "memory"]

@@ -20,7 +20,7 @@ from lowcal.experiments.reproduction.curves import (
 from lowcal.experiments.reproduction.paper import paper
 from lowcal.experiments.reproduction.plans import RESNET18_CIFAR10, Plan, short_step
 from lowcal.experiments.reproduction.results import Results
-from lowcal.experiments.reproduction.rows import APART, Row, lines_apart, runs_of
+from lowcal.experiments.reproduction.rows import APART, Row, beside_paper, lines_apart, runs_of
 from lowcal.report.sheet import Column
 
 COMPRESSED = "sgd-compressed"  # with what the names of those cells begin
@@ -28,20 +28,15 @@ SHORT_STEP = short_step(RESNET18_CIFAR10).name
 
 EQUAL_ACCURACY = (
     Column("strategy", "strategy"),
-    Column("paper_epochs", "paper epochs", "number"),
-    Column("epochs", "epochs", "number"),
-    Column("paper_top1_error", "paper error", "percent"),
-    Column("top1_error", "error, %", "percent"),
-    Column("paper_speedup", "paper speed-up", "ratio"),
-    Column("speedup", "speed-up", "ratio"),
+    *beside_paper("epochs", "epochs", "number"),
+    *beside_paper("top1_error", "error, %", "percent"),
+    *beside_paper("speedup", "speed-up", "ratio"),
     Column("state", "state"),
 )
 EQUAL_TIME = (
     Column("max_loss", "at most", "percent"),
-    Column("paper_local_loss", "paper local", "percent"),
-    Column("local_loss", "local", "percent"),
-    Column("paper_freeze_loss", "paper freeze", "percent"),
-    Column("freeze_loss", "freeze", "percent"),
+    *beside_paper("local_loss", "local", "percent"),
+    *beside_paper("freeze_loss", "freeze", "percent"),
     Column("refresh_loss", "refresh", "percent"),
     Column("short_step_loss", "short step", "percent"),
     Column("stopped_loss", "sgd stopped", "percent"),

@@ -10,11 +10,17 @@ from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.plans import Line, Plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.report.runs import RunData
-from lowcal.report.sheet import Column
+from lowcal.report.sheet import Column, Form
 
 Row = dict[str, Any]
 
 APART = "not in turn"
+
+
+def beside_paper(key: str, heading: str, form: Form) -> tuple[Column, Column]:
+    """The columns of the published figures, in the field paper_KEY, and of the measured ones."""
+    return Column(f"paper_{key}", f"paper {heading.partition(',')[0]}", form), Column(key, heading, form)
+
 
 BATCH = (  # empty, and so not shown, where no batch may grow
     Column("first_batch", "first batch", "number"),
@@ -23,10 +29,8 @@ BATCH = (  # empty, and so not shown, where no batch may grow
 )
 RESULTS = (
     Column("strategy", "strategy"),
-    Column("paper_top1_error", "paper error", "percent"),
-    Column("top1_error", "error, %", "percent"),
-    Column("paper_speedup", "paper speed-up", "ratio"),
-    Column("speedup", "speed-up", "ratio"),
+    *beside_paper("top1_error", "error, %", "percent"),
+    *beside_paper("speedup", "speed-up", "ratio"),
     Column("boundary", "boundary", "number"),
     *BATCH,
     Column("seeds", "seeds", "number"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +18,7 @@ from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import train_in_turn
 from lowcal.experiments.folders import refuse_another_recipe
+from lowcal.experiments.lease import Lease, LostTrialError
 from lowcal.experiments.ledger import MOST_DEATHS, Entry, Ledger
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, show_value
@@ -29,7 +28,6 @@ from lowcal.training.record import RunFolder
 
 if TYPE_CHECKING:
     from lowcal.experiments.sweep import Sweep
-    from lowcal.training.trainer import Progress
 
 MEANS = ("top1_error", "best_top1_error", "seconds", "flops", "boundary", "layers")
 LOOK_AGAIN = 2.0  # seconds at most, while others work on the last trials
@@ -104,12 +102,12 @@ class Worker:
     def _do(self, entry: Entry) -> None:
         if entry.deaths:
             self._watcher.note(f"trial {entry.trial} is taken up again: its worker stopped")
-        lease = _Lease(self._ledger, entry.trial, self._watcher)
+        lease = Lease(self._ledger, entry.trial, self._watcher)
         deaths = entry.deaths  # of a worker that is stopped by hand: nothing is held against the trial
         try:
             with lease:
                 outcome = self._outcome(entry, lease)
-        except _LostError:
+        except LostTrialError:
             self._release(entry.trial, deaths)
             self._watcher.note(f"trial {entry.trial} was left: this worker had given no sign of life for too long")
             return
@@ -125,7 +123,7 @@ class Worker:
         with suppress(LowcalError):  # without the storage, the lease runs out
             self._ledger.release(trial, deaths=deaths)
 
-    def _outcome(self, entry: Entry, lease: _Lease) -> dict[str, Any]:
+    def _outcome(self, entry: Entry, lease: Lease) -> dict[str, Any]:
         """Train one trial; what is entered in the ledger for it."""
         if entry.deaths >= MOST_DEATHS:
             return _failed(f"{entry.deaths} workers in a row stopped on it")
@@ -133,7 +131,7 @@ class Worker:
         if entry.number is None:
             number, chosen = self._study.ask(entry.trial)
             if not self._ledger.assign(entry.trial, number, chosen):
-                raise _LostError
+                raise LostTrialError
         try:
             values = decode(self._plan.searches, chosen)
             recipe = apply_settings(self._plan.recipe, [], values)
@@ -157,7 +155,7 @@ class Worker:
             return _failed(str(error))
         return self._results(arms)
 
-    def _train(self, recipe: Recipe, arm: TrialArm, data: Dataset, lease: _Lease, later: int) -> None:
+    def _train(self, recipe: Recipe, arm: TrialArm, data: Dataset, lease: Lease, later: int) -> None:
         folder = self._out / arm.folder
         lease.has_begun = False
         is_there = RunFolder.holds_run(folder)
@@ -211,68 +209,6 @@ class Worker:
                 self._told.add(entry.trial)
         if all(entry.outcome is not None for entry in entries):
             self._study.drop_others(entry.number for entry in entries if entry.number is not None)
-
-
-class _LostError(Exception):
-    """Another worker has taken the trial over."""
-
-
-class _Lease:
-    """Keeps a trial while it is trained: gives signs of life, and passes on to a watcher what happens.
-
-    Attributes:
-        has_begun: whether the present run has got as far as training.
-    """
-
-    def __init__(self, ledger: Ledger, trial: int, watcher: Watcher) -> None:
-        self.has_begun = False
-        self._ledger, self._trial, self._watcher = ledger, trial, watcher
-        self._ended = threading.Event()
-        self._is_lost = False
-        self._last = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def note(self, text: str) -> None:
-        """As `Watcher`."""
-        self._watcher.note(text)
-
-    def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
-        """As `Watcher`."""
-        self.has_begun = True
-        self._watcher.begin(arms, finished, epochs, later=later)
-
-    def step(self, arm: Arm, progress: Progress) -> None:
-        """As `Watcher`; ends the training if the trial is another worker's by now."""
-        if self._is_lost or time.monotonic() - self._last > self._ledger.lease:
-            raise _LostError
-        self._watcher.step(arm, progress)
-
-    def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
-        """As `Watcher`."""
-        self._watcher.epoch(arm, record)
-        if not self._ledger.progress(self._trial):
-            raise _LostError
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._ledger.lease / 6):
-            try:
-                self._is_lost = not self._ledger.beat(self._trial)
-                self._ledger.observe()
-            except LowcalError:  # the storage does not answer; it may do so again before the lease is over
-                continue
-            if self._is_lost:
-                return
-            self._last = time.monotonic()
 
 
 def _failed(reason: str) -> dict[str, Any]:

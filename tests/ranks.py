@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # DDP loads it: once here, and not in each of the forked processes
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from lowcal.training.ranks import Ranks
+
+from .world import together
 
 BATCH = 8
 
@@ -40,17 +41,10 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
 
 def on_two_ranks(train: Callable[..., Any], *arguments: Any, cuda: bool = False) -> list[Any]:
     """What `train(rank, *arguments)` gives on each of two ranks of one process group, on a GPU each if `cuda`."""
-    method = "spawn" if cuda else "fork"  # a process that has used a GPU cannot be forked
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (train, folder, cuda, arguments), nprocs=2, start_method=method)
+        together(2, _keep, train, folder, arguments, cuda=cuda)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def _rank(rank: int, train: Callable[..., Any], folder: str, cuda: bool, arguments: Any) -> None:
-    torch.set_num_threads(1)
-    if cuda:
-        torch.cuda.set_device(rank)
-    backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.save(train(rank, *arguments), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _keep(ranks: Ranks, train: Callable[..., Any], folder: str, arguments: Any) -> None:
+    torch.save(train(ranks.rank, *arguments), f"{folder}/{ranks.rank}.pt")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch._dynamo  # DDP needs it, which takes seconds: loaded here once, not in each process
 
-from lowcal.training.ranks import Ranks, joined
+from lowcal.training.joining import joined
+from lowcal.training.launch import Launch
 
 CPU = torch.device("cpu")
 
@@ -28,14 +29,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def together(world: int, task: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `task(ranks, *arguments)` in each of `world` processes; none may fail."""
-    assert apart(world, _joined, task, *arguments) == [0] * world
+def together(world: int, task: Callable[..., Any], *arguments: Any, cuda: bool = False) -> None:
+    """Calls `task(ranks, *arguments)` in each of `world` processes, on a GPU each if `cuda`; none may fail."""
+    assert apart(world, _joined, cuda, task, *arguments, cuda=cuda) == [0] * world
 
 
-def apart(world: int, task: Callable[..., int | None], *arguments: Any) -> list[int | None]:
+def apart(world: int, task: Callable[..., int | None], *arguments: Any, cuda: bool = False) -> list[int | None]:
     """Calls `task(*arguments)` in each of `world` processes; their exit codes, which it may return."""
-    port, context = free_port(), multiprocessing.get_context("fork")
+    # A process that has used a GPU cannot be forked.
+    port, context = free_port(), multiprocessing.get_context("spawn" if cuda else "fork")
     ranks = [context.Process(target=_child, args=(rank, world, port, task, arguments)) for rank in range(world)]
     for rank in ranks:
         rank.start()
@@ -44,8 +46,8 @@ def apart(world: int, task: Callable[..., int | None], *arguments: Any) -> list[
     return [rank.exitcode for rank in ranks]
 
 
-def _joined(task: Callable[[Ranks], Any], *arguments: Any) -> None:
-    with joined(CPU) as ranks:
+def _joined(cuda: bool, task: Callable[..., Any], *arguments: Any) -> None:
+    with joined(torch.device("cuda", Launch.read().local_rank) if cuda else CPU) as ranks:
         task(ranks, *arguments)
 
 

@@ -17,7 +17,7 @@ from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands
 from lowcal.commands.common import INTERRUPTED, Stopped, app
 from lowcal.errors import LowcalError, nearest
 from lowcal.training.allocator import keep_freed_memory
-from lowcal.training.ranks import is_spokesman
+from lowcal.training.launch import is_spokesman
 
 MISTAKE = 2
 CLOSED_PIPE = 141  # 128 + SIGPIPE

@@ -11,7 +11,9 @@ from lowcal import LowcalError
 from lowcal.methods import METHODS
 from lowcal.training.growth import Growth
 from lowcal.training.interrupt import Interrupted, catch_signals
-from lowcal.training.ranks import LostError, Ranks, joined
+from lowcal.training.joining import joined
+from lowcal.training.launch import LostError
+from lowcal.training.ranks import Ranks
 
 from ..support import same
 from ..world import CPU, apart, together

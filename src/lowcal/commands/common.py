@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from lowcal.training.interrupt import Interrupted, catch_signals, end
-from lowcal.training.ranks import Launch, is_lost
+from lowcal.training.launch import Launch, is_lost
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it

@@ -20,7 +20,8 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
-from lowcal.training.ranks import Launch, joined
+from lowcal.training.joining import joined
+from lowcal.training.launch import Launch
 
 if TYPE_CHECKING:
     from lowcal.report import Report

@@ -18,12 +18,12 @@ from lowcal.models import build_model, check_input
 from lowcal.synced_norm import synchronise
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
+from lowcal.training.launch import ALONE, Launch
 from lowcal.training.modes import find_step
-from lowcal.training.ranks import Launch, Ranks
+from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
 
-ALONE = Launch()
 EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
 
 

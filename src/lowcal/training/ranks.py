@@ -1,4 +1,4 @@
-"""The processes that train one network together, as one of them sees them: the only place that asks torchrun.
+"""The processes that train one network together, as one of them sees them.
 
 With one process each call does nothing, so that no other code has to tell the two cases apart.
 """
@@ -6,14 +6,10 @@ With one process each call does nothing, so that no other code has to tell the t
 from __future__ import annotations
 
 import io
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,56 +17,14 @@ from torch import Tensor
 
 from lowcal.data import Share
 from lowcal.errors import LowcalError
+from lowcal.training.launch import ALONE, Launch
 from lowcal.training.random_state import RandomState
 
 # A process that ends is noticed at once, by its connections; this is for one that hangs, and must be longer than it
 # takes the main process to read all data or to write a checkpoint.
 PATIENCE = timedelta(minutes=30)
 
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
 T = TypeVar("T")
-
-
-class LostError(LowcalError):
-    """Another process of the run has ended or does not answer."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun tells this process.
-
-    Attributes:
-        rank: its number among all `world` processes of the run.
-        local_rank: its number among the `local_world` on this machine.
-        restarts: how often all have been started anew.
-        may_restart: whether they would be, if one ended.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    restarts: int = 0
-    may_restart: bool = False
-
-    @classmethod
-    def read(cls) -> Self:
-        """As the environment says; a process that was started without torchrun is alone."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-        if not all(name in os.environ for name in names[:2]):
-            return cls()
-        rank, world, local_rank, local_world, restarts = (os.environ.get(name) for name in names)
-        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        return cls(
-            int(rank or 0),
-            int(world or 1),
-            int(local_rank or rank or 0),
-            int(local_world or world or 1),
-            int(restarts or 0),
-            int(most) > 0,
-        )
 
 
 class Ranks:
@@ -86,7 +40,7 @@ class Ranks:
         share: its share of each mini-batch.
     """
 
-    def __init__(self, device: torch.device | None = None, launch: Launch = Launch()) -> None:
+    def __init__(self, device: torch.device | None = None, launch: Launch = ALONE) -> None:
         self.device = device or torch.device("cpu")
         self.launch = launch
         self.rank, self.world = launch.rank, launch.world
@@ -227,83 +181,3 @@ class ManyRanks(Ranks):
         payload = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(payload, src=0, group=self._desk)
         return torch.load(io.BytesIO(payload.numpy().tobytes()), map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """This process among those that torchrun started, or alone.
-
-    Raises:
-        LostError: another one ended, or does not answer.
-    """
-    launch = Launch.read()
-    if launch.world == 1:
-        yield Ranks(device, launch)
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    try:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = _fresh_store(launch)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=PATIENCE)
-        yield ManyRanks(device, launch)
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise LostError("another process of the run has ended or does not answer") from error
-    dist.destroy_process_group()
-
-
-def _fresh_store(launch: Launch) -> Store:
-    """A store without anything that processes wrote there before torchrun started them anew (torch 2.15 keeps that).
-
-    The main process tells each other one a name that is new. An old greeting may lie where it looks for theirs; whoever
-    has left it is no longer there, so it goes on answering until all have said that they heard.
-    """
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in every build of torch
-    from torch.distributed.rendezvous import rendezvous
-
-    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
-    name = uuid4().hex
-    if launch.rank:
-        store.set(f"lowcal/greeting/{launch.rank}", name)
-        answer = f"lowcal/answer/{name}"
-        store.wait([answer], PATIENCE)
-        attempt = store.get(answer).decode()
-        store.set(f"lowcal/heard/{attempt}/{launch.rank}", "")
-    else:
-        attempt, end = name, time.monotonic() + PATIENCE.total_seconds()
-        waiting = set(range(1, launch.world))
-        while waiting:
-            for rank in tuple(waiting):
-                if store.check([f"lowcal/heard/{attempt}/{rank}"]):
-                    waiting.remove(rank)
-                elif store.check([f"lowcal/greeting/{rank}"]):
-                    store.set(f"lowcal/answer/{store.get(f'lowcal/greeting/{rank}').decode()}", attempt)
-            if time.monotonic() > end:
-                raise LostError(f"process {min(waiting)} of the run does not come")
-            time.sleep(0.01)
-    return PrefixStore(f"lowcal/{attempt}", store)
-
-
-def is_spokesman() -> bool:
-    """Whether this process is the one that says how the run ended: the first to ask, but rather the main one."""
-    launch = Launch.read()
-    if launch.world == 1:
-        return True
-    if not dist.is_initialized():
-        return launch.rank == 0
-    if launch.rank > 0:
-        time.sleep(1)  # what is wrong in all is said by the main process
-    try:
-        return dist.distributed_c10d._get_default_store().add("lowcal/said", 1) == 1
-    except RuntimeError:  # the main process's own store has ended with it
-        return False
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether `error` is that another process of the run has ended or does not answer."""
-    if Launch.read().world == 1:
-        return False
-    # Gloo's errors have no class of their own.
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "nccl"))

@@ -304,3 +304,15 @@ def test_a_layer_that_the_user_froze_may_be_left_out_of_the_optimizer():
     assert torch.equal(frozen.weight, before)
     local.detach()
     assert not frozen.weight.requires_grad
+
+
+def test_a_detached_controller_moves_nothing_more():
+    model = mlp()
+    local = make(model, sgd(model))
+    local.move_to(1)
+    local.detach()
+    for call in (lambda: local.end_epoch(1.0), lambda: local.move_to(2)):
+        with pytest.raises(LowcalError, match="detached from its model; build a new one"):
+            call()
+    assert local.boundary == 1
+    assert all(parameter.requires_grad for parameter in model.parameters())

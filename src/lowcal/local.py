@@ -143,13 +143,13 @@ class LoCal:
             Whether the boundary moved, so that whatever depends on ``requires_grad`` must be built anew.
 
         Raises:
-            LowcalError: `loss` is not finite, or the model has not run since this controller was made.
+            LowcalError: `loss` is not finite, the model has not run since this controller was made, or it is detached.
         """
         try:
             loss = float(loss)
         except (TypeError, ValueError):
             raise LowcalError(f"end_epoch: the loss is {loss!r}; give the mean training loss, a number") from None
-        self._known("end_epoch")
+        self._check_ready("end_epoch")
         weight = self._weight(self.boundary)
         change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
         if self._exchange is not None:
@@ -179,10 +179,10 @@ class LoCal:
         """Sets the boundary by hand: the first `boundary` layers learn locally from the next step on.
 
         Raises:
-            LowcalError: `boundary` is less than the present one or leaves no layer to SGD, or the order of layers is
-                not known yet.
+            LowcalError: `boundary` is less than the present one or leaves no layer to SGD, the order of layers is not
+                known yet, or this controller is detached.
         """
-        self._known("move_to")
+        self._check_ready("move_to")
         self._check_target(boundary)
         if boundary > self.boundary:
             self._move(boundary)
@@ -308,7 +308,9 @@ class LoCal:
         if order.layers[self.boundary] != transition:
             self._mark_start()
 
-    def _known(self, caller: str) -> None:
+    def _check_ready(self, caller: str) -> None:
+        if not self._finalizer.alive:
+            raise LowcalError(f"{caller}: this LoCal was detached from its model; build a new one to go on")
         if not self.layers:
             raise LowcalError(
                 f"{caller}: the order of layers is not known, since the model has not run under LoCal; "

@@ -135,7 +135,7 @@ class LocalUpdates:
                 raise LowcalError(runs_twice(self._learners[index].name))
             self._ran.add(index)
         self._window.add(index, update)
-        if index == self._last:
+        if index == self._last and self._window.exchange is not None:
             self._window.share(self._weights())
 
     def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:

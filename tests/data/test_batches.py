@@ -35,6 +35,7 @@ def test_plain_pass_gives_every_image_once_in_order(images):
     batches = make(images)
     seen = list(batches)
     assert len(batches) == len(seen) == 5
+    assert batches.count == 23
     assert [len(y) for _, y in seen] == [5, 5, 5, 5, 3]
     assert torch.equal(torch.cat([y for _, y in seen]), images.labels)
     x = torch.cat([x for x, _ in seen])

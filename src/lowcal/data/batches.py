@@ -69,6 +69,11 @@ class Batches:
         """Channels, height and width of the images."""
         return self.images.shape
 
+    @property
+    def count(self) -> int:
+        """Images in a pass."""
+        return len(self.images)
+
     def __len__(self) -> int:
         return -(-len(self.images) // self._batch)
 

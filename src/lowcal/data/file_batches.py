@@ -68,6 +68,11 @@ class FileBatches:
         """Channels, height and width of the images."""
         return self.files.shape
 
+    @property
+    def count(self) -> int:
+        """Images in a pass."""
+        return len(self.files)
+
     def __len__(self) -> int:
         return -(-len(self.files) // self._batch)
 

@@ -52,6 +52,10 @@ class Loader(Protocol):
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
 
+    @property
+    def count(self) -> int:
+        """Images in a pass, over all processes."""
+
     def __len__(self) -> int:
         """Batches in a pass."""
 

@@ -143,11 +143,12 @@ class Run:
 
         With ``step="auto"`` this also finds which way to run a step is the fastest, for the whole run.
         """
-        share = self.ranks.share.of(self._growth.proven)
-        most = share.stop - share.start
-        if self._workbench.choose(10 * steps, most):
+        whole, last = (self._own(size) for size in (self._growth.proven, self.train.count % self.train.batch))
+        if self._workbench.choose(10 * steps, whole):
             self._renew()
-        self._workbench.rehearse(steps, most)
+        self._workbench.rehearse(steps, whole)
+        if last:  # kernels are chosen, or built, for each size
+            self._workbench.rehearse(steps, last)
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.
@@ -273,6 +274,11 @@ class Run:
         return self.ranks.from_main(write)
 
     # One epoch
+
+    def _own(self, images: int) -> int:
+        """How many of a mini-batch's `images` are this process's."""
+        share = self.ranks.share.of(images)
+        return share.stop - share.start
 
     def _train(self, progress: Callable[[Progress], None] | None) -> Part | None:
         """Takes the epoch's steps; None if memory ran out in them and the batch is on trial."""

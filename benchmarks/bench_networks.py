@@ -11,7 +11,6 @@ from lowcal.console_bench import bench_text, targets_text
 from lowcal.experiments.bench import bench
 from lowcal.experiments.bench_plot import plot
 from lowcal.experiments.bench_settings import BenchSettings
-from lowcal.training.allocator import keep_freed_memory
 
 _SMALL = {"batch": 64, "image_size": 32}
 _LARGE = {"image_size": 224}
@@ -36,12 +35,6 @@ NETWORKS = {
         "resnet50-224-float32": BenchSettings("resnet50", **_CUDA_LARGE, rounds=5, warm_up=1),
     },
 }
-
-
-def prepare(device: torch.device) -> None:
-    """Sets the process up for measuring: freed memory is kept, as the command does; cuDNN tries its algorithms."""
-    keep_freed_memory()
-    torch.backends.cudnn.benchmark = device.type == "cuda"
 
 
 def measure(name: str, settings: BenchSettings, device: torch.device, out: Path, targets: Mapping[str, float]) -> None:

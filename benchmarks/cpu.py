@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench_networks import NETWORKS, measure, prepare
+from bench_networks import NETWORKS, measure
+from lowcal.training.allocator import keep_freed_memory
 
 SETTINGS = NETWORKS["cpu"]
 TARGETS = {
@@ -31,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu")
-    prepare(device)
+    keep_freed_memory()  # as the command does
     for name in [arguments.only] if arguments.only else SETTINGS:
         settings = SETTINGS[name]
         targets = TARGETS | (MEMORY if settings.model == "resnet50" else {})

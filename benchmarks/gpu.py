@@ -25,7 +25,7 @@ import torch
 
 import step_kinds
 import whole_run
-from bench_networks import NETWORKS, measure, prepare
+from bench_networks import NETWORKS, measure
 
 DEVICE = torch.device("cuda")
 SECONDS = 7.5 * 60  # no further piece of a part is begun after this
@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="names of pieces, as in 'resnet18*'")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    prepare(DEVICE)
     left_out = []
     for part in [arguments.part] if arguments.part else found:
         start = perf_counter()

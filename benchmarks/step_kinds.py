@@ -17,12 +17,14 @@ from unittest.mock import patch
 
 import torch
 
-from bench_networks import NETWORKS, prepare
+from bench_networks import NETWORKS
 from bench_table import time
 from lowcal.experiments.assemble import find_device
 from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.kernels import kernels
 from lowcal.experiments.timing import Work, take_turns
 from lowcal.experiments.workshop import Workshop
+from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.environment import gather_environment
 
 KINDS = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "graphed")}
@@ -32,7 +34,11 @@ BOUNDARIES = (0.5,)
 def measure(settings: BenchSettings, kinds: Sequence[str], device: torch.device) -> dict[str, Any]:
     """The figures as they are written."""
     settings = replace(settings, boundaries=BOUNDARIES, every=1)
-    with TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+    with (
+        TemporaryDirectory() as cache,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        kernels(tf32=settings.tf32),
+    ):
         shops = {kind: Workshop(replace(settings, step=kind), device) for kind in kinds}
         arms = {(kind, name): arm for kind, shop in shops.items() for name, arm in shop.arms().items()}
         works = {f"{kind} {name}": arm.work(shops[kind]) for (kind, name), arm in arms.items()}
@@ -93,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = find_device(arguments.device)
-    prepare(device)
+    keep_freed_memory()  # as the command does
     write(arguments.network, device, arguments.out)
 
 

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 import whole_run_table
-from bench_networks import prepare
 from lowcal.data import Loader, make_loader
 from lowcal.experiments.assemble import find_device, load_data
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.compare import compare
+from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
@@ -40,6 +40,7 @@ from lowcal.experiments.workshop import Arm, Workshop, forward_flops
 from lowcal.layers import recurring_block, trace
 from lowcal.methods.settings import build_schedule
 from lowcal.models import build_model
+from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import release
 
@@ -144,7 +145,7 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     data_dir = None if is_synthetic else data_dir
     runs = train(recipe, data_dir, device)
     release(device)
-    with cpu_threads(recipe.threads):
+    with cpu_threads(recipe.threads), kernels_of(recipe):
         bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
         shop = Workshop(bench, device, training_images(recipe, data_dir, device))
         fastest = fastest_published_path(whole, shop)
@@ -191,6 +192,7 @@ def bench_settings(recipe: Recipe, size: Size, pixels: int, step: str) -> BenchS
         classes=size.classes,
         width=size.width,
         precision=recipe.precision,
+        tf32=recipe.tf32,
         channels_last=recipe.channels_last,
         step=step,
         epochs=size.epochs,
@@ -300,7 +302,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     device = find_device(arguments.device)
-    prepare(device)
+    keep_freed_memory()  # as the command does
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in [arguments.only] if arguments.only else SIZES[device.type]:
         write(name, device, arguments.data_dir, arguments.out)

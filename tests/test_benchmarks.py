@@ -131,7 +131,6 @@ def small_gpu(graphs, monkeypatch):
     monkeypatch.setitem(step_kinds.KINDS, "cpu", ("eager", "graphed"))
     monkeypatch.setattr(whole_run, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "DEVICE", CPU)
-    monkeypatch.setattr(gpu, "prepare", lambda device: None)
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])

@@ -14,8 +14,8 @@ from lowcal.experiments.recipe_files import (
     load_recipe,
     parse_recipe,
     recipe_names,
-    setting_types,
 )
+from lowcal.experiments.recipe_keys import setting_types
 
 
 def rates(recipe: Recipe) -> list[float]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import BatchSettings, Recipe, Settings
+from lowcal.experiments.recipe_keys import allowed_values, as_written, nearest_key, section_of, unknown_keys
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,30 +120,13 @@ def show_value(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("...").strip()
 
 
-def setting_types(key: str) -> frozenset[type]:
-    """The plain types that the value of the setting `key` may have, such as {int, NoneType}; a section has none.
-
-    Raises:
-        LowcalError: there is no such setting.
-    """
-    model: type[Settings] | None = Recipe
-    for part in key.split("."):
-        if model is None or part not in model.model_fields:
-            raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
-        annotation, model = model.model_fields[part].annotation, _section(model, part)
-    if model is not None and model.short:
-        return setting_types(f"{key}.{model.short}")
-    leaves = () if model is not None else _leaves(annotation)
-    return frozenset(leaf if isinstance(leaf, type) else type(leaf) for leaf in leaves)
-
-
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The dotted keys whose values differ, each as 'epochs (5 there, 30 here)'."""
     left, right = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     keys = [*left, *(key for key in right if key not in left)]
     changed = [key for key in keys if left.get(key) != right.get(key)]
     return [
-        f"{'.'.join(_as_written(key.split('.')))} ({_show(left.get(key))} there, {_show(right.get(key))} here)"
+        f"{'.'.join(as_written(key.split('.')))} ({_show(left.get(key))} there, {_show(right.get(key))} here)"
         for key in changed
     ]
 
@@ -156,8 +137,8 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
     model: type[Settings] | None = Recipe
     for part in parts:
         if model is None or part not in model.model_fields:
-            raise LowcalError(f"unknown setting '{key}'{_nearest_key(key)}")
-        parent, section, model = section, section[part], _section(model, part)
+            raise LowcalError(f"unknown setting '{key}'{nearest_key(key)}")
+        parent, section, model = section, section[part], section_of(model, part)
     if model is not None:
         if not isinstance(value, dict):
             if model.short:
@@ -172,9 +153,9 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _validate(data: Mapping[str, Any], source: str) -> Recipe:
-    unknown = next(_unknown_keys(data, Recipe, ""), None)
+    unknown = next(unknown_keys(data, Recipe, ""), None)
     if unknown is not None:
-        raise LowcalError(f"{source}unknown setting '{unknown}'{_nearest_key(unknown)}")
+        raise LowcalError(f"{source}unknown setting '{unknown}'{nearest_key(unknown)}")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -185,112 +166,11 @@ def _line(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(_as_written(parts))
-    allowed = _allowed(parts) or error["msg"].replace("Input should be", "must be")
+    key = ".".join(as_written(parts))
+    allowed = allowed_values(parts) or error["msg"].replace("Input should be", "must be")
     if error["type"] == "missing":
         return f"the setting '{key}' is missing: {allowed}"
     return f"{key}={_show(error['input'])}: {allowed}"
-
-
-def _as_written(parts: list[str]) -> list[str]:
-    """The way to a setting, or to its section where a plain value may stand for it."""
-    section = _section(Recipe, parts[0]) if len(parts) == 2 and parts[0] in Recipe.model_fields else None
-    return parts[:1] if section is not None and section.short == parts[1] else parts
-
-
-def _allowed(parts: list[str]) -> str | None:
-    """What a setting may be, in words, from the types and bounds of its field; None where they do not say."""
-    model: type[Settings] | None = Recipe
-    for part in parts[:-1]:
-        model = _section(model, part) if model is not None and part in model.model_fields else None
-    if model is None or parts[-1] not in model.model_fields:
-        return None
-    section = _section(model, parts[-1])
-    if section is not None and section.short:
-        return _allowed([*parts, section.short])
-    field = model.model_fields[parts[-1]]
-    kinds: list[str] = []
-    bounds: list[str] = []
-    for item in (*_leaves(field.annotation), *field.metadata):
-        match item:
-            case Ge(ge=limit):
-                bounds.append(f"at least {limit}")
-            case Gt(gt=limit):
-                bounds.append(f"above {limit}")
-            case Le(le=limit):
-                bounds.append(f"at most {limit}")
-            case Lt(lt=limit):
-                bounds.append(f"below {limit}")
-            case str():
-                kinds.append(f"'{item}'")
-            case type() if item in _WORDS:
-                kinds.append(_WORDS[item])
-    if not kinds:
-        return None
-    words = ", ".join(kinds[:-1]) + " or " + kinds[-1] if len(kinds) > 1 else kinds[0]
-    return "must be " + ", ".join(filter(None, [words, " and ".join(bounds)]))
-
-
-_WORDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    dict: "a mapping such as {5: 2, 10: 4}",
-}
-
-
-def _leaves(annotation: Any) -> Iterator[Any]:
-    """The plain types, literal values and bounds inside an annotation."""
-    origin = get_origin(annotation)
-    if origin is dict:
-        yield dict
-    elif origin in {Union, UnionType}:
-        for part in get_args(annotation):
-            yield from _leaves(part)
-    elif hasattr(annotation, "__metadata__"):
-        yield from _leaves(get_args(annotation)[0])
-        for item in annotation.__metadata__:
-            yield from item.metadata
-    elif origin is not None:
-        yield from get_args(annotation)
-    else:
-        yield annotation
-
-
-def _section(model: type[Settings], field: str) -> type[Settings] | None:
-    annotation = model.model_fields[field].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
-
-
-def _unknown_keys(data: Mapping[str, Any], model: type[Settings], prefix: str) -> Iterator[str]:
-    for key, value in data.items():
-        if key not in model.model_fields:
-            yield f"{prefix}{key}"
-        elif (inner := _section(model, key)) is not None and isinstance(value, dict):
-            yield from _unknown_keys(value, inner, f"{prefix}{key}.")
-
-
-def _known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
-    for field in model.model_fields:
-        inner = _section(model, field)
-        if inner is None:
-            yield f"{prefix}{field}"
-        else:
-            yield from _known_keys(inner, f"{prefix}{field}.")
-
-
-def _nearest_key(key: str) -> str:
-    """The remedy for an unknown key: the nearest full key, also where only its last part was given."""
-    known = list(_known_keys(Recipe))
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not match:
-        leaf = key.rpartition(".")[2]
-        leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.6)
-        match = [k for k in known if leaves and k.rpartition(".")[2] == leaves[0]]
-    if match:
-        return "; did you mean " + " or ".join(f"'{m}'" for m in match) + "?"
-    return nearest(key, Recipe.model_fields)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

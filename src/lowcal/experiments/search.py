@@ -12,7 +12,8 @@ import yaml
 
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe import Recipe, Settings
-from lowcal.experiments.recipe_files import apply_settings, parse_setting, parse_value, setting_types, show_value
+from lowcal.experiments.recipe_files import apply_settings, parse_setting, parse_value, show_value
+from lowcal.experiments.recipe_keys import setting_types
 from lowcal.methods import METHODS, find_method
 
 HOW = "write key=low:high, key=low:high:log or key=value,value,..."

@@ -168,7 +168,7 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
             method: {key: [record[key] for record in records] for key in ("boundary", "seconds", "step")}
             for method, records in runs.items()
         },
-        "step_times": [time for time in times.values() if time["boundary"] or time["method"] != "freeze"],
+        "step_times": list(times.values()),
         "environment": environment,
     }
 
@@ -239,7 +239,7 @@ def step_times(shop: Workshop, boundaries: Sequence[int]) -> dict[tuple[str, int
             "step_ms_q75": timing.q75,
             "ready_ms": arm.move_ms,
         }
-    return times | {(method, 0): times["local", 0] for method in METHODS}  # at boundary 0 they are one
+    return times
 
 
 def row(
@@ -254,6 +254,7 @@ def row(
     path = [record["boundary"] for record in runs[method]]
     seconds = {each: sum(record["seconds"] for record in runs[each]) for each in ("sgd", method)}
     own = {boundary: time for (each, boundary), time in times.items() if each == method}
+    own[0] = times["local", 0]  # there the methods are one
     known = {
         "sgd_ms": times["sgd", 0]["step_ms"],
         "step_ms": {boundary: time["step_ms"] for boundary, time in own.items()},

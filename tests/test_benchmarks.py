@@ -47,6 +47,7 @@ def result():
 def test_a_whole_run_is_held_beside_what_its_steps_predict(result):
     runs, rows = result["runs"], {row["method"]: row for row in result["rows"]}
     step_ms = {(time["method"], time["boundary"]): time["step_ms"] for time in result["step_times"]}
+    assert len(step_ms) == len(result["step_times"]), "one is there twice"
     step_ms["freeze", 0] = step_ms["local", 0]
     assert {method: len(run["seconds"]) for method, run in runs.items()} == {"sgd": 4, "local": 4, "freeze": 4}
     for method, row in rows.items():
@@ -143,6 +144,7 @@ def small_gpu(graphs, monkeypatch):
 
 def test_the_gpu_script_measures_and_trains(small_gpu, tmp_path, capsys):
     assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 0
+    assert small_gpu("--part", "kinds", "--out", tmp_path, "--only", "resnet18-32-*") == 0
     assert small_gpu("--part", "small-runs", "--out", tmp_path, "--only", f"*{NAME}") == 0
     shown = capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -176,7 +178,11 @@ def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(small_
     assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 1
     left_out = capsys.readouterr().out.partition("left out:")[2]
     assert "resnet18-32-eager: RuntimeError: no such kernel\n" in left_out
-    assert (tmp_path / "resnet18-32-kinds.json").exists()
+    assert small_gpu("--out", tmp_path, "--only", "resnet18-32-*") == 1
+    assert (tmp_path / "resnet18-32-kinds.json").exists(), "the part after it"
+
+    assert small_gpu("--part", "kinds", "--out", tmp_path, "--only", "resnet81*") == 2
+    assert "no such piece; there are resnet18-32-graphed" in capsys.readouterr().err
 
     monkeypatch.setattr(gpu, "SECONDS", -1)
     assert small_gpu("--part", "large-runs", "--out", tmp_path) == 1

@@ -1,9 +1,13 @@
 """Mixed precision: a step that the scaler skips applies no local update, neither then nor in the next step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Adam, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowcal
 
@@ -126,3 +130,28 @@ def test_autocast_step_is_equation_4_within_its_precision(dtype):
         move = (model.get_parameter(f"{name}.weight").detach() - before[f"{name}.weight"]).double()
         torch.testing.assert_close(move, 0.01 * update / update.norm(), atol=0.01 * 4 * torch.finfo(dtype).eps, rtol=0)
         assert model.get_parameter(f"{name}.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_half_precision_on_a_gpu_is_multiplied_in_what_it_can(monkeypatch, major, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    with FakeTensorMode():
+        layer = nn.Conv2d(2, 4, 3, device="cuda")
+        inputs, outputs = (torch.empty(5, n, s, s, dtype=torch.float16, device="cuda") for n, s in ((2, 6), (4, 4)))
+        with Products() as products:
+            update = lowcal.hebbian_update(layer, inputs, outputs)
+    assert (update.device.type, update.dtype) == ("cuda", torch.float32)
+    assert products.dtypes == [(dtype, dtype)]
+
+
+class Products(TorchDispatchMode):
+    """The types of the inputs and outputs that products are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.dtypes.append((args[0].dtype, args[1].dtype))
+        return func(*args, **(kwargs or {}))

@@ -67,16 +67,23 @@ def make_run(
     checkpoint: bool = True,
     fused: bool = False,
     ranks: Ranks | None = None,
+    device: str = "cpu",
+    images_count: int = 22,
     **options: Any,
 ) -> Run:
     """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `Run`."""
     torch.manual_seed(seed)
-    model = network() if model is None else model
+    model = (network() if model is None else model).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01, fused=fused)
     ranks = ranks or Ranks()
-    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "share": ranks.share}
+    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "share": ranks.share, "device": device}
     train = Batches(
-        images(22), batch=5, seed=seed, shuffle=True, augmentation=Augmentation(pad=1, flip=True), **statistics
+        images(images_count),
+        batch=5,
+        seed=seed,
+        shuffle=True,
+        augmentation=Augmentation(pad=1, flip=True),
+        **statistics,
     )
     if RunFolder.holds_run(path) or not ranks.is_main:
         folder = RunFolder(path)
@@ -104,7 +111,7 @@ def make_run(
         epochs=epochs,
         lr_at=lr_at,
         precision=precision,
-        device="cpu",
+        device=device,
         folder=folder,
         seed=seed,
         checkpoint=checkpoint,

@@ -230,4 +230,4 @@ def _is_in_branch(name: str, block: ResidualBlock) -> bool:
     inside = f"{block.name}."
     if not name.startswith(inside):
         return False
-    return block.shortcut_name is None or f"{name}.".startswith(f"{inside}{block.shortcut_name}.") is False
+    return block.shortcut_name is None or not f"{name}.".startswith(f"{inside}{block.shortcut_name}.")

@@ -66,7 +66,7 @@ def residual_blocks(model: nn.Module) -> list[ResidualBlock]:
     for name, module in model.named_modules():
         forward = type(module).forward
         kind = _KINDS.get(f"{forward.__module__}.{forward.__qualname__}")
-        if kind is None or getattr(module, "use_res_connect", True) is False:
+        if kind is None or not getattr(module, "use_res_connect", True):  # which MobileNetV2's blocks have
             continue
         shortcut = kind.shortcut
         if shortcut is not None and getattr(module, shortcut) is None:

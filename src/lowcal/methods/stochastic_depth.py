@@ -2,8 +2,7 @@
 
 Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L); one that does not is its shortcut
 alone, and neither its branch's forward nor backward pass runs. In evaluation every branch takes part, scaled by p_l.
-Weights of a dropped block have no gradient in that step: neither momentum nor weight decay
-moves them.
+Weights of a dropped block have no gradient in that step: neither momentum nor weight decay moves them.
 """
 
 from __future__ import annotations

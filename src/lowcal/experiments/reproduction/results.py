@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -218,8 +218,8 @@ def describe_size(recipe: Recipe) -> str:
     if data.classes is not None:
         words.append(f"{data.classes} classes")
     words.append(f"batch {recipe.batch.size}")
-    planned: Mapping[bool, str] = {True: "", False: f" for {recipe.lr_schedule.epochs}"}
-    words.append(f"{recipe.epochs} epochs{planned[recipe.lr_schedule.epochs in (None, recipe.epochs)]}")
+    planned = recipe.lr_schedule.epochs
+    words.append(f"{recipe.epochs} epochs" + ("" if planned in (None, recipe.epochs) else f" for {planned}"))
     return ", ".join(words)
 
 

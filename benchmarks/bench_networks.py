@@ -24,7 +24,7 @@ NETWORKS = {
         "vgg13-32": BenchSettings("vgg13", **_SMALL, rounds=15, warm_up=1),
         "resnet34-224": BenchSettings("resnet34", batch=8, **_LARGE, rounds=8, warm_up=1),
         "resnet50-224": BenchSettings("resnet50", batch=8, **_LARGE, rounds=7, warm_up=1),
-        "mobilenet_v2-224": BenchSettings("mobilenet_v2", batch=8, epochs=150, **_LARGE, rounds=20, warm_up=2),
+        "mobilenet_v2-224": BenchSettings("mobilenet_v2", batch=8, epochs=150, **_LARGE, rounds=15, warm_up=1),
     },
     "cuda": {
         "resnet18-32": BenchSettings("resnet18", **_SMALL, **_CUDA),

@@ -123,12 +123,14 @@ def test_the_kinds_of_step_take_turns(graphs, monkeypatch):
 @pytest.fixture
 def small_gpu(graphs, monkeypatch):
     """gpu.py on the processor, with tiny networks and graphs in software."""
-    small = dict.fromkeys(bench_networks.NETWORKS["cuda"], replace(NETWORK, layers=False, boundaries=(0.5,)))
+    as_there = {"precision": "bf16", "channels_last": True}
+    tiny = replace(NETWORK, layers=False, boundaries=(0.5,), **as_there)
+    small = dict.fromkeys(bench_networks.NETWORKS["cuda"], tiny)
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(bench_networks.NETWORKS, kind, small)
         monkeypatch.setitem(whole_run.SIZES, kind, dict.fromkeys(whole_run.SIZES[kind], TINY))
     monkeypatch.setattr(whole_run, "load_recipe", tiny_recipe)
-    monkeypatch.setitem(whole_run.WAYS, "cpu", ("step=graphed", "channels_last=true"))
+    monkeypatch.setitem(whole_run.WAYS, "cpu", whole_run.WAYS["cuda"])
     monkeypatch.setitem(step_kinds.KINDS, "cpu", ("eager", "graphed"))
     monkeypatch.setattr(whole_run, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "DEVICE", CPU)

@@ -6,7 +6,7 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm
 from lowcal.experiments.assemble import build_run, check, find_device, load_data
-from lowcal.experiments.compare import compare
+from lowcal.experiments.compare import compare, train_in_turn
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
 
@@ -129,3 +129,15 @@ def test_a_device_that_is_not_here_is_refused(name):
 def test_devices_by_name():
     assert find_device("cpu") == CPU
     assert find_device("auto").type in {"cpu", "cuda"}
+
+
+def test_the_arms_share_the_images_on_the_device(tmp_path, monkeypatch):
+    """The meta device stands for any that is not the one that the images were read to."""
+    chosen, seen = recipe(), []
+    monkeypatch.setattr("lowcal.experiments.compare.prepare", lambda *_, data, **__: seen.append(data))
+    monkeypatch.setattr("lowcal.experiments.compare.take_turns", lambda *_, **__: None)
+    data, meta = load_data(chosen, None), torch.device("meta")
+    arms = [Arm(method, 0) for method in ("sgd", "local")]
+    train_in_turn(chosen, arms, tmp_path, data=data, device=meta, watcher=None)
+    assert seen[0] is seen[1]
+    assert seen[0].train.pixels.device == seen[0].test.pixels.device == meta

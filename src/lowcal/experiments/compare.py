@@ -75,6 +75,7 @@ def train_in_turn(
     `later` epochs of other arms come after these; the watcher is told.
     """
     with cpu_threads(recipe.threads), kernels_of(recipe):
+        data = data.to(device)  # once for all arms
         runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
         take_turns(arms, runs, watcher, epochs=recipe.epochs, later=later)
 

@@ -73,6 +73,7 @@ def train_missing(
             epochs = max(recipe.epochs for recipe in recipes)
             left -= sum(results.recipe(cell).epochs - results.state(cell, seed).finished for cell in cells)
             with cpu_threads(recipes[0].threads), kernels_of(recipes[0]):
+                data = data.to(device)  # once for all cells
                 runs = [
                     prepare(recipe, arm, results.group(name) / arm.folder, data=data, device=device, watcher=watcher)
                     for recipe, arm in zip(recipes, arms, strict=True)

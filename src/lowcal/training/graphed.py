@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -43,7 +45,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
@@ -57,15 +59,10 @@ class CudaGraphs:
     @contextmanager
     def aside(self, *, strict: bool = False) -> Iterator[None]:
         """The stream that records. Autograd binds a parameter's gradient to the stream of its first backward pass."""
-        present, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
+        present = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(present)
-        try:
-            if strict:
-                torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        with torch.cuda.stream(self._stream), _reading_refused() if strict else nullcontext():
+            yield
         present.wait_stream(self._stream)
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
@@ -74,6 +71,25 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             body()
         return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of the process: cuBLAS keeps a workspace of tens of MiB for each stream it has worked on."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _reading_refused() -> Iterator[None]:
+    """Within it, waiting for the device is an error."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that this mode of it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 GRAPHS: type[Graphs] = CudaGraphs

@@ -8,10 +8,12 @@ settings.register_profile("lowcal", deadline=None, derandomize=True, database=No
 settings.load_profile("lowcal")
 
 
-@pytest.fixture(autouse=True)
-def _reproducible():
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Of the whole session, so that what a module's tests share is made under it too."""
     torch.set_num_threads(1)  # sums in one order, and no crowd on a small machine
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)

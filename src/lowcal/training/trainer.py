@@ -172,57 +172,11 @@ class Run:
             )
         self._state.is_whole = False
         self.news = ()
-        epoch, boundary = self.finished, self.method.boundary
         with deferred():
             while (part := self._train(progress)) is None:
                 self._shrink_batch()  # not in _train, where the error still holds on to the step's tensors
-            with self._learner.random.entered():
-                loss = part.mean_loss()
-                if not math.isfinite(loss):
-                    raise self._diverged("every step was skipped, the last", part.steps)
-                flops, peak = self._costs(part)
-                self.ranks.spread(self.model.buffers())  # running statistics, which each process makes of its share
-                test_loss, top1_error = evaluate(
-                    self.model,
-                    self._interruptible(part),
-                    device=self.device,
-                    precision=self.precision,
-                    add_up=self.ranks.sum,
-                )
-            if not math.isfinite(test_loss):
-                raise self._diverged(f"the test loss is {test_loss}", part.steps)
-            held = self._meter.held()
-            changed = self.method.end_epoch(loss)
-            self._state.seconds += part.seconds
-            record = {
-                "epoch": epoch,
-                "boundary": boundary,
-                "layers": len(self.method.layers),
-                "step": self._workbench.mode,
-                "train_loss": loss,
-                "test_loss": test_loss,
-                "top1_error": top1_error,
-                **part.facts(),
-                "total_seconds": self._state.seconds,
-                "lr": self._lr(),
-                "batch": self.train.batch,
-                "refused_batch": self._growth.refused,
-                "flops": flops,
-                "peak_memory_bytes": peak,
-                **self.method.facts(),
-            }
-            self._state.in_a_row = part.in_a_row()
-            if self._growth.end_epoch(peak, held, moved=changed):
-                self.train.batch, changed = self._growth.batch, True
-                self.news += (f"batch {self._growth.batch} from epoch {epoch + 2} on",)
-            self._state.before = None
-            if changed:
-                self._renew()
-            self._state.finished += 1
-            if self.ranks.is_main:
-                self.folder.append(record)
-            self._state.save(None)
-            self._state.is_whole = True
+            record = self._record(part)
+            self._move_on(part, record)
             if signal := self.ranks.most(requested()):
                 stop(signal, self.ranks)
         return record
@@ -316,6 +270,58 @@ class Run:
                 return None
             raise
         return part
+
+    def _record(self, part: Part) -> dict[str, Any]:
+        """Evaluates the network; what the log says of the epoch, but for what the method makes of its end."""
+        with self._learner.random.entered():
+            loss = part.mean_loss()
+            if not math.isfinite(loss):
+                raise self._diverged("every step was skipped, the last", part.steps)
+            flops, peak = self._costs(part)
+            self.ranks.spread(self.model.buffers())  # running statistics, which each process makes of its share
+            test_loss, top1_error = evaluate(
+                self.model,
+                self._interruptible(part),
+                device=self.device,
+                precision=self.precision,
+                add_up=self.ranks.sum,
+            )
+        if not math.isfinite(test_loss):
+            raise self._diverged(f"the test loss is {test_loss}", part.steps)
+        return {
+            "epoch": self.finished,
+            "boundary": self.method.boundary,
+            "layers": len(self.method.layers),
+            "step": self._workbench.mode,
+            "train_loss": loss,
+            "test_loss": test_loss,
+            "top1_error": top1_error,
+            **part.facts(),
+            "total_seconds": self._state.seconds + part.seconds,
+            "lr": self._lr(),
+            "batch": self.train.batch,
+            "refused_batch": self._growth.refused,
+            "flops": flops,
+            "peak_memory_bytes": peak,
+        }
+
+    def _move_on(self, part: Part, record: dict[str, Any]) -> None:
+        """Moves the boundary and lets the batch grow, writes the `record`, completed, and saves."""
+        held = self._meter.held()
+        changed = self.method.end_epoch(record["train_loss"])
+        record |= self.method.facts()
+        self._state.seconds, self._state.in_a_row = record["total_seconds"], part.in_a_row()
+        if self._growth.end_epoch(record["peak_memory_bytes"], held, moved=changed):
+            self.train.batch, changed = self._growth.batch, True
+            self.news += (f"batch {self._growth.batch} from epoch {self.finished + 2} on",)
+        self._state.before = None
+        if changed:
+            self._renew()
+        self._state.finished += 1
+        if self.ranks.is_main:
+            self.folder.append(record)
+        self._state.save(None)
+        self._state.is_whole = True
 
     def _shrink_batch(self) -> None:
         """Takes the run back to the start of the epoch, with the batch that was before."""

@@ -158,7 +158,7 @@ def check_input(model: nn.Module, name: str, size: Sequence[int]) -> None:
         with torch.no_grad():
             trial(torch.empty(2, *size, device="meta"))
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
         raise LowcalError(
             f"model {name!r} does not take images of {shape} (channels x height x width): {reason}; "
             "choose another model or image size"

@@ -26,9 +26,8 @@ class Meter:
         self._method, self._device, self._precision = method, device, precision
         self._largest = Share(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
-        self._most = (
-            0  # bytes, in the epochs since `renew`: a step that the device replays allocates in the first alone
-        )
+        # Bytes, in the epochs since `renew`: a step that the device replays allocates in the first alone.
+        self._most = 0
         self._others = 0  # bytes on the device that belong to data sets and to other runs
 
     def renew(self) -> None:

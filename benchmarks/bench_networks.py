@@ -14,17 +14,18 @@ from lowcal.experiments.bench_settings import BenchSettings
 
 _SMALL = {"batch": 64, "image_size": 32}
 _LARGE = {"image_size": 224}
+_CPU = {"channels_last": True, "warm_up": 1}
 _CUDA = {"precision": "bf16", "channels_last": True, "rounds": 9, "warm_up": 1}
 _CUDA_LARGE = {"batch": 64, "classes": 1000, **_LARGE}
 
 NETWORKS = {
     # On CPU the rounds are as many as take about three minutes.
     "cpu": {
-        "resnet18-32": BenchSettings("resnet18", **_SMALL, rounds=7, warm_up=1),
-        "vgg13-32": BenchSettings("vgg13", **_SMALL, rounds=15, warm_up=1),
-        "resnet34-224": BenchSettings("resnet34", batch=8, **_LARGE, rounds=8, warm_up=1),
-        "resnet50-224": BenchSettings("resnet50", batch=8, **_LARGE, rounds=7, warm_up=1),
-        "mobilenet_v2-224": BenchSettings("mobilenet_v2", batch=8, epochs=150, **_LARGE, rounds=15, warm_up=1),
+        "resnet18-32": BenchSettings("resnet18", **_SMALL, rounds=7, **_CPU),
+        "vgg13-32": BenchSettings("vgg13", **_SMALL, rounds=15, **_CPU),
+        "resnet34-224": BenchSettings("resnet34", batch=8, **_LARGE, rounds=8, **_CPU),
+        "resnet50-224": BenchSettings("resnet50", batch=8, **_LARGE, rounds=7, **_CPU),
+        "mobilenet_v2-224": BenchSettings("mobilenet_v2", batch=8, epochs=150, **_LARGE, rounds=15, **_CPU),
     },
     "cuda": {
         "resnet18-32": BenchSettings("resnet18", **_SMALL, **_CUDA),

@@ -8,6 +8,7 @@ import torch
 
 import bench_networks
 import gpu
+import memory_formats
 import step_kinds
 import whole_run
 import whole_run_table
@@ -118,6 +119,16 @@ def test_the_kinds_of_step_take_turns(graphs, monkeypatch):
     ]
     assert all(row["plain_over_step"] == result["plain_step_ms"] / row["step_ms"] for row in result["rows"])
     assert len(step_kinds.table(result).splitlines()) == 2 + 8
+
+
+def test_memory_formats_take_turns(monkeypatch):
+    monkeypatch.setattr(memory_formats, "ROUNDS", 1)
+    result = memory_formats.measure({"tiny": NETWORK}, CPU)
+    assert [(row["method"], row["boundary"]) for row in result["rows"]] == [
+        ("sgd", 0), ("local", 0), ("local", 5), ("freeze", 5)
+    ]  # fmt: skip
+    assert all(row["first_over_last"] == row["first"]["median"] / row["last"]["median"] for row in result["rows"])
+    assert len(memory_formats.table(result).splitlines()) == 2 + 4
 
 
 @pytest.fixture

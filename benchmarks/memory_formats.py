@@ -1,6 +1,7 @@
 """Steps with the channels first and last in memory, in turn: `memory_formats.py --device cpu --out results/bench-cpu`.
 
-Of each network the steps of sgd, local and freeze (these at half of its layers). Writes OUT/memory-formats.json and .md.
+Of each network the steps of sgd, local and freeze, the latter two at half of its layers. Writes
+OUT/memory-formats.json and .md.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def measure_one(name: str, settings: BenchSettings, device: torch.device) -> lis
 def table(result: dict[str, Any]) -> str:
     """The table for the documentation, in Markdown."""
     lines = [
-        "| network | method | boundary | channels first, ms (quartiles) | channels last, ms (quartiles) | first / last |",
+        "| network | method | boundary | channels first, ms (quartiles) | last, ms (quartiles) | first / last |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:

@@ -7,6 +7,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm
 from lowcal.experiments.assemble import build_run, check, find_device, load_data
 from lowcal.experiments.compare import compare, train_in_turn
+from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
 
@@ -112,12 +113,24 @@ def test_a_run_computes_with_the_recipes_threads_and_gives_the_others_back(tmp_p
     assert torch.get_num_threads() == before
 
 
-def test_channels_last_reaches_network_and_batches(tmp_path):
-    chosen = recipe("channels_last=true")
+@pytest.mark.parametrize(("asked", "memory_format"), [("true", torch.channels_last), ("null", torch.channels_last),
+                                                      ("false", torch.contiguous_format)])  # fmt: skip
+def test_the_memory_format_reaches_network_and_batches(tmp_path, asked, memory_format):
+    chosen = recipe(f"channels_last={asked}", "data.name=synthetic", "data.train_images=20", "data.test_images=10")
     run = build_run(chosen, method="sgd", folder=tmp_path / "run", data=load_data(chosen, None), device=CPU)
     images, _ = next(iter(run.train))
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert run.model.stages[0][0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for tensor in (images, run.model.stages[0][0].conv1.weight):
+        assert tensor.is_contiguous(memory_format=memory_format)
+        assert sum(tensor.is_contiguous(memory_format=f) for f in (torch.channels_last, torch.contiguous_format)) == 1
+
+
+def test_channels_come_last_where_steps_are_the_faster_for_it():
+    chosen = [
+        puts_channels_last(None, torch.device(device), precision)
+        for device in ("cpu", "cuda") for precision in ("float32", "bf16", "fp16")
+    ]  # fmt: skip
+    assert chosen == [True, True, True, False, True, True]
+    assert puts_channels_last(False, CPU, "float32") is False
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cpu:0", "CUDA", "mps", "cuda:4096"])

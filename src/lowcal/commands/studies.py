@@ -37,7 +37,10 @@ def bench(
     tf32: Annotated[
         bool | None, typer.Option("--tf32/--no-tf32", help="TF32 in float32 products [default: in convolutions alone].")
     ] = None,
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Keep channels last in memory.")] = False,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last/--channels-first", help="Memory format [default: the one with faster steps]."),
+    ] = None,
     step: Annotated[str, typer.Option(help="How a step is run: eager, compiled or graphed.")] = "eager",
     every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,

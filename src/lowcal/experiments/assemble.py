@@ -11,6 +11,7 @@ from torch.optim import SGD
 from lowcal.data import Dataset, Loader, Share, load, make_loader
 from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
+from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
@@ -151,7 +152,7 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
     model = build_model(recipe.model.name, classes=len(data.classes), in_channels=shape[0], width=recipe.model.width)
     check_input(model, recipe.model.name, shape)
     model = model.to(device)
-    if recipe.channels_last:
+    if puts_channels_last(recipe.channels_last, device, recipe.precision):
         model = model.to(memory_format=torch.channels_last)
     sgd = recipe.optimizer
     optimizer = SGD(
@@ -188,6 +189,6 @@ def _loader(recipe: Recipe, data: Dataset, device: torch.device, share: Share, *
         batch=batch,
         device=device,
         seed=recipe.seed,
-        channels_last=recipe.channels_last,
+        channels_last=puts_channels_last(recipe.channels_last, device, recipe.precision),
         share=share,
     )

@@ -117,6 +117,7 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
 
 def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], None]) -> BenchResult:
     shop = Workshop(settings, device)
+    settings = shop.settings
     note(f"{settings.model}: {len(shop.order.layers)} layers; building")
     arms = shop.arms()
     parts = {boundary: shop.parts(boundary) for boundary in shop.boundaries}

@@ -19,7 +19,7 @@ class BenchSettings:
         width: channels of the network's first stage; None: its own.
         precision: "float32", "bf16" or "fp16".
         tf32: whether float32 products on a GPU round their factors to 10 bits; None: torch's choice.
-        channels_last: the memory format.
+        channels_last: the memory format; None: the one with the faster steps (`puts_channels_last`).
         step: how a step is run: "eager", "compiled" or "graphed".
         norm_stats: what normalisation before the boundary normalises by.
         every: local updates in each `every`-th step, in a row of its own; 1 leaves that row out.
@@ -38,7 +38,7 @@ class BenchSettings:
     width: int | None = None
     precision: str = "float32"
     tf32: bool | None = None
-    channels_last: bool = False
+    channels_last: bool | None = None
     step: str = "eager"
     norm_stats: str = "batch"
     every: int = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from lowcal.data import Loader
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.limits import Parts
+from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import LocalSettings
 from lowcal.experiments.timing import Work
 from lowcal.layers import trace
@@ -29,14 +31,15 @@ LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can
 
 
 class Workshop:
-    """The network, its images, and copies of it for everything that is timed.
+    """The network, its images, and copies of it for everything that is timed; `settings` say which memory format it is.
 
     Args:
         loader: steps make their mini-batch as a run's do, from the first that it draws; None: they are given one.
     """
 
     def __init__(self, settings: BenchSettings, device: torch.device, loader: Loader | None = None) -> None:
-        self.settings, self.device = settings, device
+        channels_last = puts_channels_last(settings.channels_last, device, settings.precision)
+        self.settings, self.device = replace(settings, channels_last=channels_last), device
         shape = (3, settings.image_size, settings.image_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
@@ -45,7 +48,7 @@ class Workshop:
             self.images = torch.randn(settings.batch, *shape).to(device)
             self.labels = torch.randint(settings.classes, (settings.batch,)).to(device)
         self.model = self.model.to(device).train()
-        if settings.channels_last:
+        if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.make

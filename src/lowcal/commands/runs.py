@@ -116,6 +116,7 @@ def train(
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
     from lowcal.experiments.train import started_with
     from lowcal.experiments.train import train as run
+    from lowcal.methods import find_method
     from lowcal.report.tables import duration
 
     launch = Launch.read()
@@ -128,6 +129,7 @@ def train(
             base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
         else:
             base, method = load_recipe(recipe or "digits"), method or "local"
+        find_method(method)  # refuses an unknown one before anything is said of the run
         chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
         folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])

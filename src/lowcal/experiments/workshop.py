@@ -24,7 +24,7 @@ from lowcal.models import build_model, check_input
 from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 from lowcal.training.epoch import now
-from lowcal.training.modes import build_step
+from lowcal.training.modes import build_step, find_step
 from lowcal.training.step import StepOptions, as_given, autocast, build_scaler
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
@@ -38,6 +38,7 @@ class Workshop:
     """
 
     def __init__(self, settings: BenchSettings, device: torch.device, loader: Loader | None = None) -> None:
+        find_step(settings.step), autocast(device, settings.precision)  # these refuse what there is not
         channels_last = puts_channels_last(settings.channels_last, device, settings.precision)
         self.settings, self.device = replace(settings, channels_last=channels_last), device
         shape = (3, settings.image_size, settings.image_size)

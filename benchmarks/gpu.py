@@ -22,6 +22,7 @@ from time import perf_counter
 
 import torch
 
+import memory_formats
 import step_kinds
 import whole_run
 from bench_networks import NETWORKS, measure
@@ -51,6 +52,8 @@ def parts() -> dict[str, dict[str, Callable[[Path], None]]]:
     steps = {f"{name}-{step}": partial(time_steps, name, step) for name, step in STEPS}
     kinds = {f"{name}-kinds": partial(step_kinds.write, name, DEVICE) for name in KINDS}
     kinds["-".join(FLOAT32)] = partial(time_steps, *FLOAT32)
+    single = {name: replace(NETWORKS["cuda"][name], precision="float32") for name in KINDS}
+    kinds["memory-formats"] = partial(memory_formats.write, single, DEVICE)
     runs = {f"whole-run-{name}": partial(whole_run.write, name, DEVICE, None) for name in whole_run.SIZES["cuda"]}
     small = {name: piece for name, piece in runs.items() if "cifar" in name}
     large = {name: piece for name, piece in runs.items() if name not in small}

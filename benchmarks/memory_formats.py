@@ -71,6 +71,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(networks: Mapping[str, BenchSettings], device: torch.device, out: Path) -> None:
+    """Measures `networks`, prints the table and writes the files."""
+    result = measure(networks, device)
+    (out / "memory-formats.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "memory-formats.md").write_text(table(result))
+    print(table(result))
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,10 +88,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = find_device(arguments.device)
     keep_freed_memory()  # as the command does
-    result = measure(NETWORKS[device.type], device)
-    (arguments.out / "memory-formats.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "memory-formats.md").write_text(table(result))
-    print(table(result))
+    write(NETWORKS[device.type], device, arguments.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench_networks
+import cpu
 import gpu
 import memory_formats
 import step_kinds
@@ -171,6 +172,27 @@ def test_the_gpu_script_measures_and_trains(small_gpu, tmp_path, capsys):
     assert json.loads((tmp_path / f"whole-run-{NAME}.json").read_text())["runs"]["sgd"]["step"] == ["graphed"] * 4
     assert "move, seconds" in shown
     assert "moves took" in shown
+
+
+def test_the_cpu_script_measures_all(small_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory_formats, "ROUNDS", 1)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["cpu.py", "--out", str(tmp_path), *arguments])
+        cpu.main()
+
+    for pattern in ("vgg13-32", "memory-*", "*-kinds", f"whole-run-{NAME}"):
+        run("--only", pattern)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"vgg13-32.{kind}" for kind in ("json", "md", "svg")),
+        *(f"{name}.{kind}" for name in ("memory-formats", "resnet18-32-kinds") for kind in ("json", "md")),
+        f"whole-run-{NAME}.json",
+        "whole-runs.md",
+    }
+    assert len(cpu.pieces(None)) == len(bench_networks.NETWORKS["cpu"]) + 2 + len(whole_run.SIZES["cpu"])
+    with pytest.raises(SystemExit):
+        run("--only", "resnet81")
+    assert "no piece is called 'resnet81'; there are resnet18-32" in capsys.readouterr().err
 
 
 def test_the_gpu_script_covers_the_papers_networks():

@@ -2,7 +2,8 @@
 
 Reads the runs of ResNet18 that benchmarks/cifar10.py trained (its first two seeds) and, in OUT-seeds, those that were
 trained afterwards from their recipes (`lowcal compare --recipe RUN/recipe.yaml --set seed=2 ...`). Errors alone: times
-are those of cifar10.py's table, whose runs took turns. Writes OUT/refresh-seeds.json and .md.
+are those of cifar10.py's table, whose runs took turns. SGD in the time of `refresh` lies on a straight line between its
+two compressed runs of the same seed. Writes OUT/refresh-seeds.json and .md.
 """
 
 import argparse
@@ -11,17 +12,23 @@ import statistics
 from pathlib import Path
 
 NETWORK = "resnet18-cifar10"
-CELLS = ("sgd-compressed-14", "refresh", "sgd-compressed-16")  # in the order of their time
+LESS, METHOD, MORE = "sgd-compressed-14", "refresh", "sgd-compressed-16"  # in the order of their time
 
 
-def errors(cell: str, folders: list[Path]) -> dict[int, float]:
-    """The last top-1 error of each seed's run of `cell`, in percent."""
+def errors(cell: str, folders: list[Path]) -> list[float]:
+    """The last top-1 error of the run of `cell` with each seed, in percent."""
     found = {}
     for folder in folders:
         for run in folder.glob(f"{cell}-set-*-seed*"):
             records = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
             found[int(run.name.rpartition("seed")[2])] = records[-1]["top1_error"]
-    return dict(sorted(found.items()))
+    return [found[seed] for seed in range(len(found))]
+
+
+def on_line(less: float, more: float, speedups: dict[str, float]) -> float:
+    """SGD's error in the time of `METHOD`."""
+    time = {name: 1.0 / speedups[name] for name in (LESS, METHOD, MORE)}
+    return less + (more - less) * (time[METHOD] - time[LESS]) / (time[MORE] - time[LESS])
 
 
 def main() -> None:
@@ -31,30 +38,29 @@ def main() -> None:
     out = parser.parse_args().out
     folders = [out / f"{NETWORK}-small", out.with_name(f"{out.name}-seeds")]
     speedups = {row["name"]: row["steady_speedup"] for row in json.loads((out / f"{NETWORK}.json").read_text())["rows"]}
-    rows = []
-    for cell in CELLS:
-        by_seed = errors(cell, folders)
-        values = list(by_seed.values())
-        rows.append(
-            {
-                "name": cell,
-                "speedup": speedups[cell],
-                "top1_error": statistics.mean(values),
-                "top1_error_std": statistics.stdev(values),
-                "by_seed": by_seed,
-            }
-        )
-    (out / "refresh-seeds.json").write_text(
-        json.dumps({"format": 1, "network": NETWORK, "rows": rows}, indent=1) + "\n"
-    )
+    found = {name: errors(name, folders) for name in (LESS, METHOD, MORE)}
+    line = [on_line(less, more, speedups) for less, more in zip(found[LESS], found[MORE], strict=True)]
+    shown = {
+        f"{LESS}, {speedups[LESS]:.2f}×": found[LESS],
+        f"{MORE}, {speedups[MORE]:.2f}×": found[MORE],
+        f"SGD in the time of {METHOD}": line,
+        f"{METHOD}, {speedups[METHOD]:.2f}×": found[METHOD],
+        "difference of the last two": [own - rival for own, rival in zip(found[METHOD], line, strict=True)],
+    }
+    rows = [
+        {"name": name, "by_seed": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
+        for name, values in shown.items()
+    ]
+    result = {"format": 1, "network": NETWORK, "rows": rows}
+    (out / "refresh-seeds.json").write_text(json.dumps(result, indent=1) + "\n")
+    seeds = range(len(line))
     lines = [
-        f"| method | speed-up | {' | '.join(f'seed {seed}' for seed in rows[0]['by_seed'])} | mean, % |",
-        f"| --- | ---: | {' | '.join('---:' for _ in rows[0]['by_seed'])} | ---: |",
+        f"| top-1 error, % | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
+        f"| --- | {' | '.join('---:' for _ in seeds)} | ---: |",
     ]
     for row in rows:
-        cells = " | ".join(f"{value:.2f}" for value in row["by_seed"].values())
-        mean = f"{row['top1_error']:.2f} ± {row['top1_error_std']:.2f}"
-        lines.append(f"| {row['name']} | {row['speedup']:.2f}× | {cells} | {mean} |")
+        cells = " | ".join(f"{value:.2f}" for value in row["by_seed"])
+        lines.append(f"| {row['name']} | {cells} | {row['mean']:.2f} ± {row['std']:.2f} |")
     (out / "refresh-seeds.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
 

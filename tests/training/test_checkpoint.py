@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_version_is_named(folder):
     file = io.BytesIO()
     torch.save({"format": 7}, file)
     (folder / PRESENT).write_bytes(wrapped(file.getvalue()))
-    with pytest.raises(LowcalError, match="has checkpoint format 7, this lowcal reads 3"):
+    with pytest.raises(LowcalError, match=f"has checkpoint format 7, this lowcal reads {FORMAT}"):
         load_checkpoint(folder)
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcal.data.dataset import Augmentation, Images
-from lowcal.data.loader import Normalise, Share, check_batch, check_state
+from lowcal.data.loader import Normalise, Passes, Share, check_state
 
 __all__ = ["Batches"]
 
 
-class Batches:
+class Batches(Passes):
     """A `Loader` of images in memory: x float32 (n, C, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
 
     Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
@@ -43,7 +43,7 @@ class Batches:
     ) -> None:
         self.device = torch.device(device)
         self.images = images.to(self.device)
-        self.batch = batch
+        super().__init__(self.images, batch)
         self.shuffle = shuffle
         self.augmentation = augmentation
         self.total = 0
@@ -53,33 +53,6 @@ class Batches:
         self._epoch_start = self._random.get_state()
         self._position = 0  # images given out in the present epoch
         self._resume_at = 0
-
-    @property
-    def batch(self) -> int:
-        """Images per batch; may be set at any time and holds from the next batch on."""
-        return self._batch
-
-    @batch.setter
-    def batch(self, value: int) -> None:
-        check_batch(value, len(self.images))
-        self._batch = value
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        return self.images.shape
-
-    @property
-    def count(self) -> int:
-        """Images in a pass."""
-        return len(self.images)
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self._batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Start an epoch, or go on with the one that `load_state_dict` brought."""
-        return (self.make(*given) for given in self.drawn())
 
     def drawn(self) -> Iterator[tuple[Tensor]]:
         """The same pass, as what `make` makes its batches from: (n, 1) int64, or with augmentation (n, 4).

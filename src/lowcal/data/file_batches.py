@@ -10,12 +10,12 @@ from torch import Tensor
 from lowcal.data.dataset import Files
 from lowcal.data.decoders import Task
 from lowcal.data.listing import unreadable
-from lowcal.data.loader import Normalise, Share, check_batch, check_state
+from lowcal.data.loader import Normalise, Passes, Share, check_state
 
 __all__ = ["FileBatches"]
 
 
-class FileBatches:
+class FileBatches(Passes):
     """A `Loader` of files: x float32 (n, 3, H, W) normalised by `mean` and `std`, y int64 (n,), on `device`.
 
     With `shuffle` each pass has a new order, with `augment` each image a new random-resized crop and flip. The order
@@ -40,8 +40,8 @@ class FileBatches:
         channels_last: bool = False,
         share: Share = Share(),  # noqa: B008  (immutable)
     ) -> None:
+        super().__init__(files, batch)
         self.files = files
-        self.batch = batch
         self.device = torch.device(device)
         self.seed = seed
         self.shuffle = shuffle
@@ -52,33 +52,6 @@ class FileBatches:
         self._begun = 0  # passes
         self._position = 0  # images given out in the present pass
         self._resume_at = 0
-
-    @property
-    def batch(self) -> int:
-        """Images per batch; may be set at any time and holds from the next pass on."""
-        return self._batch
-
-    @batch.setter
-    def batch(self, value: int) -> None:
-        check_batch(value, len(self.files))
-        self._batch = value
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        return self.files.shape
-
-    @property
-    def count(self) -> int:
-        """Images in a pass."""
-        return len(self.files)
-
-    def __len__(self) -> int:
-        return -(-len(self.files) // self._batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Start a pass, or go on with the one that `load_state_dict` brought."""
-        return (self.make(*given) for given in self.drawn())
 
     def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The same pass, as what `make` makes its batches from: pixels uint8 (n, 3, H, W), labels int64 (n,)."""

@@ -1,14 +1,16 @@
-"""What every loader is, and what those of this package share: checks and normalisation."""
+"""What every loader is, and what those of this package share: passes, checks and normalisation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lowcal.data.dataset import Split
 from lowcal.errors import LowcalError
 
-__all__ = ["Loader", "Normalise", "Share", "check_batch", "check_state"]
+__all__ = ["Loader", "Normalise", "Passes", "Share", "check_state"]
 
 
 class Share(NamedTuple):
@@ -85,6 +87,49 @@ class Loader(Protocol):
         """
 
 
+class Passes(ABC):
+    """What the loaders of this package have alike: passes over a `split` in mini-batches of `batch` images."""
+
+    def __init__(self, split: Split, batch: int) -> None:
+        self._split = split
+        self.batch = batch
+
+    @property
+    def batch(self) -> int:
+        """Images per batch; may be set between passes."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, value: int) -> None:
+        _check_batch(value, len(self._split))
+        self._batch = value
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return self._split.shape
+
+    @property
+    def count(self) -> int:
+        """Images in a pass."""
+        return len(self._split)
+
+    def __len__(self) -> int:
+        return -(-len(self._split) // self._batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Start a pass, or go on with the one that `load_state_dict` brought."""
+        return (self.make(*given) for given in self.drawn())
+
+    @abstractmethod
+    def drawn(self) -> Iterator[tuple[Tensor, ...]]:
+        """As `Loader`."""
+
+    @abstractmethod
+    def make(self, *drawn: Any) -> tuple[Tensor, Tensor]:
+        """As `Loader`."""
+
+
 class Normalise:
     """From uint8 pixels (n, C, H, W) on `device` to float32, less `mean` and over `std`, which are on the scale 0 to 1.
 
@@ -104,7 +149,7 @@ class Normalise:
         return images.mul_(self._scale).add_(self._shift)
 
 
-def check_batch(batch: int, images: int) -> None:
+def _check_batch(batch: int, images: int) -> None:
     """Refuse a batch that is empty or larger than the data."""
     if batch < 1:
         raise LowcalError(f"batch is {batch}, but must be at least 1")

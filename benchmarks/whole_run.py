@@ -26,6 +26,7 @@ import torch
 
 import whole_run_table
 from lowcal.data import Loader, make_loader
+from lowcal.discovery import trace
 from lowcal.experiments.assemble import find_device, load_data
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.compare import compare
@@ -37,7 +38,7 @@ from lowcal.experiments.reproduction.paper import published
 from lowcal.experiments.threads import cpu_threads
 from lowcal.experiments.timing import take_turns
 from lowcal.experiments.workshop import Arm, Workshop, forward_flops
-from lowcal.layers import recurring_block, trace
+from lowcal.layers import recurring_block
 from lowcal.methods.settings import build_schedule
 from lowcal.models import build_model
 from lowcal.training.allocator import keep_freed_memory

@@ -50,6 +50,7 @@ def test_a_step_is_equation_4(boundary, sign, relative):
     batch = (inputs.double(), labels)
     losses = [1.0, 2.0] if sign < 0 else [2.0, 1.0]
     for loss in losses:
+        train_step(model, optimizer, batch)
         local.end_epoch(loss)
     assert local.sign == sign
 
@@ -107,9 +108,9 @@ def test_the_published_decay_counts_from_epoch_0(decay, lengths):
     batch = (vectors(1)[0][0].double(), vectors(1)[0][1])
     found, rates = {}, {}
     for epoch in range(90):
+        length = step_lengths(local, model, optimizer, batch)
         if epoch % 30 in (0, 29):
-            rates[epoch] = local.lr
-            found[epoch] = step_lengths(local, model, optimizer, batch)
+            rates[epoch], found[epoch] = local.lr, length
         local.end_epoch(1.0)
     expected = {epoch: lengths[epoch // 30] for epoch in found}
     assert found == pytest.approx(expected, rel=1e-9)
@@ -135,8 +136,9 @@ def test_the_sign_follows_the_losses_of_the_last_two_epochs():
 
 def test_without_supervision_the_sign_stays():
     model = mlp()
-    local, _ = controller(model, 1, supervision=None)
+    local, optimizer = controller(model, 1, supervision=None)
     for loss in (1.0, 2.0, 3.0):
+        train_step(model, optimizer, vectors(1)[0])
         local.end_epoch(loss)
         assert local.sign == 1
 

@@ -17,8 +17,11 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"claims", "hooks", "layers", "rules", "schedule", "supervision", "window"},
-    {"discovery", "running_norm", "state", "updates"},
+    {"claims", "layers", "rules", "schedule", "supervision", "trainable", "window"},
+    {"arguments", "products", "state", "step_norms", "summary"},
+    {"hooks"},
+    {"discovery", "running_norm"},
+    {"updates"},
     {"local"},
     {"models", "narrow", "data"},
     {"parallel", "synced_norm", "integrations", "methods"},

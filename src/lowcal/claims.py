@@ -1,4 +1,4 @@
-"""Who moves a layer's weight: the optimizer that holds it, and one controller at most."""
+"""Each layer has one controller at most."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ import weakref
 from collections.abc import Mapping
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
 
 # The controller of each layer that has one; neither is kept alive by it.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
-
-
-def check_held(layers: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
-    """Checks that `optimizer` holds the weight of each of `layers`, but for those that the user froze.
-
-    Raises:
-        LowcalError: it does not.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, module in layers.items():
-        weight = module.get_parameter("weight")
-        if weight.requires_grad and id(weight) not in held:
-            raise LowcalError(
-                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own "
-                "parameters, as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed"
-            )
 
 
 def check_free(layers: Mapping[str, nn.Module]) -> None:

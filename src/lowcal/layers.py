@@ -9,19 +9,12 @@ pass ran last before it first used that parameter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 
@@ -36,26 +29,57 @@ class Order:
         layers: names of the layers, first to last.
         followers: for each parameter that is not a layer's own, the layer it follows.
         norms: for each normalisation module with running statistics, the layer it follows.
+        limits: for each layer that cannot become local, the reason, a sentence for the user.
     """
 
     layers: tuple[str, ...] = ()
     followers: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
 
     def merged(self, other: Order) -> Order:
-        """This order with the layers that only `other` ran put after those they ran behind."""
+        """This order with the layers that only `other` ran put after those they ran behind.
+
+        Raises:
+            LowcalError: where such a layer belongs cannot be told, since `other` left out layers around it.
+        """
         names = list(self.layers)
+        last = -1  # place of the last layer that both ran, or that was put in
         for position, name in enumerate(other.layers):
-            if name not in names:
-                names.insert(names.index(other.layers[position - 1]) + 1 if position else 0, name)
-        return Order(tuple(names), {**other.followers, **self.followers}, {**other.norms, **self.norms})
+            if name in names:
+                last = names.index(name)
+                continue
+            after = next((names.index(later) for later in other.layers[position:] if later in names), len(names))
+            if after - last > 1:
+                raise LowcalError(
+                    f"the place of layer '{name}' in the order of execution is not known, since the pass that ran it "
+                    f"left out '{names[last + 1]}'; give LoCal example_inputs with which every layer runs"
+                )
+            last += 1
+            names.insert(last, name)
+        return Order(
+            tuple(names),
+            {**other.followers, **self.followers},
+            {**other.norms, **self.norms},
+            {**other.limits, **self.limits},
+        )
+
+    def check_reach(self, boundary: int) -> None:
+        """Checks that each of the first `boundary` layers can become local.
+
+        Raises:
+            LowcalError: one cannot.
+        """
+        for name in self.layers[:boundary]:
+            if name in self.limits:
+                raise LowcalError(self.limits[name])
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of `model` that can be layers, by name; which of them run, and when, only a forward pass tells.
 
     Raises:
-        LowcalError: there is none, one is lazy and not yet materialised, or one has a parametrised weight.
+        LowcalError: there is none, or one is lazy and not yet materialised.
     """
     # Attention's output projection is never called as a module: its weight goes into one fused product.
     layers: dict[str, nn.Module] = {
@@ -75,135 +99,12 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"{type(model).__name__} has no linear or convolution layer, so there is nothing to learn locally; "
             "pass the network that holds the layers"
         )
-    for name, module in layers.items():
-        if module._parameters.get("weight") is None:
-            raise LowcalError(
-                f"layer '{name}' computes its weight from other parameters, which a local update cannot set; "
-                "remove the parametrization before LoCal is built (torch.nn.utils.parametrize.remove_parametrizations)"
-            )
     return layers
 
 
-def runs_twice(name: str) -> str:
-    """What is said of a layer that one forward pass runs twice."""
-    return (
-        f"layer '{name}' runs twice in one forward pass, so it has no single input and output to learn from; "
-        "give each use a module of its own"
-    )
-
-
-class Tracer(TorchFunctionMode):
-    """Watches one forward pass of `model` while it is entered; `order()` then tells what ran when."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._layers = {module: name for name, module in weight_layers(model).items()}
-        self._modules = {module: name for name, module in model.named_modules()}
-        self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._ran: list[str] = []
-        self._used: dict[str, int] = {}  # parameter -> layers that had run when it was first used
-        self._started: dict[str, int] = {}  # module -> layers that had run when its forward began
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> Tracer:
-        for module in self._modules:
-            if module in self._layers or module._parameters or isinstance(module, _NormBase):
-                self._handles.append(module.register_forward_pre_hook(self._enter_module))
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _enter_module(self, module: nn.Module, _: Any) -> None:
-        self._started.setdefault(self._modules[module], len(self._ran))
-        name = self._layers.get(module)
-        if name is None:
-            return
-        if name in self._ran:
-            raise LowcalError(runs_twice(name))
-        self._ran.append(name)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":  # reading .shape or .dtype is no use of a parameter
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, nn.Parameter) and id(leaf) in self._parameters:
-                    self._used.setdefault(self._parameters[id(leaf)], len(self._ran))
-        return func(*args, **kwargs)
-
-    def order(self) -> Order:
-        """What the watched pass ran.
-
-        Raises:
-            LowcalError: it ran no layer, or two of its layers share one weight.
-        """
-        if not self._ran:
-            raise LowcalError(
-                "the forward pass ran no linear or convolution layer as a module, so nothing can learn locally; "
-                "call the layers, not their weights"
-            )
-        modules = {name: module for module, name in self._layers.items()}
-        owners: dict[int, str] = {}
-        own: set[int] = set()
-        for name in self._ran:
-            first = owners.setdefault(id(modules[name].weight), name)
-            if first != name:
-                raise LowcalError(
-                    f"layers '{first}' and '{name}' share one weight, which cannot learn both locally and by SGD; "
-                    "give each layer a weight of its own"
-                )
-            own |= {id(parameter) for parameter in modules[name].parameters(recurse=False)}
-        followers: dict[str, str] = {}
-        for key, name in self._parameters.items():
-            seen = self._used.get(name, self._started.get(name.rpartition(".")[0]))
-            if key not in own and seen is not None:
-                followers[name] = self._ran[max(seen - 1, 0)]
-        norms = {
-            name: self._ran[max(self._started[name] - 1, 0)]
-            for module, name in self._modules.items()
-            if isinstance(module, _NormBase) and name in self._started
-        }
-        return Order(tuple(self._ran), followers, norms)
-
-
-def trace(model: nn.Module, example_inputs: Any) -> Order:
-    """The order found by one forward pass of `model` on `example_inputs`.
-
-    The pass leaves the model and the random generators as they were. It runs in training mode, so that
-    layers used in training alone are seen, but normalises by running statistics, so that one example is enough.
-
-    Args:
-        example_inputs: one tensor, a tuple of positional arguments, or a dict of keyword arguments.
-    """
-    positional = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    keywords = example_inputs if isinstance(example_inputs, dict) else {}
-    with _unchanged(model), torch.no_grad(), Tracer(model) as tracer:
-        model(*(() if keywords else positional), **keywords)
-    return tracer.order()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        model.train()
-        for module in modes:
-            if isinstance(module, _NormBase):
-                module.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+def weight_of(layer: nn.Module) -> nn.Parameter | None:
+    """The weight of `layer` if it is a parameter; None if it is computed from other parameters."""
+    return layer._parameters.get("weight")
 
 
 def own_parameters(order: Order, model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NoReturn, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lowcal.claims import check_free, check_held, claim, release
-from lowcal.discovery import Discovery
+from lowcal.arguments import bare_network, bare_optimizers, check_held, check_unsharded, holder
+from lowcal.claims import check_free, claim, release
+from lowcal.discovery import Discovery, trace
 from lowcal.errors import LowcalError, is_count
 from lowcal.hooks import Hook
-from lowcal.layers import Order, own_parameters, recurring_block, trace, weight_layers
+from lowcal.layers import Order, own_parameters, recurring_block, weight_layers, weight_of
 from lowcal.rules import Hebbian, Rule
 from lowcal.running_norm import RunningNorms
 from lowcal.schedule import NormTrend, Progress, Schedule
-from lowcal.state import check_state
+from lowcal.state import check_state, completed
+from lowcal.summary import summary
 from lowcal.supervision import LossTrend, Supervision
+from lowcal.trainable import TrainableParameters
 from lowcal.updates import LocalUpdates
 from lowcal.window import Exchange
 
@@ -35,7 +41,8 @@ class LoCal:
 
     Args:
         model: any network with linear or convolution layers. Its classes and ``state_dict`` keys stay as they are.
-        optimizer: the optimizer that holds the model's parameters. Its ``param_groups`` stay as they are.
+        optimizer: the optimizer that holds the model's parameters, or a list of several. ``param_groups`` stay as they
+            are. Of several, a step of the one that holds the last layer ends a training step.
         epochs: epochs in the whole training, E_max.
         rule: what local layers do: `Hebbian` (the paper's), `Frozen`, `Refresh`, or one of your own.
         schedule: where the boundary is: `NormTrend` (Algorithm 1), `Quadratic` (Eq. 3), `Fixed`.
@@ -46,8 +53,8 @@ class LoCal:
             which the order of layers is known at once; without it, it is known after the first forward pass.
 
     Raises:
-        LowcalError: an argument is out of range; the model has no layer, a lazy one, one that the optimizer does not
-            hold, or one that another controller has.
+        LowcalError: an argument is out of range; the model has no layer, a lazy one, one that another controller has,
+            or among those that the schedule can reach one that cannot become local or that no optimizer holds.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -60,7 +67,7 @@ class LoCal:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         epochs: int,
         rule: Rule = Hebbian(),  # noqa: B008  (immutable)
@@ -75,15 +82,23 @@ class LoCal:
             )
         if norm_stats not in ("batch", "running"):
             raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
-        if not isinstance(rule, Rule):
-            raise LowcalError(
-                f"LoCal: {rule!r} is no rule; give lowcal.Hebbian(), Frozen(), Refresh() or one like them"
-            )
-        self._candidates = weight_layers(model)
-        check_held(self._candidates, optimizer)
+        for name, value, examples in (
+            ("rule", rule, "lowcal.Hebbian(), Frozen(), Refresh()"),
+            ("schedule", schedule, "lowcal.NormTrend(), Quadratic(c1, c2), Fixed({epoch: layers})"),
+            ("supervision", supervision, "lowcal.LossTrend(), None"),
+        ):
+            if isinstance(value, type) or (name == "rule" and not isinstance(value, Rule)):
+                raise LowcalError(f"LoCal: {name} is {value!r}; give an object, such as {examples} or one like them")
+        self.model = bare_network(model)
+        self._optimizers = bare_optimizers(optimizer)
+        self.optimizer = self._optimizers[0]
+        self._candidates = weight_layers(self.model)
+        self._trainable = TrainableParameters(self.model)
         check_free(self._candidates)
-        self.model, self.optimizer, self.epochs = model, optimizer, epochs
-        self.rule, self.schedule, self.supervision, self.norm_stats = rule, schedule, supervision, norm_stats
+        if all(holder(weight_of(layer), self._optimizers) is None for layer in self._candidates.values()):
+            check_held(self._candidates, self._optimizers, self._trainable.wants)
+        self.epochs, self.norm_stats = epochs, norm_stats
+        self.rule, self.schedule, self.supervision = rule, schedule, supervision
 
         self.epoch = 0
         self.boundary = 0
@@ -95,23 +110,27 @@ class LoCal:
         self._changes: tuple[float, ...] = ()
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
 
-        self._discovery = Discovery(model, self._candidates, self._take)
+        self._discovery = Discovery(self.model, self._take)
         self._modules: list[nn.Module] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._block = 1
-        self._required: dict[nn.Parameter, bool] = {}  # requires_grad of local layers' parameters before the move
+        self._leader = self.optimizer  # the optimizer whose steps are the training steps
         self._exchange: Exchange | None = None  # set for data-parallel training
 
-        self._updates = LocalUpdates(model, rule)
+        self._updates = LocalUpdates(self.model, rule)
         self._updates.set_step(self.sign * self.lr)
-        self._running_norms = RunningNorms(model)
+        self._running_norms = RunningNorms(self.model)
         self._handles: list[RemovableHandle] = []
         parts = (self._discovery, self._updates, self._running_norms)
-        self._finalizer = weakref.finalize(self, _remove, self._handles, *(part.handles for part in parts))
+        handles = (self._handles, *(part.handles for part in parts))
+        self._finalizer = weakref.finalize(self, _remove, *handles)
         if example_inputs is not None:
-            self._discovery.take(trace(model, example_inputs))
+            self._discovery.take(trace(self.model, example_inputs))
         else:
             self._discovery.watch_next_forward()
+        for each in self._optimizers:
+            self._handles.append(each.register_step_pre_hook(Hook(self._before_step)))
+            self._handles.append(each.register_step_post_hook(Hook(self._after_step)))
         claim(self._candidates, self)
 
     # What a user reads
@@ -143,13 +162,16 @@ class LoCal:
             Whether the boundary moved, so that whatever depends on ``requires_grad`` must be built anew.
 
         Raises:
-            LowcalError: `loss` is not finite, the model has not run since this controller was made, or it is detached.
+            LowcalError: `loss` is not finite, the model has not run since this controller was made, or it is detached;
+                or the method was not carried out in this epoch: local layers made no update, or each of several
+                processes made its own.
         """
         try:
             loss = float(loss)
         except (TypeError, ValueError):
             raise LowcalError(f"end_epoch: the loss is {loss!r}; give the mean training loss, a number") from None
         self._check_ready("end_epoch")
+        self._check_carried_out()
         weight = self._weight(self.boundary)
         change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
         if self._exchange is not None:
@@ -165,6 +187,7 @@ class LoCal:
         )
         self._check_target(target)
         self.epoch += 1
+        self._updates.epoch_counts = [0, 0, 0]
         self.change, self._changes = change, changes
         self._losses = (*self._losses, loss)
         self.sign = self.supervision(self._losses) if self.supervision else 1
@@ -196,6 +219,7 @@ class LoCal:
             "layers": list(self.layers),
             "followers": dict(order.followers),
             "norms": dict(order.norms),
+            "limits": dict(order.limits),
             "epoch": self.epoch,
             "boundary": self.boundary,
             "history": [list(move) for move in self.history],
@@ -205,6 +229,7 @@ class LoCal:
             "changes": list(self._changes),
             "steps": self._updates.steps,
             "skipped": self.skipped,
+            "epoch_counts": list(self._updates.epoch_counts),
             "start": None if self._start is None else self._start.clone(),
         }
 
@@ -215,6 +240,7 @@ class LoCal:
             LowcalError: `state` is no such state, belongs to another network, or is behind the present boundary;
                 nothing has changed then.
         """
+        state = completed(state)
         order = check_state(state, self.model, self._candidates, self.layers, self.boundary)
         if order.layers:
             self._discovery.take(order)
@@ -224,16 +250,25 @@ class LoCal:
         self.epoch, self.sign, self.change = state["epoch"], state["sign"], state["change"]
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
-        self._updates.resume(state["steps"], state["skipped"])
+        self._updates.resume(state["steps"], state["skipped"], state["epoch_counts"])
         self._updates.set_step(self.sign * self.lr)
         self._open()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Within it, forward passes count for nothing: neither for local updates nor for a later step.
+
+        A pass whose outputs are never back-propagated counts for nothing anyway, unless the whole model is compiled.
+        """
+        return self._updates.paused()
+
+    def summary(self) -> str:
+        """A few lines: which layers learn how, which parameters follow, what is left out and why."""
+        return summary(self)
 
     def detach(self) -> None:
         """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""
         self._finalizer()
-        for parameter, required in self._required.items():
-            parameter.requires_grad_(required)
-        self._required.clear()
+        self._trainable.release()
         self._updates.clear()
         self._running_norms.restore()
         self.generation += 1
@@ -244,6 +279,12 @@ class LoCal:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise LowcalError(
+            "a LoCal cannot be copied or pickled, since it has hooks on its model and optimizer; "
+            "save local.state_dict() and load it into a new LoCal"
+        )
 
     def __repr__(self) -> str:
         where = f"boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}"
@@ -271,7 +312,7 @@ class LoCal:
 
     def opened(self) -> list[nn.Parameter]:
         """The parameters of local layers that learn by the optimizer in open steps."""
-        return [parameter for parameter, required in self._required.items() if required and self.rule.opens]
+        return self._trainable.local if self.rule.opens else []
 
     def update_bytes(self) -> int:
         """Bytes of local updates that a step makes, on average over the steps, in single precision at least."""
@@ -292,35 +333,89 @@ class LoCal:
         self._updates.make_replayable(device)
 
     def count_step(self) -> None:
-        """Counts an optimizer step, and opens or closes local layers for the next one."""
-        self._updates.steps += 1
-        if self.rule.opens:
-            self._open()
+        """Counts an optimizer step that was replayed, and opens or closes local layers for the next one."""
+        self._count_step(applied=self.is_due)
 
     # The order of layers
 
     def _take(self, order: Order) -> None:
+        check_unsharded(self.model)
+        candidates = weight_layers(self.model)
+        if candidates != self._candidates:  # layers were wrapped or replaced since this object was made
+            release(self._candidates, self)
+            check_free(candidates)
+            claim(candidates, self)
+            self._candidates = candidates
+        self._trainable.add_new(self.model)
         self.schedule.check(len(order.layers), self.epochs)
+        self._check_reach(order, min(self.schedule.reach(len(order.layers)), len(order.layers) - 1))
         transition = self.layers[self.boundary] if self.layers else None
-        self._modules = [self._candidates[name] for name in order.layers]
+        self._modules = [candidates[name] for name in order.layers]
         self._parameters = own_parameters(order, self.model)
         self._block = recurring_block(self.model, order.layers)
+        holders = (holder(weight_of(module), self._optimizers) for module in reversed(self._modules))
+        self._leader = next((optimizer for optimizer in holders if optimizer is not None), self.optimizer)
         if order.layers[self.boundary] != transition:
             self._mark_start()
+
+    def _check_reach(self, order: Order, boundary: int) -> None:
+        """Checks that the first `boundary` layers can become local."""
+        order.check_reach(boundary)
+        layers = {name: self._candidates[name] for name in order.layers[:boundary]}
+        check_held(layers, self._optimizers, self._trainable.wants)
 
     def _check_ready(self, caller: str) -> None:
         if not self._finalizer.alive:
             raise LowcalError(f"{caller}: this LoCal was detached from its model; build a new one to go on")
+        if not self.layers:
+            self._discovery.finish()
         if not self.layers:
             raise LowcalError(
                 f"{caller}: the order of layers is not known, since the model has not run under LoCal; "
                 "call the model itself (not its parts), or give LoCal example_inputs"
             )
 
+    def _check_carried_out(self) -> None:
+        """Checks that this epoch did what the method asks for, as far as the boundary does not show it."""
+        self._check_ranks()
+        if self.epoch == self.epochs:
+            warnings.warn(
+                f"end_epoch: epoch {self.epoch + 1} ends, but LoCal was built for epochs={self.epochs}, by which the "
+                "schedule goes; give the number of epochs of the whole training",
+                stacklevel=3,
+            )
+        acts = self.rule.collects or self.rule.opens
+        if not (self.boundary and acts and self._updates.is_idle):
+            return
+        if self._updates.epoch_counts[0] == 0:
+            cause = (
+                "no step of the optimizer given to LoCal was seen: was it replaced, or is this a copy? "
+                "Build LoCal anew with the optimizer in use and load the state_dict"
+            )
+        else:
+            cause = (
+                "the training passes ran in evaluation mode, under no_grad (reentrant checkpointing), "
+                "within paused(), or not through the model; call model.train() and the model itself"
+            )
+        raise LowcalError(
+            f"end_epoch: the first {self.boundary} layers are local, but made no update in epoch {self.epoch}; {cause}"
+        )
+
+    def _check_ranks(self) -> None:
+        if self._exchange is None and self.rule.collects and dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size()
+            if ranks > 1:
+                raise LowcalError(
+                    f"{ranks} processes train, and nothing sums their local updates, so that their weights would "
+                    "part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
+                )
+
     # The boundary
 
     def _weight(self, index: int) -> Tensor:
-        return self._modules[index].weight.detach()  # type: ignore[operator]
+        """The layer's weight; of a layer that computes it, and so is never local, another of its parameters."""
+        weight = weight_of(self._modules[index])
+        return (self._parameters[self.layers[index]][0] if weight is None else weight).detach()
 
     def _mark_start(self) -> None:
         self._start = self._weight(self.boundary).clone()
@@ -332,18 +427,24 @@ class LoCal:
                 f"{len(self.layers)} layers the last learns by SGD; "
                 f"give a whole number from {self.boundary} to {len(self.layers) - 1}"
             )
+        self._check_reach(self._discovery.order, target)
 
     def _move(self, target: int) -> None:
         if not self.boundary:
-            self._handles.append(self.optimizer.register_step_post_hook(Hook(self._after_step)))
+            self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_pass)))
             self._updates.watch(self._modules)
-        newly_local = self.layers[self.boundary : target]
-        for index, name in enumerate(newly_local, start=self.boundary):
-            self._updates.add(index, name, self._modules[index])
-            for parameter in self._parameters[name]:
-                self._required[parameter] = parameter.requires_grad
-                if not self.rule.opens:
-                    self.optimizer.state.pop(parameter, None)
+            if (weight := self._last_weight()) is not None:
+                self._updates.watch_backward(weight)
+        for index in range(self.boundary, target):
+            name, module = self.layers[index], self._modules[index]
+            weight = weight_of(module)
+            if weight is not None and self._trainable.wants(weight):
+                self._updates.add(index, name, module)
+            self._trainable.take(self._parameters[name])
+            if not self.rule.opens:
+                for optimizer in self._optimizers:
+                    for parameter in self._parameters[name]:
+                        optimizer.state.pop(parameter, None)
         if self.norm_stats == "running":
             norms = self._discovery.order.norms.items()
             local = self.layers[:target]
@@ -354,19 +455,43 @@ class LoCal:
         self.history = (*self.history, (self.epoch, target))
         self._changes = ()
 
+    def _last_weight(self) -> nn.Parameter | None:
+        """The last weight that the leading optimizer moves; its gradient tells of each backward pass."""
+        for module in reversed(self._modules):
+            weight = weight_of(module)
+            if weight is not None and self._trainable.wants(weight) and holder(weight, (self._leader,)):
+                return weight
+        return None
+
     def _open(self) -> None:
         """Lets local layers take part in the coming step's back-propagation, if it is one of those of the rule."""
-        is_open = self.is_open
-        for parameter, required in self._required.items():
-            parameter.requires_grad_(required and is_open)
-            if not is_open:
-                parameter.grad = None  # a stale gradient would count in clipping, and be applied
+        self._trainable.switch(self.is_open)
 
     # The step
 
+    def _before_pass(self, module: nn.Module, inputs: Any) -> None:
+        self._trainable.close_again()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._trainable.begin_step()
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.count_step()
-        self._updates.apply(optimizer)
+        self._trainable.end_step(optimizer)
+        if optimizer is not self._leader:
+            return
+        self._discovery.finish()
+        self._trainable.note_wishes()
+        if self.boundary:
+            self._check_ranks()
+            is_due = self.is_due
+            self._count_step(applied=self._updates.apply(optimizer) and is_due)
+        else:
+            self._updates.epoch_counts[0] += 1
+
+    def _count_step(self, *, applied: bool) -> None:
+        self._updates.count_step(applied)
+        if self.rule.opens:
+            self._open()
 
 
 def _remove(*lists: list[RemovableHandle]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lowcal.hooks import Hook
+from lowcal.hooks import TraceableHook
 
 
 class RunningNorms:
@@ -33,7 +33,7 @@ class RunningNorms:
     def take(self, norms: Sequence[nn.Module]) -> None:
         """Lets `norms`, those taken before among them, use their running statistics from the next pass on."""
         if not self.handles:
-            self.handles.append(self._model.register_forward_pre_hook(Hook(self._still)))
+            self.handles.append(self._model.register_forward_pre_hook(TraceableHook(self._still)))
         self._norms = norms
 
     def restore(self) -> None:

@@ -46,6 +46,10 @@ class Schedule(Protocol):
         """Raises LowcalError if this schedule cannot serve a network of `layers` layers for `epochs` epochs."""
         return
 
+    def reach(self, layers: int) -> int:
+        """The largest boundary that this schedule may give in a network of `layers` layers."""
+        return layers - 1
+
 
 @dataclass(frozen=True)
 class NormTrend(Schedule):
@@ -81,6 +85,10 @@ class NormTrend(Schedule):
             return progress.boundary
         return max(progress.boundary, min(progress.boundary + shift, cap(progress.layers, self.max_fraction)))
 
+    def reach(self, layers: int) -> int:
+        """floor(L_max L)."""
+        return cap(layers, self.max_fraction)
+
 
 @dataclass(frozen=True)
 class Quadratic(Schedule):
@@ -107,6 +115,10 @@ class Quadratic(Schedule):
         """The boundary for the coming epoch (Eq. 3)."""
         target = math.floor(max(0.0, self.c1 - self.c2 * (progress.epoch - progress.epochs) ** 2))
         return max(progress.boundary, min(target, cap(progress.layers, self.max_fraction)))
+
+    def reach(self, layers: int) -> int:
+        """floor(L_max L)."""
+        return cap(layers, self.max_fraction)
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,10 @@ class Fixed(Schedule):
         """The boundary given for the coming epoch or the last one before it."""
         due = (layers for epoch, layers in self.boundaries.items() if epoch <= progress.epoch)
         return max(progress.boundary, *due, 0)
+
+    def reach(self, layers: int) -> int:
+        """The last boundary given."""
+        return max(self.boundaries.values(), default=0)
 
     def check(self, layers: int, epochs: int) -> None:
         """Raises LowcalError if more layers are to be local than the network can spare."""

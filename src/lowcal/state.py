@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError, is_count, is_number
-from lowcal.layers import Order
+from lowcal.layers import Order, weight_of
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "layers": (list,),
@@ -25,7 +25,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "steps": (int,),
     "skipped": (int,),
     "start": (Tensor, type(None)),
+    "limits": (dict,),
+    "epoch_counts": (list,),
 }
+# Entries that states of earlier versions lack, and what they then count as.
+_ADDED: dict[str, Any] = {"limits": {}, "epoch_counts": [1, 0, 0]}
+
+
+def completed(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`state` with the entries that those of earlier versions lack."""
+    return {**_ADDED, **state} if isinstance(state, Mapping) else state
 
 
 def check_state(
@@ -80,13 +89,13 @@ def check_state(
     _check_numbers(state, boundary)
     if names:
         transition = names[state["boundary"]]
-        start, shape = state["start"], layers[transition].get_parameter("weight").shape
-        if not isinstance(start, Tensor) or start.shape != shape:
+        start, weight = state["start"], weight_of(layers[transition])
+        if not isinstance(start, Tensor) or (weight is not None and start.shape != weight.shape):
             raise LowcalError(
-                f"load_state_dict: the state's weight of layer '{transition}' does not fit this network's, "
-                f"of shape {tuple(shape)}; load it into the network that it was saved from"
+                f"load_state_dict: the state's weight of layer '{transition}' does not fit this network's; "
+                "load it into the network that it was saved from"
             )
-    return Order(tuple(names), dict(state["followers"]), dict(state["norms"]))
+    return Order(tuple(names), dict(state["followers"]), dict(state["norms"]), dict(state["limits"]))
 
 
 def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
@@ -100,6 +109,9 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
         and all(isinstance(move, list) and len(move) == 2 and all(is_count(n, 0) for n in move) for move in moves)
         and all(a[1] < b[1] for a, b in pairwise(moves))
         and (moves[-1][1] if moves else 0) == state["boundary"]
+        and len(state["epoch_counts"]) == 3
+        and all(is_count(count, 0) for count in state["epoch_counts"])
+        and all(name in state["layers"] and isinstance(reason, str) for name, reason in state["limits"].items())
     )
     if not sound:
         raise LowcalError("load_state_dict: boundary, sign, epoch or history is out of range; the state is damaged")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lowcal.discovery import runs_twice
 from lowcal.errors import LowcalError
-from lowcal.hooks import Hook, Tap
-from lowcal.layers import runs_twice
+from lowcal.hooks import CaptureHook, Hook, LayerHook, Tap
+from lowcal.layers import weight_of
+from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
 from lowcal.window import Exchange, Window
 
 
 class _Learner(NamedTuple):
-    """A layer that learns locally, and the hook on it."""
+    """A layer that learns locally, and what makes its updates."""
 
     name: str
     module: nn.Module
@@ -40,17 +43,21 @@ class LocalUpdates:
 
     Attributes:
         steps: optimizer steps since the first layer became local.
+        epoch_counts: of this epoch: steps, those of them in which the rule acts, those of them that applied an update.
         handles: of the hooks.
     """
 
     def __init__(self, model: nn.Module, rule: Rule) -> None:
         self.steps = 0
+        self.epoch_counts = [0, 0, 0]
         self.handles: list[RemovableHandle] = []
         self._model, self._rule = model, rule
-        self._window = Window()
+        self._window = Window(self._collect_compiled)
         self._learners: dict[int, _Learner] = {}
         self._last: int | None = None  # of the learners: when it has run, the pass has made all of its updates
-        self._ran: set[int] | None = None  # learners that this forward pass has run
+        self._ran: set[int] | None = None  # learners that this forward pass has run; None outside of counted passes
+        self._weights_of_layers: Sequence[nn.Parameter] = ()
+        self._pauses = 0
         self._step: float | Tensor = 0.0  # eta with its sign; on the device where it replays steps
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
@@ -59,19 +66,34 @@ class LocalUpdates:
     def watch(self, layers: Sequence[nn.Module]) -> None:
         """Watches the passes of the network, whose layers are `layers`, before the first of them becomes local."""
         if self._rule.collects:
+            weights = [weight for module in layers if (weight := weight_of(module)) is not None]
+            self._weights_of_layers = weights[::-1]
             self.handles += [
                 self._model.register_forward_pre_hook(Hook(self._begin_pass)),
                 self._model.register_forward_hook(Hook(self._end_pass), always_call=True),
-                *self._window.watch(layers),
             ]
 
+    def watch_backward(self, weight: nn.Parameter) -> None:
+        """Watches the gradient of `weight`, which learns by the optimizer to the end."""
+        if self._rule.collects:
+            self.handles.append(self._window.watch(weight))
+
     def add(self, index: int, name: str, module: nn.Module) -> None:
-        """Lets a layer learn locally, the one after those so far; a layer that the user froze stays as it is."""
-        if self._rule.collects and module.get_parameter("weight").requires_grad:
-            tap = Tap(self._rule.update, Hook(self._collect, index))
-            self.handles.append(module.register_forward_hook(tap, with_kwargs=True))
-            self._learners[index] = _Learner(name, module, tap)
-            self._last = index
+        """Lets a layer learn locally, the one after those so far."""
+        if not self._rule.collects:
+            return
+        tap = Tap(module, self._rule.update, Hook(self._keep, index))
+        if has_plain_forward(module):
+            self.handles.append(module.register_forward_hook(LayerHook(tap), with_kwargs=True))
+        else:
+            capture = ProductCapture(module, tap)
+            self.handles += [
+                module.register_forward_pre_hook(CaptureHook(capture, enters=True)),
+                module.register_forward_hook(CaptureHook(capture, enters=False), always_call=True),
+            ]
+        self._learners[index] = _Learner(name, module, tap)
+        self._last = index
+        self._set_due()
 
     def clear(self) -> None:
         """Lets no layer learn any more."""
@@ -83,6 +105,12 @@ class LocalUpdates:
     def is_due(self) -> bool:
         """Whether the rule acts in the coming step."""
         return self.steps % self._rule.every == 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this epoch made none of the updates that it should have made."""
+        steps, due, applied = self.epoch_counts
+        return steps == 0 or (due > 0 and applied == 0 and bool(self._learners))
 
     @property
     def skipped(self) -> int:
@@ -101,33 +129,46 @@ class LocalUpdates:
         self._step = torch.zeros((), device=device).fill_(self._step)
         self._skipped = self._skipped.to(device)
 
-    def resume(self, steps: int, skipped: int) -> None:
+    def resume(self, steps: int, skipped: int, epoch_counts: Sequence[int]) -> None:
         """Takes the counts of a saved state, and forgets the updates kept."""
-        self.steps = steps
+        self.steps, self.epoch_counts = steps, list(epoch_counts)
         self._skipped.fill_(skipped)
         self._window.drop()
+        self._set_due()
 
     def bytes_per_step(self) -> int:
         """Bytes of updates that a step makes, on average over the steps, in single precision at least."""
         sizes = (weight.numel() * max(weight.element_size(), 4) for weight in self._weights().values())
         return sum(sizes) // self._rule.every
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, passes make no update."""
+        self._pauses += 1
+        self._set_due()
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._set_due()
+
+    def _set_due(self) -> None:
+        due = self.is_due and not self._pauses
+        for _, _, tap in self._learners.values():
+            tap.due = due
+
     # The forward pass
 
     def _begin_pass(self, module: nn.Module, inputs: Any) -> None:
-        self._ran = set()
-        due = self.is_due
-        for _, _, tap in self._learners.values():
-            tap.due, tap.update = due, None
-
-    def _collect(self, index: int, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
-        if not (module.training and torch.is_grad_enabled() and self.is_due):
+        self._ran = None
+        if not (self._model.training and torch.is_grad_enabled()):
             return
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs this pass a second time
-            return
-        inputs = args[0] if args else kwargs["input"]
-        with torch.no_grad():
-            self._keep(index, self._rule.update(module, inputs.detach(), outputs.detach()))
+        if any(weight.requires_grad for weight in self._weights_of_layers):
+            self._ran = set()
+            self._window.begin_pass()
+        else:  # as a GAN's discriminator in the generator's turn: nothing in it learns from this pass
+            for _, _, tap in self._learners.values():
+                tap.due = False
 
     def _keep(self, index: int, update: Tensor) -> None:
         if self._ran is not None:
@@ -139,11 +180,25 @@ class LocalUpdates:
             self._window.share(self._weights())
 
     def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        for index, (_, _, tap) in self._learners.items():
-            if tap.update is not None:  # a compiled layer has left it there
-                self._keep(index, tap.update)
-                tap.update = None
+        if self._ran is None:
+            self._set_due()
+            return
+        for index, update in self._take_compiled():
+            self._keep(index, update)
         self._ran = None
+        self._window.end_pass(outputs)
+
+    def _take_compiled(self) -> Iterator[tuple[int, Tensor]]:
+        for index, (_, _, tap) in self._learners.items():
+            if tap.update is not None:
+                yield index, tap.update
+                tap.update = None
+
+    def _collect_compiled(self) -> None:
+        """Keeps what passes of a model that is compiled as a whole have made: they call none of these hooks."""
+        if self._ran is None:
+            for index, update in self._take_compiled():
+                self._window.add(index, update)
 
     # The ranks
 
@@ -157,18 +212,26 @@ class LocalUpdates:
 
     def end_forward(self) -> None:
         """Ends a data-parallel forward pass: its updates are summed even if the last of the layers did not run."""
-        due = self._learners and self.is_due
+        due = self._learners and self.is_due and not self._pauses
         if due and self._model.training and torch.is_grad_enabled():
+            self._collect_compiled()
             self._window.share(self._weights())
 
     # The step
 
-    def apply(self, optimizer: Optimizer) -> None:
-        """Moves the weights by the updates kept, after a step of `optimizer`."""
+    def count_step(self, applied: bool) -> None:
+        """Counts an optimizer step, and whether it applied an update."""
+        counts = self.epoch_counts
+        self.epoch_counts = [counts[0] + 1, counts[1] + self.is_due, counts[2] + applied]
+        self.steps += 1
+        self._set_due()
+
+    def apply(self, optimizer: Optimizer) -> bool:
+        """Moves the weights by the updates kept, after a step of `optimizer`; tells whether there were any."""
         weights = self._weights()
         updates = self._window.take(weights)
         if not updates:
-            return
+            return False
         step = self._step
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
         if overflow is not None:
@@ -176,6 +239,7 @@ class LocalUpdates:
         skipped = self._rule.apply([weights[index] for index in updates], list(updates.values()), step)
         self._skipped = self._skipped.to(skipped.device, non_blocking=True)
         self._skipped += skipped
+        return True
 
     def _weights(self) -> dict[int, Tensor]:
         return {index: learner.module.weight.detach() for index, learner in self._learners.items()}  # type: ignore[operator]

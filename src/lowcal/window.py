@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 
@@ -29,45 +30,60 @@ class Exchange(Protocol):
         ...
 
 
+class _Pass:
+    """The updates of one forward pass. Its autograd graph keeps it, so that it goes when the graph goes unused."""
+
+    def __init__(self) -> None:
+        self.updates: dict[int, Tensor] = {}
+        self.is_summed = False  # whether these are sums over all ranks
+        self.is_ended = False
+        self.is_closed = False  # whether they have been counted
+
+
 class Window:
     """The local updates kept for the next optimizer step; they accumulate, and go, as gradients do.
 
-    Gradients add up over backward passes until they are zeroed. A forward pass's updates share the fate of the
-    gradients of its backward pass: if a step is skipped (mixed precision) and the gradients are zeroed, they go too,
-    or else they would be applied together with those of the next step. Zeroing has many forms (`zero_grad` of
-    optimizer or model, before or after the forward pass, to None or to zero), so it is read off the gradient of one
-    weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in place, if and
-    only if nothing was zeroed in between. A forward pass in training mode that is never back-propagated counts towards
-    the next step, as it does for running statistics; evaluate in evaluation mode or without gradients.
+    A forward pass counts once its outputs are back-propagated: a pass for logging, or one whose loss was thrown away,
+    counts for nothing. Gradients add up over backward passes until they are zeroed. A forward pass's updates share the
+    fate of the gradients of its backward pass: if a step is skipped (mixed precision) and the gradients are zeroed,
+    they go too, or else they would be applied together with those of the next step. Zeroing has many forms
+    (`zero_grad` of optimizer or model, before or after the forward pass, to None or to zero), so it is read off the
+    gradient of one weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in
+    place, if and only if nothing was zeroed in between.
+
+    What compiled passes made is collected after a backward pass and before a step, and cannot be told apart by pass.
+
+    Args:
+        collect: called before updates are looked at; adds what is elsewhere yet. Held weakly.
 
     Attributes:
         exchange: set for data-parallel training, where updates are summed over the ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, collect: Callable[[], None]) -> None:
         self.exchange: Exchange | None = None
-        self._forward: dict[int, Tensor] = {}  # of forward passes whose backward pass is not done
-        self._forward_summed = False  # whether these are sums over all ranks
-        self._own: dict[int, Tensor] = {}  # of forward passes before them, this rank's alone
+        self._collect = weakref.WeakMethod(collect)
+        self._pass: _Pass | None = None  # the forward pass that is under way, or the last one
+        self._reached: list[_Pass] = []  # passes that a backward pass has reached
+        self._own: dict[int, Tensor] = {}  # of passes whose backward pass is done, this rank's alone
         self._summed: dict[int, Tensor] = {}  # the same, over all ranks
         self._awaited: Mapping[int, Tensor] | None = None  # like the updates to be summed once their fate is known
         self._weight: weakref.ref[Tensor] | None = None  # the weight whose gradient is watched
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # that gradient and its version
 
-    def watch(self, modules: Sequence[nn.Module]) -> list[RemovableHandle]:
-        """Watches the gradient of the last of `modules` that has one; returns the hooks' handles."""
+    def watch(self, weight: nn.Parameter) -> RemovableHandle:
+        """Watches the gradient of `weight`; returns the hook's handle."""
         window = weakref.ref(self)
 
         def after_backward(weight: Tensor) -> None:
             if (alive := window()) is not None:
                 alive._end_backward(weight)
 
-        for module in reversed(modules):
-            weight = module.get_parameter("weight")
-            if weight.requires_grad:
-                self._weight = weakref.ref(weight)
-                return [weight.register_post_accumulate_grad_hook(after_backward)]
-        return []
+        self._weight = weakref.ref(weight)
+        required = weight.requires_grad
+        handle = weight.requires_grad_().register_post_accumulate_grad_hook(after_backward)
+        weight.requires_grad_(required)
+        return handle
 
     def settle(self) -> None:
         """Takes the watched gradient as it is now, after DDP has written the ranks' mean into it."""
@@ -79,34 +95,59 @@ class Window:
         else:
             self._gradient = (weakref.ref(weight.grad), weight.grad._version)
 
+    def begin_pass(self) -> None:
+        """Begins a forward pass of the model."""
+        self._pass = _Pass()
+
+    def end_pass(self, outputs: Any) -> None:
+        """Ends it; it counts as soon as the gradient of one of its `outputs` is known."""
+        ended = self._pass
+        if ended is None:
+            return
+        ended.is_ended = True
+        if not ended.updates:
+            return
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self._reach(ended))
+        if not tensors and outputs is not None:  # outputs of a kind of their own: nothing to tell by
+            self._reach(ended)
+
     def add(self, index: int, update: Tensor) -> None:
-        """Keeps `update` for layer `index`."""
-        if self._forward_summed:  # a second forward pass before the first one's backward pass
-            self._close_forward()
-        kept = self._forward.get(index)
-        self._forward[index] = update if kept is None else kept.add_(update)
+        """Keeps `update` for layer `index`: of the pass under way, or of parts of the model called by themselves."""
+        if self._pass is None or self._pass.is_ended:
+            self._pass = _Pass()
+            self._reach(self._pass)
+        kept = self._pass.updates.get(index)
+        self._pass.updates[index] = update if kept is None else kept.add_(update)
 
     def share(self, shapes: Mapping[int, Tensor]) -> None:
         """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW.
 
         Those of micro-batches before it are summed with it, all at once, when its backward pass tells that they count.
         """
-        if self.exchange is None or self._forward_summed:
+        if self._pass is None:
+            self._pass = _Pass()
+        current = self._pass
+        if self.exchange is None or current.is_summed:
             return
         self._awaited = None
         if not self.exchange.open:  # a layer that this rank did not run counts as zero, so that all ranks keep as many
             for index, like in shapes.items():
-                if index not in self._forward:
-                    self._forward[index] = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+                if index not in current.updates:
+                    current.updates[index] = torch.zeros_like(
+                        like, dtype=torch.promote_types(like.dtype, torch.float32)
+                    )
         elif self._own:
             self._awaited = shapes
         else:
-            self._forward = self.exchange.start(self._forward, shapes)
-            self._forward_summed = True
+            current.updates = self.exchange.start(current.updates, shapes)
+            current.is_summed = True
 
     def take(self, shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Gives what is kept, by layer and over all ranks, and forgets it; `shapes` as for `share`."""
-        self._close_forward()
+        self._close_passes()
         if self.exchange is not None:
             if self._own:
                 self._sum_own(self.exchange, shapes)
@@ -118,12 +159,20 @@ class Window:
 
     def drop(self) -> None:
         """Forgets what is kept, as when a step is broken off."""
-        self._forward, self._forward_summed = {}, False
+        self._pass, self._reached = None, []
         self._own, self._summed, self._awaited, self._gradient = {}, {}, None, None
 
-    def _close_forward(self) -> None:
-        self._add_up(self._summed if self._forward_summed else self._own, self._forward)
-        self._forward, self._forward_summed = {}, False
+    def _reach(self, reached: _Pass) -> None:
+        if not reached.is_closed and reached not in self._reached:
+            self._reached.append(reached)
+
+    def _close_passes(self) -> None:
+        if (collect := self._collect()) is not None:
+            collect()
+        for ended in self._reached:
+            self._add_up(self._summed if ended.is_summed else self._own, ended.updates)
+            ended.is_closed, ended.updates = True, {}
+        self._pass, self._reached = None, []
 
     def _sum_own(self, exchange: Exchange, shapes: Mapping[int, Tensor]) -> None:
         self._add_up(self._summed, exchange.start(self._own, shapes))
@@ -143,7 +192,7 @@ class Window:
             before, version = self._gradient
             if before() is not gradient or gradient._version != version + 1:
                 self._own, self._summed = {}, {}
-        self._close_forward()
+        self._close_passes()
         self._gradient = (weakref.ref(gradient), gradient._version)
         if self.exchange is not None and self._awaited is not None:
             self._sum_own(self.exchange, self._awaited)

@@ -19,7 +19,8 @@ from lowcal.experiments.predict import fastest_path, flops_speedup, known_schedu
 from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work, summarise, take_turns
 from lowcal.experiments.workshop import Workshop
-from lowcal.layers import own_parameters, trace
+from lowcal.discovery import trace
+from lowcal.layers import own_parameters
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic
 from lowcal.training import graphed

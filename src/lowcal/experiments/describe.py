@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowcal.layers import recurring_block, trace
+from lowcal.discovery import trace
+from lowcal.layers import recurring_block
 from lowcal.models import build_model, check_input
 from lowcal.schedule import cap, interval
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from lowcal.discovery import trace
 from lowcal.experiments.timing import Work, take_turns
-from lowcal.layers import trace
 from lowcal.rules import apply_updates, hebbian_update
 from lowcal.training.step import PRECISIONS, autocast
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowcal.discovery import trace
 from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work
-from lowcal.layers import own_parameters, trace
+from lowcal.layers import own_parameters
 from lowcal.rules import hebbian_update
 from lowcal.training.graphed import Graphs
 from lowcal.training.step import autocast

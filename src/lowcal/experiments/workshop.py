@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lowcal.data import Loader
+from lowcal.discovery import trace
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.limits import Parts
 from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import LocalSettings
 from lowcal.experiments.timing import Work
-from lowcal.layers import trace
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
 from lowcal.training import graphed

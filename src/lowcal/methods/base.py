@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lowcal.discovery import trace
 from lowcal.errors import LowcalError
-from lowcal.layers import trace
 
 Fact = float | int | None
 

@@ -1,0 +1,106 @@
+"""The networks and optimizers that a user may hand over: with whole parameters, and with steps that can be seen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lowcal.errors import LowcalError
+from lowcal.layers import weight_of
+
+
+def bare_network(given: Any) -> nn.Module:
+    """The network itself, if `given` is one that `torch.compile` returned.
+
+    Raises:
+        LowcalError: `given` is no network, or is wrapped or sharded for several devices.
+    """
+    if not isinstance(given, nn.Module):
+        raise LowcalError(
+            f"LoCal: the model is {type(given).__name__}; give the network first: LoCal(model, optimizer, epochs=90)"
+        )
+    network = given._modules.get("_orig_mod") or given
+    if isinstance(network, (DistributedDataParallel, nn.DataParallel)):
+        raise LowcalError(
+            f"LoCal: the model is wrapped in {type(network).__name__}; build LoCal on model.module, and call "
+            "lowcal.DistributedLoCal(model.module, local) instead of the wrapper"
+        )
+    check_unsharded(network)
+    return network
+
+
+def check_unsharded(network: nn.Module) -> None:
+    """Checks that each parameter is a whole tensor.
+
+    Raises:
+        LowcalError: fully sharded data parallelism (FSDP) or tensor parallelism has cut one into parts.
+    """
+    sharding = sys.modules.get("torch.distributed.tensor")
+    is_sharded = sharding is not None and any(isinstance(p, sharding.DTensor) for p in network.parameters())
+    if is_sharded or any(type(module).__name__ == "FullyShardedDataParallel" for module in network.modules()):
+        raise LowcalError(
+            "LoCal: the model's parameters are sharded (FSDP or tensor parallelism), and a local update needs whole "
+            "weights; call lowcal.DistributedLoCal(model, local) on the unsharded model"
+        )
+
+
+def bare_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """The torch optimizers that `given`, one or several, is or wraps (as Accelerate's and fastai's do).
+
+    Raises:
+        LowcalError: one is no torch optimizer, so that its steps cannot be seen.
+    """
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not several:
+        raise LowcalError("LoCal: the list of optimizers is empty; give those that hold the model's parameters")
+    return tuple(_bare(optimizer) for optimizer in several)
+
+
+def _bare(given: Any) -> Optimizer:
+    optimizer, inner = given, _inner(given)
+    while inner is not None:
+        optimizer, inner = inner, _inner(inner)
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise LowcalError(
+            f"LoCal: {type(given).__name__} is no torch optimizer, so its steps cannot be seen; "
+            "give the torch.optim optimizer inside it, or a list of them: LoCal(model, [first, second], ...)"
+        )
+    return optimizer
+
+
+def _inner(wrapper: Any) -> Optimizer | None:
+    """The torch optimizer that `wrapper` has as an attribute."""
+    inner = getattr(wrapper, "optimizer", None) or getattr(wrapper, "opt", None)
+    return inner if isinstance(inner, Optimizer) else None
+
+
+def holder(parameter: nn.Parameter | None, optimizers: Sequence[Optimizer]) -> Optimizer | None:
+    """The first of `optimizers` that holds `parameter`."""
+    for optimizer in optimizers:
+        if any(held is parameter for group in optimizer.param_groups for held in group["params"]):
+            return optimizer
+    return None
+
+
+def check_held(
+    layers: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], wants: Callable[[nn.Parameter], bool]
+) -> None:
+    """Checks that `optimizers` hold the weight of each of `layers`, but for those that the user does not want to learn.
+
+    Raises:
+        LowcalError: they do not.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, module in layers.items():
+        weight = weight_of(module)
+        if weight is not None and wants(weight) and id(weight) not in held:
+            raise LowcalError(
+                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own parameters, "
+                "as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed, "
+                "or give LoCal all of several optimizers as a list"
+            )

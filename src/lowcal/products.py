@@ -1,0 +1,91 @@
+"""The one product of input and weight in a layer's forward pass, also in classes with a forward of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowcal.layers import LAYER_TYPES, weight_of
+
+_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_OWN_METHODS = tuple(
+    (kind, name, getattr(kind, name))
+    for kind in LAYER_TYPES
+    for name in ("forward", "_conv_forward")
+    if hasattr(kind, name)
+)
+
+
+class Product(NamedTuple):
+    """The arguments of a call of `F.linear`, `F.conv1d`, `F.conv2d` or `F.conv3d`."""
+
+    inputs: Tensor
+    weight: Tensor
+    options: dict[str, Any]  # stride, padding, dilation and groups, as far as they were given
+
+
+def product_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Product | None:
+    """The product that a call of `function` computes; None if it is another function."""
+    if function not in _PRODUCTS:
+        return None
+    options = {**dict(zip(_ARGUMENTS, args, strict=False)), **keywords}
+    inputs, weight = options.pop("input"), options.pop("weight")
+    options.pop("bias", None)
+    return Product(inputs, weight, options)
+
+
+def has_plain_forward(layer: nn.Module) -> bool:
+    """Whether calling `layer` computes what its torch class does, so that its input and output are the product's."""
+    if "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__:
+        return False
+    return all(getattr(type(layer), name) is method for kind, name, method in _OWN_METHODS if isinstance(layer, kind))
+
+
+class ProductCapture(TorchFunctionMode):
+    """Sees the inner product while a layer's own forward runs: enter it before that forward and leave it after.
+
+    Args:
+        layer: a linear or convolution layer whose class has a forward of its own.
+        found: called at once with the layer as its torch class would have it, a and z. That layer has the same weight,
+            and the stride, padding, dilation and groups that the forward gave to the product; z includes the bias that
+            it gave, and nothing that follows.
+    """
+
+    def __init__(self, layer: nn.Module, found: Callable[[nn.Module, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._plain, self._found = _plain(layer), found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        product = product_of(func, args, kwargs)
+        if product is not None and product.weight is weight_of(self._plain):
+            _set_options(self._plain, product.options)
+            self._found(self._plain, product.inputs, outputs)
+        return outputs
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    kind = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+    plain: nn.Module = object.__new__(kind)
+    nn.Module.__init__(plain)
+    plain._parameters = layer._parameters  # the same dictionary: a weight that is replaced is seen
+    for name in ("in_features", "out_features", "in_channels", "out_channels", "kernel_size"):
+        if hasattr(layer, name):
+            setattr(plain, name, getattr(layer, name))
+    return plain
+
+
+def _set_options(plain: nn.Module, options: dict[str, Any]) -> None:
+    if isinstance(plain, nn.Linear):
+        return
+    dimensions = plain.weight.dim() - 2  # type: ignore[operator]
+    for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = options.get(name, default)
+        setattr(plain, name, (value,) * dimensions if isinstance(value, int) else value)
+    plain.groups, plain.padding_mode = options.get("groups", 1), "zeros"  # type: ignore[assignment]

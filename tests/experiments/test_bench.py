@@ -11,6 +11,7 @@ from torch import nn
 from lowcal.cli import main
 from lowcal.console_bench import targets_text
 from lowcal.data import load, make_loader
+from lowcal.discovery import trace
 from lowcal.errors import LowcalError
 from lowcal.experiments.bench import bench
 from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
@@ -19,7 +20,6 @@ from lowcal.experiments.predict import fastest_path, flops_speedup, known_schedu
 from lowcal.experiments.program import record
 from lowcal.experiments.timing import Work, summarise, take_turns
 from lowcal.experiments.workshop import Workshop
-from lowcal.discovery import trace
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic

@@ -18,7 +18,7 @@ ROOT = SOURCE.parent.parent
 LEVELS = [
     {"errors"},
     {"claims", "hooks", "layers", "rules", "schedule", "supervision", "window"},
-    {"discovery", "running_norm", "state", "updates"},
+    {"discovery", "running_norm", "state", "step_norms", "updates"},
     {"local"},
     {"models", "narrow", "data"},
     {"parallel", "synced_norm", "integrations", "methods"},

@@ -169,6 +169,24 @@ def test_resnet50_over_90_epochs():
     assert moves(spacing="prose", align="block")[-1] == (84, 40)
 
 
+@pytest.mark.parametrize(
+    ("layers", "block", "epochs", "listing", "prose"),
+    [
+        (21, 2, 90, 14, 15),  # ResNet18 on CIFAR-10; the cap is 15
+        (13, 1, 90, 8, 9),  # VGG13 on CIFAR-10; 9
+        (13, 1, 150, 9, 9),  # VGG13 on CIFAR-100; 9
+        (37, 2, 90, 24, 27),  # ResNet34; 27
+        (54, 3, 90, 33, 36),  # ResNet50; 40
+        (53, 3, 150, 36, 39),  # MobileNetV2; 39
+    ],
+)
+def test_the_last_boundary_of_the_papers_networks_at_most(layers, block, epochs, listing, prose):
+    """As docs/method.md has them."""
+    norms = [0.5**e for e in range(epochs - 1)]
+    for spacing, last in (("listing", listing), ("prose", prose)):
+        assert trace(NormTrend(spacing=spacing), norms, layers=layers, epochs=epochs, block=block)[-1] == last
+
+
 RESNET50 = (1, 5, 8, 11, 15, 18, 21, 24, 28, 31, 34, 37, 40, 43, 47, 50, 53, 54)
 
 

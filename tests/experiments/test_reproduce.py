@@ -84,7 +84,7 @@ def test_figure4_shows_how_the_batch_grew(tmp_path):
     assert rows == {
         "sgd": (4, 4, None),
         "local": (4, 4, None),
-        "local, spacing by prose": (4, 4, None),
+        "local, prose": (4, 4, None),
         "local, growing batch": (4, 8, 3),
     }
     assert sum("batch" in file.name for file in found.files) == 2

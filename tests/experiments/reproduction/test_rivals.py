@@ -150,7 +150,7 @@ def test_the_boundarys_path_and_the_memory(results):
     memory = {
         row["strategy"]: row for row in memory_rows(make_plan("figure4", results.base), results, 1, paper_half_epoch=33)
     }
-    read = memory["local, spacing by prose"]
+    read = memory["local, prose"]
     assert (read["half_epoch"], read["paper_half_epoch"]) == (3, 33)
     assert memory["local"]["half_epoch"] == 4
 
@@ -165,7 +165,7 @@ def test_the_batch_from_epoch_to_epoch(results):
     assert found == {
         "sgd": (None, None, None),
         "local": (16, 16, None),
-        "local, spacing by prose": (None, None, None),
+        "local, prose": (None, None, None),
         "local, growing batch": (16, 32, 3),
     }
     text = make_sheet(plan, results, 1).text()

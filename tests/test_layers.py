@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import lowcal
-from lowcal.layers import recurring_block
+from lowcal.layers import block_ends, recurring_block
 from lowcal.schedule import interval
 
 from .networks import Optional, Residual, convnet, images, mlp, vectors
@@ -207,6 +207,101 @@ def test_equation_2_for_the_networks_of_the_paper(name, layers, shift, epochs, k
     assert interval(layers, shift, epochs, 0.75) == k
 
 
+class Chain(nn.Module):
+    """A block of `size` linear layers in a row."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Linear(4, 4) for _ in range(size))
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Other(Chain):
+    """Another class of block."""
+
+
+def blocks_of(*kinds):
+    """A network of blocks, each a pair of class and layers."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(kind(size) for kind, size in kinds)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    return Net()
+
+
+def order_of(model):
+    return controller(model, vectors(1)[0][0]).layers
+
+
+# Sec. 3.3: accuracy suffers below 5% of the depth, so a block of 3 counts twice or three times there.
+@pytest.mark.parametrize(
+    ("name", "layers", "shift"), [("resnet101", 1 + 99 + 4 + 1, 6), ("resnet152", 1 + 150 + 4 + 1, 9)]
+)
+def test_a_shallow_block_counts_as_often_as_5_percent_of_the_depth_asks_for(name, layers, shift):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+        local = controller(model, torch.empty(2, 3, 224, 224))
+    assert len(local.layers) == layers
+    assert recurring_block(model, local.layers) == shift
+
+
+@pytest.mark.parametrize(("blocks", "shift"), [(20, 3), (21, 6), (40, 6), (41, 9)])
+def test_5_percent_is_enough(blocks, shift):
+    model = blocks_of(*[(Chain, 3)] * blocks)
+    assert recurring_block(model, order_of(model)) == shift
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("kinds", "shift"),
+    [
+        ([(Chain, 4)] * 3 + [(Other, 2)] * 5, 4),  # 12 layers against 10 in more blocks
+        ([(Chain, 2)] * 6 + [(Other, 5)] * 2, 2),  # 12 layers against 10 in deeper blocks
+        ([(Chain, 4)] * 2 + [(Other, 9)], 4),  # a block that occurs once recurs not
+        ([(Chain, 2)] * 3 + [(Other, 3)] * 2 + [(Other, 4)] * 2, 2),  # nor one whose instances differ
+    ],
+)
+def test_the_recurring_block_covers_most_of_the_network(kinds, shift, reverse):
+    model = blocks_of(*(reversed(kinds) if reverse else kinds))
+    assert recurring_block(model, order_of(model)) == shift
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        # A stage's first bottleneck has a fourth layer, in its shortcut; stem and classifier are outside of all.
+        ("resnet50", [1, 5, 8, 11, 15, 18, 21, 24, 28, 31, 34, 37, 40, 43, 47, 50, 53, 54]),
+        ("resnet18", [1, 3, 5, 8, 10, 13, 15, 18, 20, 21]),
+        ("mobilenet_v2", [1, 3, *range(6, 52, 3), 52, 53]),
+        ("vgg13", list(range(1, 14))),  # no block
+    ],
+)
+def test_where_blocks_end(name, ends):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+        local = controller(model, torch.empty(2, 3, 224, 224))
+    assert list(block_ends(model, local.layers)) == ends
+
+
+def test_blocks_end_where_their_layers_do_in_execution_order():
+    """Layers of two blocks that run in turn: no position between the first and the last of both cuts none."""
+    model = blocks_of((Chain, 2), (Chain, 2), (Chain, 2))
+    layers = order_of(model)
+    assert block_ends(model, layers) == (2, 4, 6)
+    assert block_ends(model, (layers[0], layers[2], layers[1], layers[3], *layers[4:])) == (4, 6)
+
+
 def test_a_schedule_is_told_the_recurring_block():
     class Block(nn.Module):
         def __init__(self):
@@ -218,7 +313,7 @@ def test_a_schedule_is_told_the_recurring_block():
 
     class Spy(lowcal.NormTrend):
         def __call__(self, progress):
-            blocks.append(progress.block)
+            blocks.append((progress.block, progress.ends))
             return progress.boundary
 
     blocks = []
@@ -226,4 +321,4 @@ def test_a_schedule_is_told_the_recurring_block():
     local = controller(model, vectors(1)[0][0], schedule=Spy())
     train_step(model, local.optimizer, vectors(1)[0])
     local.end_epoch(1.0)
-    assert blocks == [2]
+    assert blocks == [(2, (1, *range(3, 23, 2), 22))]

@@ -16,6 +16,7 @@ SCHEDULES = {
     "fixed": lowcal.Fixed({1: 1, 3: 2, 6: 3}),
     "norm-trend": lowcal.NormTrend(alpha=1.2, shift=1, interval=1),
     "quadratic": lowcal.Quadratic(3, 0.1),
+    "readings": lowcal.NormTrend(1.2, 1, interval=2, spacing="prose", measure="step", average="run"),
 }
 
 
@@ -81,6 +82,13 @@ def test_resumed_at_every_epoch_in_every_order_of_loading(example, order):
         ("norm-trend", {"optimizer": "adam", "norm_stats": "running"}),
         ("quadratic", {"optimizer": "adamw", "rule": lowcal.Hebbian(every=4, scale="relative")}),
         ("quadratic", {"rule": lowcal.Frozen(), "supervision": None}),
+        (
+            "readings",
+            {
+                "rule": lowcal.Hebbian(decay_every=1, decay_from="switch"),
+                "supervision": lowcal.LossTrend("kept"),
+            },
+        ),
     ],
     ids=str,
 )
@@ -143,19 +151,20 @@ def facts(model, optimizer, local):
     }
 
 
+@pytest.mark.parametrize("schedule", ["norm-trend", "readings"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_resumed_in_the_middle_of_an_epoch(steps):
+def test_resumed_in_the_middle_of_an_epoch(steps, schedule):
     """The change of the transition layer counts from the epoch's start, not from where the run was resumed."""
     results = []
     for interrupted in (False, True):
         torch.manual_seed(1)
-        parts = build("norm-trend", rule=lowcal.Hebbian(every=2))
+        parts = build(schedule, rule=lowcal.Hebbian(every=2))
         for epoch in range(EPOCHS):
             losses = []
             for index, batch in enumerate(batches(epoch)):
                 if interrupted and index == steps:
                     saved = stored(states(parts))
-                    parts = build("norm-trend", rule=lowcal.Hebbian(every=2))
+                    parts = build(schedule, rule=lowcal.Hebbian(every=2))
                     for part, state in zip(parts, saved, strict=True):
                         part.load_state_dict(state)
                 losses.append(train_step(parts[0], parts[1], batch))

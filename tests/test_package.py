@@ -18,8 +18,8 @@ ROOT = SOURCE.parent.parent
 LEVELS = [
     {"errors"},
     {"claims", "layers", "rules", "schedule", "supervision", "trainable", "window"},
-    {"arguments", "products", "state", "step_norms", "summary"},
-    {"hooks"},
+    {"arguments", "products", "state", "summary"},
+    {"hooks", "step_norms"},
     {"discovery", "running_norm"},
     {"updates"},
     {"local"},

@@ -148,6 +148,37 @@ def test_bytes_handed_to_collectives_are_those_foretold(alone, rule, micro, grad
     assert alive == (2 if rule.opens else 1)  # those of earlier boundaries are gone
 
 
+@pytest.mark.parametrize("rule", [lowcal.Hebbian(), lowcal.Refresh(every=2)], ids=str)
+@pytest.mark.parametrize("options", ["none", "process_group"])
+def test_local_layers_have_a_communicator_of_their_own(alone, monkeypatch, options, rule):
+    """The order of their collectives among those of DDP may differ from rank to rank, so one of DDP's would not do."""
+    given = {} if options == "none" else {"process_group": dist.group.WORLD}
+    model = network()
+    optimizer, local = controller(model, rule)
+    parallel = lowcal.DistributedLoCal(model, local, **given)
+    model(data(0)[0])  # shows the order of layers
+    local.move_to(2)
+    asked = []
+    all_reduce = dist.all_reduce
+
+    def log(tensor, group=None, **options):
+        asked.append(group or dist.group.WORLD)
+        return all_reduce(tensor, group=group, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", log)
+    for step in range(2):
+        optimizer.zero_grad()
+        parallel(data(step)[0]).sum().backward()
+        optimizer.step()
+    local.end_epoch(1.0)
+    gradients, *of_local_layers = [reducer.process_group for reducer in parallel._reducers()]
+    assert bool(of_local_layers) is rule.opens
+    of_local_layers += asked
+    assert of_local_layers
+    assert dist.group.WORLD not in of_local_layers
+    assert gradients not in of_local_layers
+
+
 def test_after_detach_all_gradients_are_reduced_again(alone):
     model = network()
     optimizer, local = controller(model, lowcal.Hebbian())

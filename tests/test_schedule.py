@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -11,16 +12,26 @@ from lowcal import Fixed, LowcalError, NormTrend, Quadratic
 from lowcal.schedule import Progress, interval
 
 
-def trace(schedule, norms, *, layers, epochs=None, block=2, boundary=0):
+def trace(schedule, norms, *, layers, epochs=None, block=2, boundary=0, ends=()):
     """The boundary after each epoch, given the norm of the transition layer's change in each."""
     epochs = epochs or len(norms) + 1
-    changes, boundaries = (), []
+    changes, earlier, boundaries = (), (), []
     for epoch, norm in enumerate(norms):
         changes += (norm,)
         following = schedule(
-            Progress(epoch=epoch + 1, epochs=epochs, layers=layers, block=block, boundary=boundary, changes=changes)
+            Progress(
+                epoch=epoch + 1,
+                epochs=epochs,
+                layers=layers,
+                block=block,
+                boundary=boundary,
+                changes=changes,
+                ends=ends,
+                earlier=earlier if schedule.remembers else None,
+            )
         )
         if following != boundary:
+            earlier += tuple((boundary, change) for change in changes)
             changes = ()  # a new transition layer
         boundary = following
         boundaries.append(boundary)
@@ -62,6 +73,121 @@ def test_moves_are_k_epochs_of_one_layer_apart(waiting):
     moves = [epoch for epoch in range(1, 24) if boundaries[epoch] != boundaries[epoch - 1]]
     assert moves[0] == waiting  # e_k counts from 0, and K norms come before the one that moves
     assert {b - a for a, b in itertools.pairwise(moves)} == {waiting + 1}
+
+
+# Moves at least K epochs apart (Sec. 2.2), K = 2, t_shift = 3, alpha = 0.5: (norm, e_k + 1, mean, boundary)
+BY_PROSE = [
+    (8.0, 1, None, 0),
+    (4.0, 2, 8.0, 3),  # 4 <= 0.5 * 8: K epochs have gone by, and one norm is before this one
+    (1.0, 1, None, 3),
+    (0.6, 2, 1.0, 3),  # 0.6 > 0.5; with the 4 of the earlier layer (mean 2.5) it would move
+    (0.4, 3, 0.8, 6),  # 0.4 <= 0.4, equality counts
+    (0.2, 1, None, 6),
+    (0.1, 2, 0.2, 9),
+]
+
+
+def test_the_prose_by_hand():
+    schedule = NormTrend(alpha=0.5, shift=3, interval=2, spacing="prose")
+    assert trace(schedule, [row[0] for row in BY_PROSE], layers=20) == [row[3] for row in BY_PROSE]
+
+
+# The same over the norms of earlier layers too: always the last 2 norms before this one.
+ACROSS_MOVES = [
+    (8.0, 1, None, 0),
+    (4.0, 2, 8.0, 3),
+    (1.0, 1, 6.0, 3),  # 1 <= 3, but K epochs have not gone by
+    (0.6, 2, 2.5, 6),  # (4 + 1) / 2
+    (0.4, 1, 0.8, 6),
+    (0.26, 2, 0.5, 6),  # 0.26 > 0.25; over this layer's alone (0.4) too
+    (0.2, 3, 0.33, 6),  # 0.2 > 0.165
+    (0.115, 4, 0.23, 9),
+]
+
+
+def test_the_mean_across_moves_by_hand():
+    schedule = NormTrend(alpha=0.5, shift=3, interval=2, spacing="prose", average="run")
+    assert trace(schedule, [row[0] for row in ACROSS_MOVES], layers=20) == [row[3] for row in ACROSS_MOVES]
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.floats(0, 1.5), st.integers(1, 6))
+def test_by_the_listing_the_last_k_norms_are_the_present_layers(norms, alpha, waiting):
+    """So the mean across moves is the mean of the present layer there: the two readings are one."""
+    layer, run = (NormTrend(alpha, 1, interval=waiting, average=average) for average in ("layer", "run"))
+    assert trace(layer, norms, layers=60) == trace(run, norms, layers=60)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "average", "apart"),
+    [(1, "layer", 2), (1, "run", 1), (2, "layer", 2), (2, "run", 2), (5, "layer", 5), (5, "run", 5)],
+)
+def test_by_the_prose_moves_are_k_epochs_apart(waiting, average, apart):
+    schedule = NormTrend(shift=1, interval=waiting, spacing="prose", average=average)
+    boundaries = trace(schedule, [1.0 / 2**e for e in range(24)], layers=40)
+    moves = [epoch for epoch in range(1, 24) if boundaries[epoch] != boundaries[epoch - 1]]
+    assert moves[0] == max(waiting - 1, 1)  # one norm at least is before the one that moves
+    assert {b - a for a, b in itertools.pairwise(moves)} == {apart}
+
+
+# A stem, blocks of 2, 4, 2 and 3 layers, a layer between the last two blocks, and a classifier: 14 layers.
+ENDS = (1, 3, 7, 9, 10, 13, 14)
+
+
+@pytest.mark.parametrize(
+    ("shift", "fraction", "expected"),
+    [
+        (1, 1.0, [1, 3, 7, 9, 10, 13, 13, 13]),
+        (2, 1.0, [3, 7, 9, 13, 13, 13, 13, 13]),
+        (3, 1.0, [3, 7, 10, 13, 13, 13, 13, 13]),
+        (5, 1.0, [7, 13, 13, 13, 13, 13, 13, 13]),
+        (3, 0.75, [3, 7, 10, 10, 10, 10, 10, 10]),  # floor(0.75 * 14) = 10
+        (3, 0.6, [3, 7, 7, 7, 7, 7, 7, 7]),  # 8: no end but 7 below it
+        (3, 0.1, [1, 1, 1, 1, 1, 1, 1, 1]),
+        (5, 0.05, [0] * 8),
+    ],
+)
+def test_moves_by_whole_blocks(shift, fraction, expected):
+    schedule = NormTrend(shift=shift, interval=1, max_fraction=fraction, align="block")
+    boundaries = trace(schedule, [0.5**e for e in range(17)], layers=14, ends=ENDS)
+    assert boundaries[1::2] == expected
+    assert trace(schedule, [0.5**e for e in range(17)], layers=14, ends=ENDS, boundary=12)[-1] in (12, 13)
+
+
+def test_resnet50_over_90_epochs():
+    """The fifth move, from which on memory is below half (Figure 4: in epoch 33), and the end, for each reading."""
+
+    def moves(**options):
+        path = trace(NormTrend(**options), [0.5**e for e in range(89)], layers=54, epochs=90, block=3, ends=RESNET50)
+        return [(epoch, boundary) for epoch, (before, boundary) in enumerate(itertools.pairwise(path), 2) if
+                before != boundary]  # fmt: skip
+
+    listing, prose = moves(), moves(spacing="prose")
+    assert (listing[0], listing[4], listing[-1]) == ((8, 3), (40, 15), (88, 33))
+    assert (prose[0], prose[4], prose[-1]) == ((7, 3), (35, 15), (84, 36))
+    blocks = moves(align="block")
+    assert (blocks[0], blocks[3], blocks[-1]) == ((8, 5), (32, 15), (88, 37))
+    assert moves(spacing="prose", align="block")[-1] == (84, 40)
+
+
+@pytest.mark.parametrize(
+    ("layers", "block", "epochs", "listing", "prose"),
+    [
+        (21, 2, 90, 14, 15),  # ResNet18 on CIFAR-10; the cap is 15
+        (13, 1, 90, 8, 9),  # VGG13 on CIFAR-10; 9
+        (13, 1, 150, 9, 9),  # VGG13 on CIFAR-100; 9
+        (37, 2, 90, 24, 27),  # ResNet34; 27
+        (54, 3, 90, 33, 36),  # ResNet50; 40
+        (53, 3, 150, 36, 39),  # MobileNetV2; 39
+    ],
+)
+def test_the_last_boundary_of_the_papers_networks_at_most(layers, block, epochs, listing, prose):
+    """As docs/method.md has them."""
+    norms = [0.5**e for e in range(epochs - 1)]
+    for spacing, last in (("listing", listing), ("prose", prose)):
+        assert trace(NormTrend(spacing=spacing), norms, layers=layers, epochs=epochs, block=block)[-1] == last
+
+
+RESNET50 = (1, 5, 8, 11, 15, 18, 21, 24, 28, 31, 34, 37, 40, 43, 47, 50, 53, 54)
 
 
 def test_a_growing_or_level_change_never_moves_the_boundary():
@@ -169,10 +295,11 @@ def test_fixed_holds_from_its_epoch_on():
     [("alpha", -0.1), ("alpha", math.nan), ("alpha", math.inf), ("alpha", "x"),
      ("shift", 0), ("shift", -2), ("shift", 1.5),
      ("max_fraction", 1.1), ("max_fraction", -0.1), ("max_fraction", 0.0), ("max_fraction", math.nan),
-     ("interval", 0), ("interval", -1), ("interval", 2.5)],
+     ("interval", 0), ("interval", -1), ("interval", 2.5),
+     ("spacing", "letter"), ("measure", None), ("average", "all"), ("align", ["block"])],
 )  # fmt: skip
 def test_norm_trend_refuses(name, value):
-    with pytest.raises(LowcalError, match=rf"{name}\b.*{value}") as error:
+    with pytest.raises(LowcalError, match=rf"{name}\b.*{re.escape(str(value))}") as error:
         NormTrend(**{name: value})
     assert "\n" not in str(error.value)
 

@@ -123,6 +123,26 @@ def recurring_block(model: nn.Module, layers: tuple[str, ...]) -> int:
     without one (VGG) shifts by 7.5% of its layers.
     """
     depth = len(layers)
+    found = _recurring_class(model, layers)
+    if found is None:
+        return max(1, round(0.075 * depth))
+    _, block = found
+    return block * max(1, -(-depth // (20 * block)))
+
+
+def block_ends(model: nn.Module, layers: tuple[str, ...]) -> tuple[int, ...]:
+    """The positions in `layers` that cut no recurring block: after 1 to L layers, but not within a block."""
+    found = _recurring_class(model, layers)
+    within: set[int] = set()
+    for name, module in model.named_modules():
+        if found is not None and type(module) is found[0]:
+            inside = [index for index, layer in enumerate(layers) if layer.startswith(f"{name}.")]
+            within.update(range(min(inside, default=0) + 1, max(inside, default=0) + 1))
+    return tuple(position for position in range(1, len(layers) + 1) if position not in within)
+
+
+def _recurring_class(model: nn.Module, layers: tuple[str, ...]) -> tuple[type, int] | None:
+    """The class of the network's recurring block, and the layers in its commonest instance; None without one."""
     coverage: dict[type, tuple[int, int]] = {}  # class -> layers covered, layers in its commonest instance
     by_class: dict[type, list[int]] = {}
     for name, module in model.named_modules():
@@ -134,6 +154,6 @@ def recurring_block(model: nn.Module, layers: tuple[str, ...]) -> int:
         if len(sizes) > 1 and 2 * alike > len(sizes):
             coverage[kind] = (sum(sizes), size)
     if not coverage:
-        return max(1, round(0.075 * depth))
-    _, block = max(coverage.values())
-    return block * max(1, -(-depth // (20 * block)))
+        return None
+    kind = max(coverage, key=coverage.__getitem__)
+    return kind, coverage[kind][1]

@@ -20,11 +20,12 @@ from lowcal.claims import check_free, claim, release
 from lowcal.discovery import Discovery, trace
 from lowcal.errors import LowcalError, is_count
 from lowcal.hooks import Hook
-from lowcal.layers import Order, own_parameters, recurring_block, weight_layers, weight_of
+from lowcal.layers import Order, block_ends, own_parameters, recurring_block, weight_layers, weight_of
 from lowcal.rules import Hebbian, Rule
 from lowcal.running_norm import RunningNorms
 from lowcal.schedule import NormTrend, Progress, Schedule
 from lowcal.state import check_state, completed
+from lowcal.step_norms import StepNorms
 from lowcal.summary import summary
 from lowcal.supervision import LossTrend, Supervision
 from lowcal.trainable import TrainableParameters
@@ -89,6 +90,9 @@ class LoCal:
         ):
             if isinstance(value, type) or (name == "rule" and not isinstance(value, Rule)):
                 raise LowcalError(f"LoCal: {name} is {value!r}; give an object, such as {examples} or one like them")
+        measure = getattr(schedule, "measure", "epoch")
+        if measure not in ("epoch", "step"):
+            raise LowcalError(f"LoCal: the schedule's measure is {measure!r}; choose 'epoch' or 'step'")
         self.model = bare_network(model)
         self._optimizers = bare_optimizers(optimizer)
         self.optimizer = self._optimizers[0]
@@ -108,18 +112,22 @@ class LoCal:
         self.generation = 0  # counts the changes of which parameters are local (`DistributedLoCal`)
         self._losses: tuple[float, ...] = ()
         self._changes: tuple[float, ...] = ()
+        self._earlier: tuple[tuple[int, float], ...] = ()  # T and ||dW_E|| of the epochs before the last move
+        self._remembers = getattr(schedule, "remembers", False)
         self._start: Tensor | None = None  # the transition layer's weight when the epoch began
 
         self._discovery = Discovery(self.model, self._take)
         self._modules: list[nn.Module] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._block = 1
+        self._ends: tuple[int, ...] = ()
         self._leader = self.optimizer  # the optimizer whose steps are the training steps
         self._exchange: Exchange | None = None  # set for data-parallel training
 
         self._updates = LocalUpdates(self.model, rule)
-        self._updates.set_step(self.sign * self.lr)
+        self._set_step()
         self._running_norms = RunningNorms(self.model)
+        self._step_norms = StepNorms() if measure == "step" else None
         self._handles: list[RemovableHandle] = []
         parts = (self._discovery, self._updates, self._running_norms)
         handles = (self._handles, *(part.handles for part in parts))
@@ -142,8 +150,13 @@ class LoCal:
 
     @property
     def lr(self) -> float:
-        """The length eta of local steps in the present epoch, without the sign."""
-        return self.rule.step_size(self.epoch)
+        """The length eta of local steps in the present epoch, without the sign.
+
+        Where it differs from layer to layer (``decay_from="switch"``): that of the layers that became local last.
+        """
+        if not self._counts_from_switch:
+            return self.rule.step_size(self.epoch)
+        return self.rule.step_size(self.epoch - self.history[-1][0] if self.history else 0)
 
     @property
     def skipped(self) -> int:
@@ -172,8 +185,7 @@ class LoCal:
             raise LowcalError(f"end_epoch: the loss is {loss!r}; give the mean training loss, a number") from None
         self._check_ready("end_epoch")
         self._check_carried_out()
-        weight = self._weight(self.boundary)
-        change = float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
+        change = self._measure()
         if self._exchange is not None:
             loss, change = self._exchange.mean(loss, change)
         if not math.isfinite(loss):
@@ -183,7 +195,16 @@ class LoCal:
             )
         changes = (*self._changes, change)
         target = self.schedule(
-            Progress(self.epoch + 1, self.epochs, len(self.layers), self._block, self.boundary, changes)
+            Progress(
+                epoch=self.epoch + 1,
+                epochs=self.epochs,
+                layers=len(self.layers),
+                block=self._block,
+                boundary=self.boundary,
+                changes=changes,
+                ends=self._ends,
+                earlier=self._earlier if self._remembers else None,
+            )
         )
         self._check_target(target)
         self.epoch += 1
@@ -191,10 +212,10 @@ class LoCal:
         self.change, self._changes = change, changes
         self._losses = (*self._losses, loss)
         self.sign = self.supervision(self._losses) if self.supervision else 1
-        self._updates.set_step(self.sign * self.lr)
         moved = target > self.boundary
         if moved:
             self._move(target)
+        self._set_step()
         self._mark_start()
         return moved
 
@@ -209,11 +230,17 @@ class LoCal:
         self._check_target(boundary)
         if boundary > self.boundary:
             self._move(boundary)
+            self._set_step()
             self._mark_start()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step and epoch depend on, as plain values and tensors."""
         order = self._discovery.order
+        readings: dict[str, Any] = {}
+        if self._remembers:
+            readings["earlier"] = [list(norm) for norm in self._earlier]
+        if self._step_norms is not None:
+            readings["step_norms"] = self._step_norms.sums()
         return {
             "format": 1,
             "layers": list(self.layers),
@@ -231,6 +258,7 @@ class LoCal:
             "skipped": self.skipped,
             "epoch_counts": list(self._updates.epoch_counts),
             "start": None if self._start is None else self._start.clone(),
+            **readings,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,17 +269,28 @@ class LoCal:
                 nothing has changed then.
         """
         state = completed(state)
-        order = check_state(state, self.model, self._candidates, self.layers, self.boundary)
+        order = check_state(
+            state,
+            self.model,
+            self._candidates,
+            self.layers,
+            self.boundary,
+            remembers=self._remembers,
+            by_step=self._step_norms is not None,
+        )
         if order.layers:
             self._discovery.take(order)
             if state["boundary"] > self.boundary:
                 self._move(state["boundary"])
-            self._start = state["start"].to(self._weight(self.boundary).device, copy=True)
+            self._start = state["start"].to(self._transition().device, copy=True)
+            if self._step_norms is not None:
+                self._step_norms.start(self._transition(), self._optimizers, state["step_norms"])
         self.epoch, self.sign, self.change = state["epoch"], state["sign"], state["change"]
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
+        self._earlier = tuple((boundary, norm) for boundary, norm in state.get("earlier", ()))
         self._updates.resume(state["steps"], state["skipped"], state["epoch_counts"])
-        self._updates.set_step(self.sign * self.lr)
+        self._set_step()
         self._open()
 
     def paused(self) -> AbstractContextManager[None]:
@@ -331,6 +370,8 @@ class LoCal:
         A step is then what the device was recorded to do in it, and `count_step`.
         """
         self._updates.make_replayable(device)
+        if self._step_norms is not None:
+            self._step_norms.make_replayable(device)
 
     def count_step(self) -> None:
         """Counts an optimizer step that was replayed, and opens or closes local layers for the next one."""
@@ -355,6 +396,7 @@ class LoCal:
         self._block = recurring_block(self.model, order.layers)
         holders = (holder(weight_of(module), self._optimizers) for module in reversed(self._modules))
         self._leader = next((optimizer for optimizer in holders if optimizer is not None), self.optimizer)
+        self._ends = block_ends(self.model, order.layers)
         if order.layers[self.boundary] != transition:
             self._mark_start()
 
@@ -412,13 +454,36 @@ class LoCal:
 
     # The boundary
 
-    def _weight(self, index: int) -> Tensor:
-        """The layer's weight; of a layer that computes it, and so is never local, another of its parameters."""
-        weight = weight_of(self._modules[index])
-        return (self._parameters[self.layers[index]][0] if weight is None else weight).detach()
+    def _transition(self) -> nn.Parameter:
+        """The transition layer's weight; if it computes that, and so is never local, another of its parameters."""
+        weight = weight_of(self._modules[self.boundary])
+        return self._parameters[self.layers[self.boundary]][0] if weight is None else weight
 
     def _mark_start(self) -> None:
-        self._start = self._weight(self.boundary).clone()
+        self._start = self._transition().detach().clone()
+        if self._step_norms is not None:
+            self._step_norms.start(self._transition(), self._optimizers)
+
+    def _measure(self) -> float:
+        """||dW_E|| of the epoch that ends, on this rank."""
+        if self._step_norms is not None:
+            return self._step_norms.mean()
+        weight = self._transition().detach()
+        return float(torch.linalg.vector_norm(weight - self._start.to(weight.device)))  # type: ignore[union-attr]
+
+    @property
+    def _counts_from_switch(self) -> bool:
+        return getattr(self.rule, "decay_from", "start") == "switch"
+
+    def _set_step(self) -> None:
+        """Sets eta with its sign for the coming steps: one for all local layers, or one for each."""
+        if not self._counts_from_switch:
+            self._updates.set_step(self.sign * self.lr)
+            return
+        steps: list[float] = []
+        for switched, boundary in self.history:
+            steps += [self.sign * self.rule.step_size(self.epoch - switched)] * (boundary - len(steps))
+        self._updates.set_step(steps)
 
     def _check_target(self, target: int) -> None:
         if not is_count(target, least=self.boundary) or target >= len(self.layers):
@@ -451,9 +516,10 @@ class LoCal:
             self._running_norms.take([self.model.get_submodule(name) for name, layer in norms if layer in local])
         self._open()
         self.generation += 1
-        self.boundary = self._discovery.settled = target
+        before, self.boundary = self.boundary, target
+        self._discovery.settled = target
         self.history = (*self.history, (self.epoch, target))
-        self._changes = ()
+        self._earlier, self._changes = (*self._earlier, *((before, norm) for norm in self._changes)), ()
 
     def _last_weight(self) -> nn.Parameter | None:
         """The last weight that the leading optimizer moves; its gradient tells of each backward pass."""
@@ -474,9 +540,13 @@ class LoCal:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._trainable.begin_step()
+        if self._step_norms is not None:
+            self._step_norms.begin_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._trainable.end_step(optimizer)
+        if self._step_norms is not None:
+            self._step_norms.end_step(optimizer)
         if optimizer is not self._leader:
             return
         self._discovery.finish()

@@ -17,7 +17,11 @@ from lowcal.errors import LowcalError, is_count, is_number
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a local layer does in a training step: `Hebbian`, `Frozen`, `Refresh`, or a rule of the user's own."""
+    """What a local layer does in a training step: `Hebbian`, `Frozen`, `Refresh`, or a rule of the user's own.
+
+    A rule may have one attribute more, ``decay_from``. If it is "switch", `step_size` is asked for each layer with the
+    epochs since that layer became local, and `apply` gets a step for each weight.
+    """
 
     @property
     def collects(self) -> bool:
@@ -39,11 +43,18 @@ class Rule(Protocol):
         ...
 
     def step_size(self, epoch: int) -> float:
-        """The length eta of a local step in the 0-based `epoch`, without its sign."""
+        """The length eta of a local step in the 0-based `epoch`, without its sign.
+
+        Args:
+            epoch: counted from the start of the training, or from the layer's switch (``decay_from``).
+        """
         ...
 
     def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
         """Moves `weights` in place by `updates`, which may be overwritten, and `step`, eta with its sign.
+
+        Args:
+            step: a number or a 0-d tensor; with ``decay_from="switch"`` a 1-d tensor, one value for each weight.
 
         Returns:
             The number of layers left as they were, a 0-d integer tensor on the weights' device.
@@ -58,9 +69,11 @@ class Hebbian:
     Args:
         lr: eta at epoch 0, the length of one step: of the weight's own norm with ``scale="relative"``.
         decay: factor on eta after each `decay_every` epochs (published: 0.5 for CIFAR, 0.1 for ImageNet; Sec. 6.1).
-        decay_every: epochs between decays, counted from epoch 0.
+        decay_every: epochs between decays, counted as `decay_from` says.
         scale: "absolute", as published, or "relative" to ||W|| of each layer.
         every: updates are made in each `every`-th optimizer step; the others skip the product too.
+        decay_from: epochs are counted from the "start" of the training, or for each layer from its own "switch" to
+            local learning, so that eta differs from layer to layer.
 
     Example:
         >>> Hebbian(lr=0.01, decay=0.5, decay_every=30).step_size(epoch=60)
@@ -72,6 +85,7 @@ class Hebbian:
     decay_every: int = 30
     scale: Literal["absolute", "relative"] = "absolute"
     every: int = 1
+    decay_from: Literal["start", "switch"] = "start"
     collects: ClassVar[bool] = True
     opens: ClassVar[bool] = False
 
@@ -86,6 +100,8 @@ class Hebbian:
                 raise LowcalError(f"Hebbian: {name} is {value!r}; give a whole number of at least 1")
         if self.scale not in ("absolute", "relative"):
             raise LowcalError(f"Hebbian: scale is {self.scale!r}; choose 'absolute' or 'relative'")
+        if self.decay_from not in ("start", "switch"):
+            raise LowcalError(f"Hebbian: decay_from is {self.decay_from!r}; choose 'start' or 'switch'")
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
         """dW of Eqs. 1 and 3: see `hebbian_update`."""
@@ -247,20 +263,20 @@ def apply_updates(
     Args:
         weights: the layers' weights.
         updates: their dW, which are overwritten.
-        step: eta with its sign; a tensor on the device or a number.
+        step: eta with its sign: a number, a 0-d tensor on the device, or a 1-d tensor with one value for each layer.
         relative: whether the step's length is also in proportion to ||W||.
 
     Returns:
         How many weights were left as they were, because their ||dW|| is zero or not finite: a 0-d integer tensor.
     """
     skipped = []
-    for group_weights, group_updates in _by_device(weights, updates):
+    for group_weights, group_updates, group_step in _by_device(weights, updates, step):
         norms = torch.stack(torch._foreach_norm(group_updates))
         usable = norms.isfinite() & (norms > 0)
         factors = norms.reciprocal()
         if relative:
             factors *= torch.stack(torch._foreach_norm(group_weights)).to(norms.dtype)
-        factors = torch.where(usable, step * factors, 0.0)  # rounded alike for a number and a tensor
+        factors = torch.where(usable, group_step * factors, 0.0)  # rounded alike for a number and a tensor
         torch._foreach_mul_(group_updates, list(factors.unbind()))
         for update in group_updates:
             update.nan_to_num_(0.0, 0.0, 0.0)  # what a factor of 0 leaves of an infinite update
@@ -269,10 +285,17 @@ def apply_updates(
     return torch.stack([count.to(weights[0].device) for count in skipped]).sum()
 
 
-def _by_device(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for weight, update in zip(weights, updates, strict=True):
-        members = groups.setdefault((update.device, update.dtype), ([], []))
-        members[0].append(weight)
-        members[1].append(update)
-    return list(groups.values())
+def _by_device(
+    weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor
+) -> list[tuple[list[Tensor], list[Tensor], float | Tensor]]:
+    """Weights, updates and step of the layers of each device and type."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, update in enumerate(updates):
+        groups.setdefault((update.device, update.dtype), []).append(index)
+    split = []
+    for (device, dtype), members in groups.items():
+        own = step
+        if isinstance(step, Tensor) and step.dim():
+            own = torch.stack([step[index] for index in members]).to(device, dtype)
+        split.append(([weights[index] for index in members], [updates[index] for index in members], own))
+    return split

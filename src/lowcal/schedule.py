@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from lowcal.errors import LowcalError, is_count, is_number
 
@@ -23,8 +23,12 @@ class Progress:
         layers: L, layers in the network.
         block: layers in the network's recurring block, the default of t_shift.
         boundary: T, leading layers that learn locally at present.
-        changes: ||dW_E||, L2 norm of the change of the transition layer's weight over each epoch since the boundary
+        changes: ||dW_E||, as `Schedule.measure` says, of the present transition layer in each epoch since the boundary
             last moved; the last one belongs to the epoch that has just ended.
+        ends: the positions, counted in layers, at which the boundary cuts no recurring block: after the last layer of
+            each block and after each layer outside of them, up to L.
+        earlier: (T, ||dW_E||) of each epoch before the last move, the first epoch first; None unless
+            `Schedule.remembers`.
     """
 
     epoch: int
@@ -33,10 +37,22 @@ class Progress:
     block: int
     boundary: int
     changes: tuple[float, ...]
+    ends: tuple[int, ...] = ()
+    earlier: tuple[tuple[int, float], ...] | None = None
 
 
 class Schedule(Protocol):
-    """Tells the boundary for the coming epoch. A schedule of one's own may inherit `check` from here."""
+    """Tells the boundary for the coming epoch. A schedule of one's own may inherit all but `__call__` from here."""
+
+    @property
+    def measure(self) -> Literal["epoch", "step"]:
+        """||dW_E||: the L2 norm of the weight's change over the "epoch", or the mean over its steps ("step")."""
+        return "epoch"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the norms of earlier transition layers are kept, and saved, for `Progress.earlier`."""
+        return False
 
     def __call__(self, progress: Progress) -> int:
         """The boundary for the epoch `progress.epoch`: never less than `progress.boundary`."""
@@ -60,12 +76,27 @@ class NormTrend(Schedule):
         shift: t_shift, layers per move; None: the network's recurring block.
         max_fraction: L_max, the boundary never exceeds floor(L_max L).
         interval: K, epochs before a move and norms in the mean; None: from Eq. 2.
+        spacing: "listing": e_k >= K as Algorithm 1 counts e_k, so that moves are at least K + 1 epochs apart. "prose":
+            at least K ("at most once in every K epochs", Sec. 2.2).
+        measure: ||dW_E||: "epoch": the change over the epoch. "step": the mean norm of the changes that its steps make.
+        average: W_avg: "layer": over norms of the present transition layer alone. "run": of earlier ones too. Under
+            the listing the last K norms are the present layer's anyway.
+        align: "layer": a move is by t_shift layers. "block": to the first end of a recurring block that is at least
+            t_shift layers on, so that no block is cut; the cap counts too.
+
+    The mean is over the K norms before the last one. With ``spacing="prose"`` and ``average="layer"`` a move K epochs
+    after the one before has K - 1 of them, and the mean is over those. At least one is needed, so with K = 1 moves are
+    2 epochs apart.
     """
 
     alpha: float = 0.95
     shift: int | None = None
     max_fraction: float = 0.75
     interval: int | None = None
+    spacing: Literal["listing", "prose"] = "listing"
+    measure: Literal["epoch", "step"] = "epoch"
+    average: Literal["layer", "run"] = "layer"
+    align: Literal["layer", "block"] = "layer"
 
     def __post_init__(self) -> None:
         if not (is_number(self.alpha) and self.alpha >= 0):
@@ -75,19 +106,46 @@ class NormTrend(Schedule):
             value = getattr(self, name)
             if value is not None and not is_count(value):
                 raise LowcalError(f"NormTrend: {name} is {value!r}; give a whole number of at least 1, or None")
+        for name, choices in _READINGS.items():
+            if getattr(self, name) not in choices:
+                raise LowcalError(
+                    f"NormTrend: {name} is {getattr(self, name)!r}; choose {choices[0]!r} or {choices[1]!r}"
+                )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether W_avg is over norms of earlier transition layers too."""
+        return self.average == "run"
 
     def __call__(self, progress: Progress) -> int:
         """The boundary for the coming epoch (Algorithm 1)."""
         shift = self.shift or progress.block
         wait = self.interval or interval(progress.layers, shift, progress.epochs, self.max_fraction)
         *before, now = progress.changes
-        if len(before) < wait or now > self.alpha * sum(before[-wait:]) / wait:
+        waited = len(before) + (self.spacing == "prose")
+        if self.remembers:
+            before = [*(norm for _, norm in progress.earlier or ()), *before]
+        last = before[-wait:]
+        if waited < wait or not last or now > self.alpha * sum(last) / len(last):
             return progress.boundary
-        return max(progress.boundary, min(progress.boundary + shift, cap(progress.layers, self.max_fraction)))
+        most = cap(progress.layers, self.max_fraction)
+        target = min(progress.boundary + shift, most)
+        if self.align == "block":
+            ends = [end for end in progress.ends if end <= most]
+            target = next((end for end in ends if end >= target), max(ends, default=0))
+        return max(progress.boundary, target)
 
     def reach(self, layers: int) -> int:
         """floor(L_max L)."""
         return cap(layers, self.max_fraction)
+
+
+_READINGS = {
+    "spacing": ("listing", "prose"),
+    "measure": ("epoch", "step"),
+    "average": ("layer", "run"),
+    "align": ("layer", "block"),
+}
 
 
 @dataclass(frozen=True)

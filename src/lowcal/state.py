@@ -38,7 +38,14 @@ def completed(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_state(
-    state: Mapping[str, Any], model: nn.Module, layers: Mapping[str, nn.Module], known: tuple[str, ...], boundary: int
+    state: Mapping[str, Any],
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    known: tuple[str, ...],
+    boundary: int,
+    *,
+    remembers: bool = False,
+    by_step: bool = False,
 ) -> Order:
     """The order of layers that `state` holds, once all of `state` has proved sound.
 
@@ -48,9 +55,12 @@ def check_state(
         layers: its possible layers by name.
         known: those of them that are known to run; a state may know more.
         boundary: where the boundary is now.
+        remembers: whether norms of earlier transition layers are needed (`Schedule.remembers`).
+        by_step: whether norms are those of steps (`Schedule.measure`).
 
     Raises:
-        LowcalError: `state` is damaged, of another network, or behind the present boundary.
+        LowcalError: `state` is damaged, of another network, behind the present boundary, or without norms that the
+            schedule needs.
     """
     if not isinstance(state, Mapping) or state.get("format") != 1:
         raise LowcalError(
@@ -87,6 +97,7 @@ def check_state(
                     "load the state into the network that it was saved from"
                 )
     _check_numbers(state, boundary)
+    _check_norms(state, remembers, by_step)
     if names:
         transition = names[state["boundary"]]
         start, weight = state["start"], weight_of(layers[transition])
@@ -120,3 +131,28 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
             f"load_state_dict: the state's boundary is {state['boundary']} and the present one {boundary}, "
             "which never moves back; load it into a new LoCal"
         )
+
+
+def _check_norms(state: Mapping[str, Any], remembers: bool, by_step: bool) -> None:
+    """Checks what a state holds for readings of Algorithm 1 other than the default."""
+    if ("step_norms" in state) != by_step:
+        kept, needed = ("epoch", "step") if by_step else ("step", "epoch")
+        raise LowcalError(
+            f"load_state_dict: the state's norms were measured by {kept}, and this schedule measures by {needed}; "
+            f"give LoCal a schedule of measure={kept!r}"
+        )
+    if remembers and state["boundary"] and "earlier" not in state:
+        raise LowcalError(
+            "load_state_dict: the state lacks the norms of earlier transition layers, which this schedule needs; "
+            "go on with NormTrend(average='layer')"
+        )
+    sums, earlier = state.get("step_norms", [0.0, 0.0]), state.get("earlier", [])
+    sound = (
+        isinstance(sums, list)
+        and len(sums) == 2
+        and all(is_number(value) and value >= 0 for value in sums)
+        and isinstance(earlier, list)
+        and all(isinstance(e, list) and len(e) == 2 and is_count(e[0], 0) and is_number(e[1]) for e in earlier)
+    )
+    if not sound:
+        raise LowcalError("load_state_dict: 'step_norms' or 'earlier' holds something else; the state is damaged")

@@ -58,7 +58,7 @@ class LocalUpdates:
         self._ran: set[int] | None = None  # learners that this forward pass has run; None outside of counted passes
         self._weights_of_layers: Sequence[nn.Parameter] = ()
         self._pauses = 0
-        self._step: float | Tensor = 0.0  # eta with its sign; on the device where it replays steps
+        self._step: float | Tensor = 0.0  # eta with its sign, or a layer's each; on the device where it replays steps
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
     # Which layers learn
@@ -117,16 +117,24 @@ class LocalUpdates:
         """Layers' updates left out so far because their norm was zero or not finite. Reads from the device."""
         return int(self._skipped)
 
-    def set_step(self, step: float) -> None:
-        """Sets eta with its sign, for the coming steps."""
-        if isinstance(self._step, Tensor):
-            self._step.fill_(step)
+    def set_step(self, step: float | Sequence[float]) -> None:
+        """Sets eta with its sign, for the coming steps: one for all layers, or one for each."""
+        if not isinstance(step, Sequence):
+            if isinstance(self._step, Tensor):
+                self._step.fill_(step)
+            else:
+                self._step = step
+        elif isinstance(self._step, Tensor) and self._step.shape == (len(step),):
+            self._step.copy_(torch.tensor(step, dtype=torch.float64))  # in place, where a recorded step looks for it
         else:
-            self._step = step
+            self._step = torch.tensor(step, dtype=torch.float64)
 
     def make_replayable(self, device: torch.device) -> None:
         """Puts on `device` what a step that it replays depends on."""
-        self._step = torch.zeros((), device=device).fill_(self._step)
+        if isinstance(self._step, Tensor) and self._step.dim():
+            self._step = self._step.to(device)
+        else:
+            self._step = torch.zeros((), device=device).fill_(self._step)
         self._skipped = self._skipped.to(device)
 
     def resume(self, steps: int, skipped: int, epoch_counts: Sequence[int]) -> None:
@@ -233,6 +241,9 @@ class LocalUpdates:
         if not updates:
             return False
         step = self._step
+        if isinstance(step, Tensor) and step.dim():
+            step = self._step = step.to(weights[next(iter(updates))].device)
+            step = torch.stack([step[index] for index in updates])
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step on the device itself
         if overflow is not None:
             step = torch.where(overflow.reshape(()) > 0, 0.0, step)

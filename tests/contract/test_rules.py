@@ -18,11 +18,12 @@ RULES = [
     Hebbian(lr=0.1, decay=0.1, decay_every=2),
     Hebbian(scale="relative"),
     Hebbian(every=3),
+    Hebbian(lr=0.1, decay=0.1, decay_every=1, decay_from="switch"),
     Frozen(),
     Refresh(),
     Refresh(every=3),
 ]
-SUPERVISIONS = [LossTrend()]
+SUPERVISIONS = [LossTrend(), LossTrend(sign="kept")]
 LAYERS = [nn.Linear(4, 3), nn.Conv1d(4, 3, 2), nn.Conv2d(4, 6, 3, groups=2), nn.Conv3d(4, 2, 1)]
 
 

@@ -13,6 +13,8 @@ from . import properties
 SCHEDULES = [
     NormTrend(),
     NormTrend(alpha=1.5, shift=1, max_fraction=0.5, interval=1),
+    NormTrend(alpha=1.5, shift=1, interval=2, spacing="prose", average="run", align="block"),
+    NormTrend(alpha=1.5, shift=1, interval=1, measure="step"),
     Quadratic(3, 0.1),
     Quadratic(c1=2.5, c2=0.0, max_fraction=1.0),
     Fixed({2: 1, 4: 3}),
@@ -34,7 +36,8 @@ def test_different_settings_are_different_schedules():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_is_pure_and_stays_between_the_present_boundary_and_the_last_layer(schedule):
     for epoch, boundary, changes in itertools.product((1, 4, 9), (0, 2, 4), NORMS):
-        progress = Progress(epoch=epoch, epochs=10, layers=5, block=1, boundary=boundary, changes=changes)
+        progress = Progress(epoch=epoch, epochs=10, layers=5, block=1, boundary=boundary, changes=changes,
+                            ends=(1, 3, 5), earlier=((0, 0.5),) * (epoch - len(changes)))  # fmt: skip
         following = properties.is_pure(schedule, progress)
         assert type(following) is int
         assert boundary <= following <= 4

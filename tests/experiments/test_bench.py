@@ -248,6 +248,19 @@ def test_predicted_speedup_is_that_of_the_path():
     assert speedup == pytest.approx(4 * 8.0 / (8 + 7 + 5 + 5))
 
 
+def test_a_measured_boundary_has_its_own_time():
+    # A local first layer has SGD's two products, so boundaries 0 and 1 have equal work: 8, 8 and 7 at boundary 2.
+    flops = [1.0, 1.0, 1.0]
+    for at_0, at_1 in ((8.0, 6.0), (6.0, 8.0)):
+        known = {0: at_0, 1: at_1, 2: 4.0}
+        speedup = predicted_speedup("local", [0, 0, 1, 2], sgd_ms=8.0, step_ms=known, forward_flops=flops)
+        assert speedup == pytest.approx(4 * 8.0 / (2 * at_0 + at_1 + 4))
+        # Boundary 2 (work 7) is halfway between 1 (work 8) and 3 (work 6), whatever boundary 0 takes.
+        known = {0: at_0, 1: at_1, 3: 4.0}
+        speedup = predicted_speedup("local", [2], sgd_ms=8.0, step_ms=known, forward_flops=[*flops, 1e-9])
+        assert speedup == pytest.approx(8.0 / ((at_1 + 4) / 2))
+
+
 def test_flops_alone_give_the_speedup_of_a_path():
     # Forward FLOPs 1, 10, 100: SGD 332; freeze 331 at boundary 1, 311 at 2; local 332 and 322.
     assert flops_speedup("freeze", [0, 1, 2, 2], [1.0, 10.0, 100.0]) == pytest.approx(4 * 332 / (332 + 331 + 2 * 311))

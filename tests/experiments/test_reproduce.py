@@ -81,7 +81,12 @@ def test_figure4_shows_how_the_batch_grew(tmp_path):
     settings = ["batch.memory_limit=1GiB", "local.schedule={name: fixed, epochs: {1: 3}}", *SHORT, "epochs=3"]
     found = run("figure4", Results(tmp_path / "out", SCALES["tiny"], settings=[*settings, "batch=4"]))
     rows = {row["strategy"]: (row["first_batch"], row["last_batch"], row["growth_epoch"]) for row in found.sheet.rows}
-    assert rows == {"sgd": (4, 4, None), "local": (4, 4, None), "local, growing batch": (4, 8, 3)}
+    assert rows == {
+        "sgd": (4, 4, None),
+        "local": (4, 4, None),
+        "local, prose": (4, 4, None),
+        "local, growing batch": (4, 8, 3),
+    }
     assert sum("batch" in file.name for file in found.files) == 2
 
 

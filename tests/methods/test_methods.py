@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lowcal import LoCal, LowcalError
+from lowcal import LoCal, LossTrend, LowcalError, NormTrend
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import build_method
 from lowcal.rules import Frozen, Hebbian
@@ -36,6 +36,18 @@ def test_local_hands_its_settings_to_the_controller():
     assert (local.norm_stats, local.supervision, local.epochs) == ("running", None, 4)
     assert method.period == 3
     assert built("local")[2]._local.supervision is not None
+
+
+def test_readings_reach_the_controller():
+    readings = {"spacing": "prose", "measure": "step", "average": "run", "align": "block"}
+    schedule = ScheduleSettings(alpha=0.9, **readings)
+    local = built("local", schedule=schedule, decay_from="switch", sign="kept")[2]._local
+    assert local.schedule == NormTrend(0.9, **readings)
+    assert local.rule == Hebbian(decay_from="switch")
+    assert local.supervision == LossTrend(sign="kept")
+    assert built("freeze", schedule=schedule)[2]._local.schedule == local.schedule
+    plain = built("local", schedule=ScheduleSettings())[2]._local
+    assert (plain.schedule, plain.rule, plain.supervision) == (NormTrend(), Hebbian(), LossTrend())
 
 
 def test_freeze_is_the_same_boundary_without_updates():

@@ -6,6 +6,7 @@ from torch import nn
 
 from lowcal import LowcalError
 from lowcal.experiments.kernels import kernels
+from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.training import graphed
 from lowcal.training.graphed import GraphedStep
@@ -43,6 +44,23 @@ def test_a_run_is_bitwise_the_eager_one(tmp_path, software, method):
         assert {record["sign"] for record in log(runs[0])} == {1, -1}
         # Boundary 0 and both sizes of batch, then twice both kinds of step and both sizes, some of them seen only once.
         assert software.recorded <= 2 + 2 * 2 * 2
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_other_readings_of_the_paper_are_bitwise_alike_too(tmp_path, software, guard):
+    """Norms of steps, a sign that is kept and a step for each layer lie on the device; skipped steps do not count."""
+    schedule = ScheduleSettings(alpha=1.2, shift=1, interval=2, spacing="prose", measure="step", average="run")
+    local = LocalSettings(lr=0.05, decay_every=1, decay_from="switch", sign="kept", schedule=schedule)
+    runs = []
+    for step in ("eager", "graphed"):
+        model = spoilt(*range(1, 99) if guard else (), spoil=lambda x: x / (x[0, 0] < x[1, 0]).float())
+        options = {"model": model, "max_skips": 20 if guard else 0, "fused": True, "epochs": 8, "images_count": 33}
+        runs.append(run_on(make_run(tmp_path / step, local=local, step=step, **options)))
+    assert same(*map(outcome, runs))
+    assert software.recorded > 0
+    assert len({record["boundary"] for record in log(runs[0])}) >= 3
+    assert len({record["local_lr"] for record in log(runs[0])}) >= 2
+    assert bool(sum(record["skipped_steps"] for record in log(runs[0]))) is guard
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])

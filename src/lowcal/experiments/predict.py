@@ -10,19 +10,24 @@ from lowcal.schedule import NormTrend, Progress, Quadratic, Schedule, cap
 WORK = {"local": 2.0, "freeze": 1.0}  # products of a layer before the boundary; one that learns by SGD has 3
 
 
-def fastest_path(schedule: Schedule, *, layers: int, block: int, epochs: int) -> list[int]:
+def fastest_path(schedule: Schedule, *, layers: int, block: int, epochs: int, ends: tuple[int, ...] = ()) -> list[int]:
     """The boundary in each epoch if the transition layer's change halves from epoch to epoch.
 
-    That lets Algorithm 1 move as soon as it may: every K + 1 epochs.
+    That lets Algorithm 1 move as soon as it may: every K + 1 epochs, or K with ``spacing="prose"``.
+
+    Args:
+        ends: as in `Progress`.
     """
     path: list[int] = []
     boundary = 0
     changes: tuple[float, ...] = ()
+    earlier: tuple[tuple[int, float], ...] = ()
     for epoch in range(epochs):
         path.append(boundary)
         changes = (*changes, 0.5 ** len(changes))
-        target = schedule(Progress(epoch + 1, epochs, layers, block, boundary, changes))
+        target = schedule(Progress(epoch + 1, epochs, layers, block, boundary, changes, ends, earlier))
         if target > boundary:
+            earlier += tuple((boundary, change) for change in changes)
             boundary, changes = target, ()
     return path
 
@@ -53,14 +58,17 @@ def predicted_speedup(
 ) -> float:
     """Time of an SGD run over that of a run whose boundary takes `path`.
 
-    Between measured boundaries a step's time goes in a straight line with its work; beyond the last it stays.
+    A measured boundary has its own time. Between measured ones a step's time goes in a straight line with its work;
+    beyond the last it stays.
 
     Args:
         step_ms: the method's step time by boundary; boundary 0 is among them.
         forward_flops: of each layer in execution order.
     """
-    known = sorted((step_work(method, boundary, forward_flops), time) for boundary, time in step_ms.items())
+    # Of two boundaries of equal work the later one is a neighbour of those beyond.
+    known = sorted({step_work(method, each, forward_flops): step_ms[each] for each in sorted(step_ms)}.items())
     times = {boundary: _interpolate(step_work(method, boundary, forward_flops), known) for boundary in set(path)}
+    times |= step_ms  # work alone cannot tell boundary 0 from 1: a local first layer has SGD's two products
     return len(path) * sgd_ms / sum(times[boundary] for boundary in path)
 
 

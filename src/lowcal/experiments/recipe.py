@@ -127,6 +127,10 @@ class ScheduleSettings(Settings):
     shift: Count | None = None
     max_fraction: Fraction = 0.75
     interval: Count | None = None
+    spacing: Literal["listing", "prose"] = "listing"
+    measure: Literal["epoch", "step"] = "epoch"
+    average: Literal["layer", "run"] = "layer"
+    align: Literal["layer", "block"] = "layer"
     c1: NonNegative | None = None
     c2: NonNegative | None = None
     epochs: dict[Whole, Whole] | None = None
@@ -154,9 +158,11 @@ class LocalSettings(Settings):
     decay_every: Count = 30
     scale: Literal["absolute", "relative"] = "absolute"
     every: Count = 1
+    decay_from: Literal["start", "switch"] = "start"
     refresh_every: Annotated[int, Field(ge=2)] = 4
     norm_stats: Literal["batch", "running"] = "batch"
     supervision: bool = True
+    sign: Literal["recomputed", "kept"] = "recomputed"
     schedule: ScheduleSettings = ScheduleSettings()
 
 

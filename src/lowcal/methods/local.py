@@ -39,10 +39,17 @@ class Local(Method):
         return self._local.layers
 
     def _rule(self, settings: LocalSettings) -> Rule:
-        return Hebbian(settings.lr, settings.decay, settings.decay_every, settings.scale, settings.every)
+        return Hebbian(
+            settings.lr,
+            settings.decay,
+            settings.decay_every,
+            settings.scale,
+            settings.every,
+            decay_from=settings.decay_from,
+        )
 
     def _supervision(self, settings: LocalSettings) -> Supervision | None:
-        return LossTrend() if settings.supervision else None
+        return LossTrend(settings.sign) if settings.supervision else None
 
     @property
     def boundary(self) -> int:

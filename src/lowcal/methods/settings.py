@@ -35,6 +35,22 @@ class ScheduleSettings(Protocol):
         """Of `NormTrend` and `Quadratic`."""
 
     @property
+    def spacing(self) -> Literal["listing", "prose"]:
+        """Of `NormTrend`."""
+
+    @property
+    def measure(self) -> Literal["epoch", "step"]:
+        """Of `NormTrend`."""
+
+    @property
+    def average(self) -> Literal["layer", "run"]:
+        """Of `NormTrend`."""
+
+    @property
+    def align(self) -> Literal["layer", "block"]:
+        """Of `NormTrend`."""
+
+    @property
     def c1(self) -> float | None:
         """Of `Quadratic`."""
 
@@ -52,7 +68,7 @@ class LocalSettings(Protocol):
 
     @property
     def lr(self) -> float:
-        """Of `Hebbian`, as are the next four."""
+        """Of `Hebbian`, as are the next five."""
 
     @property
     def decay(self) -> float:
@@ -71,6 +87,10 @@ class LocalSettings(Protocol):
         """Optimizer steps from one local update to the next."""
 
     @property
+    def decay_from(self) -> Literal["start", "switch"]:
+        """What epochs are counted from for the decay."""
+
+    @property
     def refresh_every(self) -> int:
         """Of `Refresh`: optimizer steps from one with true gradients to the next."""
 
@@ -81,6 +101,10 @@ class LocalSettings(Protocol):
     @property
     def supervision(self) -> bool:
         """Whether the training loss sets the sign of local updates (Algorithm 2)."""
+
+    @property
+    def sign(self) -> Literal["recomputed", "kept"]:
+        """Of `LossTrend`."""
 
     @property
     def schedule(self) -> ScheduleSettings:
@@ -94,7 +118,16 @@ def build_schedule(settings: ScheduleSettings) -> Schedule:
         LowcalError: there is none of that name, or it lacks a setting that it needs.
     """
     if settings.name == "norm-trend":
-        return NormTrend(settings.alpha, settings.shift, settings.max_fraction, settings.interval)
+        return NormTrend(
+            settings.alpha,
+            settings.shift,
+            settings.max_fraction,
+            settings.interval,
+            spacing=settings.spacing,
+            measure=settings.measure,
+            average=settings.average,
+            align=settings.align,
+        )
     if settings.name == "quadratic":
         if settings.c1 is None or settings.c2 is None:
             raise LowcalError("the schedule 'quadratic' needs c1 and c2; set schedule.c1 and schedule.c2")

@@ -132,7 +132,7 @@ def test_static_constants_can_be_given(tmp_path):
 
 def test_figures_need_these_cells():
     assert ids("figure3") == ["resnet34-imagenet/local", "resnet50-imagenet/local"]
-    assert ids("figure4") == each("resnet50-imagenet", "sgd", "local", "local-growing")
+    assert ids("figure4") == each("resnet50-imagenet", "sgd", "local", "local-prose", "local-growing")
     alphas = (
         "sgd",
         "local-alpha-0.6",

@@ -144,6 +144,15 @@ def test_the_boundarys_path_and_the_memory(results):
     local = next(row for row in memory if row["strategy"] == "local")
     assert (local["first_bytes"], local["last_bytes"], local["half_epoch"]) == (100, 50, 4)
     assert (local["paper_half_epoch"], memory[-1]["state"]) == (33, "not run")
+    prose = cells_of("figure4", results)["local-prose"]
+    assert results.recipe(prose).local.schedule.spacing == "prose"
+    make_run(results, prose, [9.0] * 4, 1.0, boundaries=[0, 3, 6, 9], memory=[100, 60, 50, 40])
+    memory = {
+        row["strategy"]: row for row in memory_rows(make_plan("figure4", results.base), results, 1, paper_half_epoch=33)
+    }
+    read = memory["local, prose"]
+    assert (read["half_epoch"], read["paper_half_epoch"]) == (3, 33)
+    assert memory["local"]["half_epoch"] == 4
 
 
 def test_the_batch_from_epoch_to_epoch(results):
@@ -156,6 +165,7 @@ def test_the_batch_from_epoch_to_epoch(results):
     assert found == {
         "sgd": (None, None, None),
         "local": (16, 16, None),
+        "local, prose": (None, None, None),
         "local, growing batch": (16, 32, 3),
     }
     text = make_sheet(plan, results, 1).text()

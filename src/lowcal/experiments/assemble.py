@@ -16,6 +16,7 @@ from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.strided import slice_inputs
 from lowcal.synced_norm import synchronise
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
@@ -154,6 +155,7 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
     model = model.to(device)
     if puts_channels_last(recipe.channels_last, device, recipe.precision):
         model = model.to(memory_format=torch.channels_last)
+    slice_inputs(model)
     sgd = recipe.optimizer
     optimizer = SGD(
         model.parameters(),

@@ -167,8 +167,8 @@ class Prune(Method):
             if len(places) < group.channels:
                 cut(self.model, self.optimizer, group, torch.tensor(places))
                 self._groups[name] = replace(group, channels=len(places))
+                slice_inputs(self.model)  # a layer may have too few channels now
         self._kept = {name: list(kept[name]) for name in self._groups}
-        slice_inputs(self.model)  # a layer may have too few channels now
 
     def _remove_branch(self, block: ResidualBlock) -> None:
         rest = block.rest()

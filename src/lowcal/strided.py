@@ -1,7 +1,7 @@
 """Strided 1x1 convolutions with few input channels, whose weight gradient writes outside its memory on a CPU.
 
 With channels last, oneDNN's weight gradient of such a layer in float32 uses a workspace that is too small: the process
-crashes, hangs, or goes on with wrong numbers (torch 2.10 to 2.15; https://github.com/uxlfoundation/oneDNN/issues/6035).
+crashes, hangs, or can give wrong numbers (torch 2.10 to 2.15; https://github.com/uxlfoundation/oneDNN/issues/6035).
 The layer reads only each `stride`-th position. So it is a convolution of stride 1 over those positions, which is right.
 """
 
@@ -44,6 +44,10 @@ def slice_inputs(model: nn.Module) -> list[str]:
     return changed
 
 
-def _slice(stride: tuple[int, int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """The positions of the input (..., H, W) that a 1x1 convolution of this stride reads."""
-    return inputs[0][..., :: stride[0], :: stride[1]]
+def slice_positions(inputs: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The positions of `inputs` (..., H, W) that a 1x1 convolution of this stride reads; a view."""
+    return inputs[..., :: stride[0], :: stride[1]]
+
+
+def _slice(stride: tuple[int, ...], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return slice_positions(inputs[0], stride)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from lowcal.errors import LowcalError, is_count, is_number
+from lowcal.strided import is_unsafe, slice_positions
 
 
 @runtime_checkable
@@ -239,12 +240,15 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor
         pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         a, before = F.pad(a, pads, mode), [0] * spatial
+    stride: tuple[int, ...] = module.stride
+    if is_unsafe(module):
+        a, stride = slice_positions(a, stride), (1, 1)
     return torch.ops.aten.convolution_backward(
         z,
         a,
         module.weight,
         None,
-        module.stride,
+        stride,
         before,
         module.dilation,
         False,

@@ -133,6 +133,15 @@ def test_channels_come_last_where_steps_are_the_faster_for_it():
     assert puts_channels_last(False, CPU, "float32") is False
 
 
+@pytest.mark.parametrize(("width", "sliced"), [(4, ["stages.1.0.shortcut.0", "stages.2.0.shortcut.0"]), (16, [])])
+def test_the_record_names_the_layers_whose_input_is_sliced(tmp_path, width, sliced):
+    chosen = recipe(
+        "epochs=1", f"model.width={width}", "data.name=synthetic", "data.train_images=20", "data.test_images=10"
+    )
+    build_run(chosen, method="sgd", folder=tmp_path / "run", data=load_data(chosen, None), device=CPU)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["sliced_layers"] == sliced
+
+
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cpu:0", "CUDA", "mps", "cuda:4096"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(LowcalError, match="device"):

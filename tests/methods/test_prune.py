@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowcal import LowcalError
 from lowcal.methods import PruneSettings, build_method
 from lowcal.models import SmallResNet
+from lowcal.strided import is_unsafe
 from lowcal.training.cost import dry_cost
 
 from ..support import same, sgd, train_step, weights
@@ -217,6 +218,25 @@ def test_channels_last_weights_stay_so():
     zero_stem(model, [1])
     method.end_epoch(1.0)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
+
+
+def test_a_strided_1x1_convolution_that_becomes_narrow_is_sliced():
+    torch.manual_seed(2)
+    model = SmallResNet((1, 1), classes=3, in_channels=2, width=16)
+    _, method = built(model)
+    zero_stem(model, [1, 2])
+    images = batches(1)[0][0]
+    expected = model.eval()(images)
+    assert not any(map(is_unsafe, model.modules()))
+    assert method.end_epoch(1.0)
+    shortcut = model.stages[1][0].shortcut[0]
+    assert (shortcut.in_channels, shortcut.stride) == (14, (1, 1))
+    torch.testing.assert_close(model(images), expected)
+    state = method.state_dict()
+    other = SmallResNet((1, 1), classes=3, in_channels=2, width=16)
+    _, method = built(other)
+    method.load_state_dict(state)
+    assert not any(map(is_unsafe, other.modules()))
 
 
 def prune_branch(model, block):

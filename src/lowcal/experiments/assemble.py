@@ -16,6 +16,7 @@ from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.strided import slice_inputs
 from lowcal.synced_norm import synchronise
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
@@ -83,7 +84,7 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
     cpu = torch.device("cpu")
     for method in methods:
         with torch.random.fork_rng([]):
-            model, optimizer, attached = _parts(recipe, method, data, cpu)
+            model, optimizer, attached, _ = _parts(recipe, method, data, cpu)
         if recipe.step != "auto":
             find_step(recipe.step).check(model, optimizer, attached, device)
         attached.detach()
@@ -107,7 +108,7 @@ def build_run(
     """
     ranks = ranks or Ranks()
     torch.manual_seed(recipe.seed)
-    model, optimizer, attached = _parts(recipe, method, data, device)
+    model, optimizer, attached, sliced = _parts(recipe, method, data, device)
     if recipe.sync_batch_norm and ranks.world > 1:
         synchronise(model)
     if reopen or not ranks.is_main:
@@ -116,7 +117,7 @@ def build_run(
         files = RunFolder.create(
             folder,
             recipe=dump_recipe(recipe),
-            environment={**gather_environment(str(device)), "ranks": ranks.world},
+            environment={**gather_environment(str(device)), "ranks": ranks.world, "sliced_layers": sliced},
             identity={
                 "method": method,
                 "recipe": recipe.name,
@@ -147,13 +148,17 @@ def build_run(
     )
 
 
-def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> tuple[nn.Module, SGD, Method]:
+def _parts(
+    recipe: Recipe, method: str, data: Dataset, device: torch.device
+) -> tuple[nn.Module, SGD, Method, list[str]]:
+    """The network, its optimizer, the method, and the names of the layers that `slice_inputs` changed."""
     shape = data.image_shape
     model = build_model(recipe.model.name, classes=len(data.classes), in_channels=shape[0], width=recipe.model.width)
     check_input(model, recipe.model.name, shape)
     model = model.to(device)
     if puts_channels_last(recipe.channels_last, device, recipe.precision):
         model = model.to(memory_format=torch.channels_last)
+    sliced = slice_inputs(model)
     sgd = recipe.optimizer
     optimizer = SGD(
         model.parameters(),
@@ -173,7 +178,7 @@ def _parts(recipe: Recipe, method: str, data: Dataset, device: torch.device) -> 
         example_inputs=example,
         seed=recipe.seed,
     )
-    return model, optimizer, attached
+    return model, optimizer, attached, sliced
 
 
 def _growth(batch: BatchSettings, images: int) -> Growth:

@@ -53,7 +53,7 @@ def time_layers(
         dtype = PRECISIONS[precision] if index else None
         inputs = torch.randn_like(shapes[name], dtype=dtype, device=images.device, requires_grad=index > 0)
         with autocast(images.device, precision):
-            outputs = module(inputs)
+            outputs = module.forward(inputs)  # what its hooks do to the input has been done
         works = {
             "local": Work(_LocalUpdate(module, inputs.detach(), outputs.detach())),
             "backward": Work(_Backward(module, inputs, outputs)),

@@ -21,6 +21,7 @@ from lowcal.experiments.recipe import LocalSettings
 from lowcal.experiments.timing import Work
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
+from lowcal.strided import slice_inputs
 from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 from lowcal.training.epoch import now
@@ -52,6 +53,7 @@ class Workshop:
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
+        slice_inputs(self.model)
         self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.make
         self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.drawn())
         self.order = trace(self.model, self.images[:1])

@@ -20,6 +20,7 @@ from lowcal.methods.base import Method
 from lowcal.methods.pruning.groups import Group, find_groups
 from lowcal.methods.pruning.slicing import cut, drop_parameters
 from lowcal.methods.residual import ResidualBlock, residual_blocks
+from lowcal.strided import slice_inputs
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Prune(Method):
             if len(places) < group.channels:
                 cut(self.model, self.optimizer, group, torch.tensor(places))
                 self._groups[name] = replace(group, channels=len(places))
+                slice_inputs(self.model)  # a layer may have too few channels now
         self._kept = {name: list(kept[name]) for name in self._groups}
 
     def _remove_branch(self, block: ResidualBlock) -> None:

@@ -186,6 +186,18 @@ IMAGES = ["--set", "data={name: image-folder, image_size: 8}", "--set", "batch=2
 WRONG = {
     "no such command": (["compar"], "'compare'"),
     "no such option": (["compare", "--recipee", "digits"], "'--recipe'"),
+    "option of other programs": (["compare", "--epochs", "3"], "no option '--epochs'; use --set epochs=3"),
+    "the same with =": (["train", "--epochs=3"], "no option '--epochs'; use --set epochs=3"),
+    "rate": (["train", "--lr", "0.1", "--quiet"], "no option '--lr'; use --set optimizer.lr=0.1"),
+    "batch option": (["sweep", "--batch", "64"], "no option '--batch'; use --set batch=64"),
+    "model option": (["reproduce", "table1", "--model", "vgg13"], "no option '--model'; use --set model.name=vgg13"),
+    "width option": (["compare", "--width", "8"], "no option '--width'; use --set model.width=8"),
+    "seed option": (["compare", "--seed", "3"], "no option '--seed'; use --set seed=3"),
+    "option with a dash": (["train", "--weight-decay", "0"], "use --set optimizer.weight_decay=0"),
+    "option without its value": (["train", "--seed", "--quiet"], "no option '--seed'; use --set seed=VALUE"),
+    "value for a shell": (["train", "--precision", "a b"], "use --set 'precision=a b'"),
+    "option of a section": (["train", "--decay-every", "3"], "no option '--decay-every'; use --set local"),
+    "command without settings": (["layers", "--lr", "1"], "no option '--lr'; "),
     "option without value": (["compare", "--recipe"], "--recipe"),
     "missing option": (["layers"], "'--model'"),
     "missing argument": (["report", "--out", "out"], "runs"),
@@ -380,6 +392,27 @@ def test_a_diverging_run_stops_and_says_where(here, capsys):
 
 
 # As a process of its own
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["compare", "--epochs", "3"],
+        ["compare", "--recipe", "digit"],
+        ["train", "--set", "epochs=0"],
+        ["report", "none", "--out", "out"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_mistakes_in_the_command_line_do_not_wait_for_torch(here, arguments):
+    code = (
+        "import sys; from lowcal.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch is loaded' if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_real_ctrl_c_in_a_process(here):

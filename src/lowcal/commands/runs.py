@@ -20,7 +20,6 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
-from lowcal.training.joining import joined
 from lowcal.training.launch import Launch
 
 if TYPE_CHECKING:
@@ -112,25 +111,30 @@ def train(
     Under torchrun each process takes its share of each mini-batch: torchrun --nproc-per-node N -m lowcal train ...
     """
     from lowcal.console import Display
-    from lowcal.experiments.assemble import find_device
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
-    from lowcal.experiments.train import started_with
-    from lowcal.experiments.train import train as run
-    from lowcal.methods import find_method
     from lowcal.report.tables import duration
 
     launch = Launch.read()
     if out is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
+    changes = [*(settings or []), *(["deterministic=true"] * deterministic)]
+    chosen = load_recipe(recipe or "digits")
+    if recipe or not resume:
+        chosen = apply_settings(chosen, changes)
+
+    from lowcal.experiments.assemble import find_device  # these take seconds, so mistakes in settings come first
+    from lowcal.experiments.train import started_with
+    from lowcal.experiments.train import train as run
+    from lowcal.methods import find_method
+    from lowcal.training.joining import joined
+
     with joined(find_device(device, launch)) as ranks:
         if resume and out is not None:
             kept, kept_method = started_with(out, ranks)
-            base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
-        else:
-            base, method = load_recipe(recipe or "digits"), method or "local"
+            chosen, method = (chosen if recipe else apply_settings(kept, changes)), method or kept_method
+        method = method or "local"
         find_method(method)  # refuses an unknown one before anything is said of the run
-        chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
         folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
         with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:

@@ -20,6 +20,18 @@ _WORDS: dict[type, str] = {
     dict: "a mapping such as {5: 2, 10: 4}",
 }
 
+# Other programs' options whose names are not those of settings, or are those of several.
+_OPTIONS = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "batch": "batch",
+    "batch_size": "batch",
+    "model": "model.name",
+    "arch": "model.name",
+    "dataset": "data.name",
+    "data": "data.name",
+}
+
 
 def setting_types(key: str) -> frozenset[type]:
     """The plain types that the value of the setting `key` may have, such as {int, NoneType}; a section has none.
@@ -103,6 +115,15 @@ def nearest_key(key: str) -> str:
     if match:
         return "; did you mean " + " or ".join(f"'{m}'" for m in match) + "?"
     return nearest(key, Recipe.model_fields)
+
+
+def setting_meant_by(name: str) -> str | None:
+    """The key that other programs' option `name` would set (`lr` for optimizer.lr); None where there is none."""
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    keys = list(_known_keys(Recipe))
+    found = [key for key in keys if key == name] or [key for key in keys if key.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
 
 
 def _known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:

@@ -66,13 +66,15 @@ def compare(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.report.titles import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
     with resumable(context, folder, more), Display(quiet=quiet) as display:
-        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed{'s' * (seeds > 1)} each; in {folder}")
+        many = f"{seeds} seed{'s' * (seeds > 1)} each"
+        display.note(f"{title(chosen.model_dump())}: {', '.join(names)}, {many}; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
 
@@ -113,6 +115,7 @@ def train(
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
     from lowcal.report.tables import duration
+    from lowcal.report.titles import title
 
     launch = Launch.read()
     if out is None and (resume or launch.may_restart):
@@ -139,7 +142,7 @@ def train(
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
         with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
-            display.note(f"{chosen.label}: {method}{among}; in {folder}")
+            display.note(f"{title(chosen.model_dump())}: {method}{among}; in {folder}")
             summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)
     if not ranks.is_main:
         return
@@ -199,9 +202,10 @@ def _show(report: Report) -> None:
     from lowcal.console import comparison_table
 
     summary = report.summary
-    print(f"{summary['label'] or summary['recipe']}: {summary['dataset']}, {summary['environment']['device_name']}\n")
+    print(f"{summary['title']}; {summary['environment']['device_name']}")
+    print(f"recipe: {summary['label'] or summary['recipe']}\n")
     print(f"{comparison_table(summary['rows'])}\n")
-    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch; boundary: at the end")
     for note in report.notes:
         print(note)
     print(f"report: {report.page}")

@@ -142,6 +142,35 @@ def test_report_joins_runs(here, capsys):
     assert (here / "both" / "report.html").is_file()
 
 
+def test_titles_say_what_ran_and_not_what_the_recipe_is_called(here, capsys):
+    folders(here / "pets", {"cat": 4, "dog": 4})
+    options = [*IMAGES, "--set", "model.width=8", "--set", "batch=4", "--data-dir", "pets", "--out", "out"]
+    assert main(["compare", "--recipe", "resnet18-cifar10", "--methods", "sgd,local", *options]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    told = "ResNet18 of width 8 on the image folder 'pets' (2 classes, 8x8), 1 epoch, 8 images"
+    assert output.count(told) == 1  # the first line comes before the images are counted
+    assert "recipe: resnet18-cifar10 with epochs=1, batch=4, model.width=8, data.name=image-folder" in output
+    written = [(here / "out" / name).read_text() for name in ("summary.json", "summary.md", "report.html")]
+    for text in (output, *written):
+        assert "CIFAR-10" not in text
+        assert "published" not in text
+    assert json.loads(written[0])["title"] == told
+    assert told in written[1]
+    assert f"<title>{told}</title>".replace("'", "&#39;") in written[2]
+    assert "The boundary of local never moved" in output
+
+
+def test_runs_of_other_images_beside_one_another_are_told(here, capsys):
+    images = "data={name: synthetic, train_images: %s, test_images: 32, image_size: 8, classes: 4}"
+    for method, count in (("sgd", 64), ("local", 32)):
+        assert main(["train", "--method", method, *small(images % count), "--out", method, "--quiet"]) == 0
+    assert main(["report", "sgd", "local", "--out", "both"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "errors and times are not compared: sgd images.train=64, " in shown
+    sgd, local = json.loads((here / "both" / "summary.json").read_text())["rows"]
+    assert (sgd["speedup"], local["speedup"]) == (1.0, None)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["compare", "--help"], ["--version"]])
 def test_help_and_version(arguments, capsys):
     assert main(arguments) == 0

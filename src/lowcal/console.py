@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ class Display:
 
 
 def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns or little more."""
+    """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
     return table(
         ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"),
         [
@@ -151,6 +152,11 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
         ],
         left=(0,),
     )
+
+
+def paragraph(text: str) -> str:
+    """The text broken between words at 80 columns."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -225,10 +231,10 @@ def _error(row: Mapping[str, Any]) -> str:
 
 
 def _memory(peak: float, last: float) -> str:
-    """The peak of all epochs and that of the last one, in one unit: 16.6→9.02 MiB."""
+    """The peak of all epochs and that of the last one, in one unit: 16.6→9.02MiB."""
     if last == peak:
         return memory(peak)
-    return f"{memory(peak).split()[0]}→{memory(last, of=peak)}"
+    return f"{memory(peak).split()[0]}→{memory(last, of=peak).replace(' ', '')}"
 
 
 def _speed(images_per_second: float | None) -> str:

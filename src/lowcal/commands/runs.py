@@ -199,13 +199,15 @@ def report(
 
 def _show(report: Report) -> None:
     """Print a report's table, and what a reader must know beside it."""
-    from lowcal.console import comparison_table
+    from lowcal.console import comparison_table, paragraph
 
     summary = report.summary
-    print(f"{summary['title']}; {summary['environment']['device_name']}")
-    print(f"recipe: {summary['label'] or summary['recipe']}\n")
-    print(f"{comparison_table(summary['rows'])}\n")
-    print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch; boundary: at the end")
+    seeds = sorted({row["seeds"] for row in summary["rows"]})
+    many = " to ".join(str(count) for count in (seeds[0], *seeds[1:][-1:])) + f" seed{'s' * (seeds[-1] > 1)}"
+    print(paragraph(f"{summary['title']}; {many}; {summary['environment']['device_name']}"))
+    print(paragraph(f"recipe: {summary['label'] or summary['recipe']}"))
+    print(f"\n{comparison_table(summary['rows'])}\n")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch")
     for note in report.notes:
-        print(note)
+        print(paragraph(note))
     print(f"report: {report.page}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import BatchSettings, Recipe, Settings
-from lowcal.experiments.recipe_keys import allowed_values, as_written, nearest_key, section_of, unknown_keys
+from lowcal.experiments.recipe_keys import allowed_values, as_written, known_keys, nearest_key, section_of, unknown_keys
 from lowcal.report.titles import title
 
 
@@ -112,7 +112,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str,
     before = _packaged(recipe.name) if recipe.name in recipe_names() else recipe
     changes = _changes(before, changed)
     named = [f"{key}={_show(value)}" for key, value in list(changes.items())[:MOST_CHANGES]]
-    named += [f"{len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
+    named += [f"and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
     # Changed once more, a user's recipe is compared with the changed one, whose label names the changes so far.
     start = f"{recipe.name} with "
     so_far = f"{before.label}, " if before.label.startswith(start) else start
@@ -157,12 +157,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def _changes(old: Recipe, new: Recipe) -> dict[str, Any]:
     """What `new` has otherwise than `old`, by dotted key, as a person would write it."""
-    left, right = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
-    return {
-        ".".join(as_written(key.split("."))): value
-        for key, value in right.items()
-        if (key not in left or left[key] != value) and key not in UNSAID
-    }
+    keys = [key for key in known_keys(Recipe) if key not in UNSAID]
+    values = {key: (reduce(getattr, key.split("."), old), reduce(getattr, key.split("."), new)) for key in keys}
+    return {".".join(as_written(key.split("."))): there for key, (before, there) in values.items() if there != before}
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

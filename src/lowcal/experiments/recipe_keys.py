@@ -106,7 +106,7 @@ def unknown_keys(data: Mapping[str, Any], model: type[Settings], prefix: str) ->
 
 def nearest_key(key: str) -> str:
     """The remedy for an unknown key: the nearest full key, also where only its last part was given."""
-    known = list(_known_keys(Recipe))
+    known = list(known_keys(Recipe))
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not match:
         leaf = key.rpartition(".")[2]
@@ -121,18 +121,19 @@ def setting_meant_by(name: str) -> str | None:
     """The key that other programs' option `name` would set (`lr` for optimizer.lr); None where there is none."""
     if name in _OPTIONS:
         return _OPTIONS[name]
-    keys = list(_known_keys(Recipe))
+    keys = list(known_keys(Recipe))
     found = [key for key in keys if key == name] or [key for key in keys if key.endswith(f".{name}")]
     return found[0] if len(found) == 1 else None
 
 
-def _known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
+def known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all settings of `model`; `prefix` goes before each."""
     for field in model.model_fields:
         inner = section_of(model, field)
         if inner is None:
             yield f"{prefix}{field}"
         else:
-            yield from _known_keys(inner, f"{prefix}{field}.")
+            yield from known_keys(inner, f"{prefix}{field}.")
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

@@ -57,5 +57,5 @@ def of_two(mean: float, deviation: float) -> tuple[float, float]:
 def spread_notes(seeds: Iterable[int]) -> list[str]:
     """Return what a reader must know of the spreads in a table whose rows are of so many seeds each."""
     counts = set(seeds)
-    notes = ["In brackets: the lower and the higher of two seeds."] if 2 in counts else []
+    notes = ["a to b: the lower and the higher of two seeds."] if 2 in counts else []
     return [*notes, "± is the sample deviation over seeds."] if max(counts, default=0) > 2 else notes

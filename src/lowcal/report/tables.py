@@ -70,8 +70,8 @@ class Row:
 
     @property
     def never_moved(self) -> bool:
-        """Whether the method has a boundary, which stayed at 0, so that it trained as sgd does."""
-        return self.method in MOVING and self.boundary == 0
+        """Whether the method has a boundary, which stayed at 0 to the end, so that it trained as sgd does."""
+        return self.finished and self.method in MOVING and self.boundary == 0
 
     @property
     def is_speedup_in_spread(self) -> bool:

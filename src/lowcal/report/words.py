@@ -43,9 +43,7 @@ def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
         notes.append(f"Errors are of {images} test images, 95 % intervals: {', '.join(intervals)}.")
     first, *others = (group[0] for group in by_method(runs).values())
     if keys := list(dict.fromkeys(key for other in others for key in differing(first, other))):
-        told = [
-            f"{run.method} {', '.join(f'{key}={run.subject.get(key)}' for key in keys)}" for run in (first, *others)
-        ]
+        told = [f"{run.method} {_values(run, keys)}" for run in (first, *others)]
         notes.append(f"Not the same network and images, so errors and times are not compared: {'; '.join(told)}.")
     finished = {row.method: row.epochs for row in rows if row.finished}
     if len(set(finished.values())) > 1:
@@ -119,5 +117,5 @@ def _points(row: Row, baseline: Row, *, full: bool) -> str:
     if row.test_images:
         low, high = difference_interval(row.top1_error, baseline.top1_error, row.test_images)
         if low <= 0 <= high:
-            return f"{text} (within the 95 % interval of {row.test_images:,} test images)"
+            return f"{text} (too little for {row.test_images:,} test images to tell)"
     return text

@@ -49,7 +49,12 @@ def lines(path: Path) -> list[dict]:
 def test_compare_prints_one_table_and_writes_runs_and_report(here, capsys):
     assert main(["compare", *small(), "--seeds", "2", "--out", "out"]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100
+    first, *others = text.splitlines()
+    assert first == (
+        "ResNet8 of width 4 on synthetic images (4 classes, 8x8), 2 epochs, 64 images: "
+        "sgd, local, freeze, 2 seeds each; in out"
+    )
+    assert max(map(len, others)) <= 100
     table = text[text.index("method") :].splitlines()
     assert all(len(line) <= 80 for line in table)
     assert [line.split()[0] for line in table[2:5]] == ["sgd", "local", "freeze"]

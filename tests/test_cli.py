@@ -365,6 +365,16 @@ def test_runs_of_another_recipe_are_not_mixed(here, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
+def test_a_run_is_not_resumed_on_images_of_other_classes(here, monkeypatch, capsys):
+    folders(here / "pets", {"cat": 4, "dog": 4})
+    folders(here / "more", {"cat": 4, "cow": 4, "dog": 4})
+    options = [*IMAGES, "--set", "model.width=8", "--set", "epochs=3", "--method", "sgd", "--out", "out"]
+    assert interrupted(["train", *options, "--data-dir", "pets"], 1, monkeypatch) == 130
+    capsys.readouterr()
+    refused(["train", "--resume", "--out", "out", "--data-dir", "more"], "started on images of 2 classes", capsys)
+    assert main(["train", "--resume", "--out", "out", "--data-dir", "pets", "--quiet"]) == 0
+
+
 def interrupted(arguments: list[str], epochs: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """`main`, with Ctrl-C in the first epoch after `epochs` epochs of all runs together."""
     whole = Run.run_epoch

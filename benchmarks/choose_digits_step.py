@@ -17,6 +17,7 @@ from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.report.intervals import with_spread
 from lowcal.training.environment import gather_environment
 from lowcal.training.files import write_json
 
@@ -79,9 +80,9 @@ def main() -> None:
         own = recipe if lr is None else apply_settings(recipe, [f"local.lr={lr}"])
         row = measure(own, method, arguments.seeds, data)
         rows.append(row)
+        error = with_spread(row["top1_error"], row["top1_error_std"], row["n"], 2)
         print(
-            f"{method:6}  {'' if lr is None else lr:<7}  {row['top1_error']:5.2f} ± {row['top1_error_std']:.2f} %"
-            f"  ({row['n']} seeds)",
+            f"{method:6}  {'' if lr is None else lr:<7}  {error} %  ({row['n']} seeds)",
             flush=True,
         )
     chosen = choose([row for row in rows if row["method"] == "local"])

@@ -27,6 +27,7 @@ from lowcal.experiments.reproduction.scales import find_scale
 from lowcal.experiments.reproduction.training import missing, train_missing
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
+from lowcal.report.intervals import with_spread
 from lowcal.report.runs import RunData
 from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.files import write_json
@@ -141,12 +142,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        deviation = "" if row["top1_error_std"] is None else f" ± {row['top1_error_std']:.2f}"
+        measured = with_spread(row["top1_error"], row["top1_error_std"], row["seeds"], 2)
         last = "–" if not any(row["boundary"]) else f"{statistics.mean(row['boundary']):.3g} of {row['layers']}"
         rival = "–" if row["sgd_in_that_time"] is None else f"{row['sgd_in_that_time']:.2f}"
         error = "–" if row["paper_top1_error"] is None else f"{row['paper_top1_error']:.2f}"
         paper = "–" if row["paper_speedup"] is None else f"{row['paper_speedup']:.2f}×"
-        measured = f"{row['top1_error']:.2f}{deviation} | {error} | {row['steady_speedup']:.2f}×"
+        measured = f"{measured} | {error} | {row['steady_speedup']:.2f}×"
         work = f"{row['flops_ratio']:.2f}× | {last} | {rival} | {row['seeds']}"
         lines.append(f"| {row['name']} | {measured} | {paper} | {work} |")
     return "\n".join(lines) + "\n"

@@ -49,7 +49,12 @@ def lines(path: Path) -> list[dict]:
 def test_compare_prints_one_table_and_writes_runs_and_report(here, capsys):
     assert main(["compare", *small(), "--seeds", "2", "--out", "out"]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 100
+    first, *others = text.splitlines()
+    assert first == (
+        "ResNet8 of width 4 on synthetic images (4 classes, 8x8), 2 epochs, 64 images: "
+        "sgd, local, freeze, 2 seeds each; in out"
+    )
+    assert max(map(len, others)) <= 100
     table = text[text.index("method") :].splitlines()
     assert all(len(line) <= 80 for line in table)
     assert [line.split()[0] for line in table[2:5]] == ["sgd", "local", "freeze"]
@@ -142,6 +147,35 @@ def test_report_joins_runs(here, capsys):
     assert (here / "both" / "report.html").is_file()
 
 
+def test_titles_say_what_ran_and_not_what_the_recipe_is_called(here, capsys):
+    folders(here / "pets", {"cat": 4, "dog": 4})
+    options = [*IMAGES, "--set", "model.width=8", "--set", "batch=4", "--data-dir", "pets", "--out", "out"]
+    assert main(["compare", "--recipe", "resnet18-cifar10", "--methods", "sgd,local", *options]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    told = "ResNet18 of width 8 on the image folder 'pets' (2 classes, 8x8), 1 epoch, 8 images"
+    assert output.count(told) == 1  # the first line comes before the images are counted
+    assert "recipe: resnet18-cifar10 with epochs=1, batch=4, model.width=8, data.name=image-folder" in output
+    written = [(here / "out" / name).read_text() for name in ("summary.json", "summary.md", "report.html")]
+    for text in (output, *written):
+        assert "CIFAR-10" not in text
+        assert "published" not in text
+    assert json.loads(written[0])["title"] == told
+    assert told in written[1]
+    assert f"<title>{told}</title>".replace("'", "&#39;") in written[2]
+    assert "The boundary of local never moved" in output
+
+
+def test_runs_of_other_images_beside_one_another_are_told(here, capsys):
+    images = "data={name: synthetic, train_images: %s, test_images: 32, image_size: 8, classes: 4}"
+    for method, count in (("sgd", 64), ("local", 32)):
+        assert main(["train", "--method", method, *small(images % count), "--out", method, "--quiet"]) == 0
+    assert main(["report", "sgd", "local", "--out", "both"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "errors and times are not compared: sgd images.train=64, " in shown
+    sgd, local = json.loads((here / "both" / "summary.json").read_text())["rows"]
+    assert (sgd["speedup"], local["speedup"]) == (1.0, None)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["compare", "--help"], ["--version"]])
 def test_help_and_version(arguments, capsys):
     assert main(arguments) == 0
@@ -186,6 +220,18 @@ IMAGES = ["--set", "data={name: image-folder, image_size: 8}", "--set", "batch=2
 WRONG = {
     "no such command": (["compar"], "'compare'"),
     "no such option": (["compare", "--recipee", "digits"], "'--recipe'"),
+    "option of other programs": (["compare", "--epochs", "3"], "no option '--epochs'; use --set epochs=3"),
+    "the same with =": (["train", "--epochs=3"], "no option '--epochs'; use --set epochs=3"),
+    "rate": (["train", "--lr", "0.1", "--quiet"], "no option '--lr'; use --set optimizer.lr=0.1"),
+    "batch option": (["sweep", "--batch", "64"], "no option '--batch'; use --set batch=64"),
+    "model option": (["reproduce", "table1", "--model", "vgg13"], "no option '--model'; use --set model.name=vgg13"),
+    "width option": (["compare", "--width", "8"], "no option '--width'; use --set model.width=8"),
+    "seed option": (["compare", "--seed", "3"], "no option '--seed'; use --set seed=3"),
+    "option with a dash": (["train", "--weight-decay", "0"], "use --set optimizer.weight_decay=0"),
+    "option without its value": (["train", "--seed", "--quiet"], "no option '--seed'; use --set seed=VALUE"),
+    "value for a shell": (["train", "--precision", "a b"], "use --set 'precision=a b'"),
+    "option of a section": (["train", "--decay-every", "3"], "no option '--decay-every'; use --set local"),
+    "command without settings": (["layers", "--lr", "1"], "no option '--lr'; "),
     "option without value": (["compare", "--recipe"], "--recipe"),
     "missing option": (["layers"], "'--model'"),
     "missing argument": (["report", "--out", "out"], "runs"),
@@ -319,6 +365,16 @@ def test_runs_of_another_recipe_are_not_mixed(here, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
+def test_a_run_is_not_resumed_on_images_of_other_classes(here, monkeypatch, capsys):
+    folders(here / "pets", {"cat": 4, "dog": 4})
+    folders(here / "more", {"cat": 4, "cow": 4, "dog": 4})
+    options = [*IMAGES, "--set", "model.width=8", "--set", "epochs=3", "--method", "sgd", "--out", "out"]
+    assert interrupted(["train", *options, "--data-dir", "pets"], 1, monkeypatch) == 130
+    capsys.readouterr()
+    refused(["train", "--resume", "--out", "out", "--data-dir", "more"], "started on images of 2 classes", capsys)
+    assert main(["train", "--resume", "--out", "out", "--data-dir", "pets", "--quiet"]) == 0
+
+
 def interrupted(arguments: list[str], epochs: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """`main`, with Ctrl-C in the first epoch after `epochs` epochs of all runs together."""
     whole = Run.run_epoch
@@ -380,6 +436,27 @@ def test_a_diverging_run_stops_and_says_where(here, capsys):
 
 
 # As a process of its own
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["compare", "--epochs", "3"],
+        ["compare", "--recipe", "digit"],
+        ["train", "--set", "epochs=0"],
+        ["report", "none", "--out", "out"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_mistakes_in_the_command_line_do_not_wait_for_torch(here, arguments):
+    code = (
+        "import sys; from lowcal.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch is loaded' if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_real_ctrl_c_in_a_process(here):

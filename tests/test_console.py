@@ -11,12 +11,14 @@ from lowcal.training.trainer import Progress
 def row(**changes):
     plain = {
         "method": "stochastic-depth",
-        "top1_error": 100.0,
+        "top1_error": 99.99,
         "top1_error_std": 12.345,
         "seconds": 359_999.0,
         "speedup": 12.345,
         "flops_ratio": 0.5,
+        "seeds": 3,
         "peak_memory_bytes": 143 * 1024**3,
+        "last_memory_bytes": 60.1 * 1024**3,
         "boundary": 112.5,
         "layers": 155,
     }
@@ -26,14 +28,24 @@ def row(**changes):
 def test_the_widest_comparison_fits_in_80_columns():
     table = comparison_table([row(), row(method="sgd", top1_error_std=None, speedup=None, flops_ratio=None)])
     assert max(map(len, table.splitlines())) <= 80
-    assert "100.00 ± 12.35" in table
-    assert "112.5/155" in table
+    assert "99.99 ± 12.35" in table
+    assert "143→60.1GiB" in table
+    assert "112/155" in table
 
 
 def test_a_whole_boundary_has_no_point_and_what_is_unknown_is_a_dash():
     line = comparison_table([row(boundary=6.0, speedup=None, top1_error=None, top1_error_std=None)]).splitlines()[2]
     assert line.endswith("  6/155")
     assert line.split()[1] == "-"
+
+
+def test_two_seeds_are_shown_as_they_are_and_no_boundary_as_none():
+    pair = row(method="sgd", seeds=2, top1_error=11.0, top1_error_std=2**0.5, boundary=0, last_memory_bytes=2**20)
+    line = comparison_table([pair | {"peak_memory_bytes": 2**20}]).splitlines()[2]
+    assert "10.00 to 12.00" in line
+    assert "1.00 MiB" in line
+    assert line.endswith("  -")
+    assert "±" not in line
 
 
 def test_long_names_of_layers_are_not_cut():

@@ -102,8 +102,8 @@ KINDS = {
 LOADERS: dict[str, dict[str, Any]] = {
     "image-folder": {"image_size": SIDE},
     "cifar10": {},
-    "imagenet": {"image_size": SIDE, "workers": 0},
-    "imagenet, 2 workers": {"image_size": SIDE, "workers": 2},
+    "imagenet": {"image_size": SIDE, "classes": 2, "workers": 0},
+    "imagenet, 2 workers": {"image_size": SIDE, "classes": 2, "workers": 2},
 }
 
 
@@ -114,7 +114,8 @@ def check(folder: Path, loader: str, kind: Kind) -> None:
         AssertionError: it was neither used as what it shows, nor named in one line, nor left out where that is asked.
     """
     name = loader.partition(",")[0]
-    files = [_write(folder / split, kind) for split in ("train", "val" if name == "imagenet" else "test")]
+    classes = "abcdefghij" if name == "cifar10" else "ab"
+    files = [_write(folder / split, kind, classes) for split in ("train", "val" if name == "imagenet" else "test")]
     reason = kind.reason
     if name == "cifar10" and not kind.is_square:
         reason = "where CIFAR has 32x32"
@@ -135,7 +136,7 @@ def check(folder: Path, loader: str, kind: Kind) -> None:
 
     if not reason:
         for images, labels in read("stop"):
-            assert labels.bincount().tolist() == [2, 3]
+            assert labels.bincount().tolist() == [2, 3, *[2] * (len(classes) - 2)]
             # Augmentation of images in memory puts black around some of them.
             colours = images[labels == 1].amax(dim=(2, 3))
             distance = (colours - torch.tensor(kind.colour)).abs().amax(dim=1)
@@ -151,7 +152,7 @@ def check(folder: Path, loader: str, kind: Kind) -> None:
     assert reason in message, message
     assert "\n" not in message, message
     for images, labels in read("skip"):
-        assert labels.bincount().tolist() == [2, 2]
+        assert labels.bincount().tolist() == [2] * len(classes)
         assert images.isfinite().all()
 
 
@@ -175,9 +176,9 @@ def trials(folder: Path) -> list[Tally]:
     return rows
 
 
-def _write(split: Path, kind: Kind) -> Path:
-    """Two classes of two dark images each, and in the second one of that kind."""
-    for label in "ab":
+def _write(split: Path, kind: Kind, labels: str) -> Path:
+    """Classes of two dark images each, and in the second one of that kind."""
+    for label in labels:
         (split / label).mkdir(parents=True)
         for index in range(2):
             _flat((index, 3, 5)).save(split / label / f"{index}.png")

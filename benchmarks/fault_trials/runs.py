@@ -26,7 +26,7 @@ SETTINGS = (
     "checkpoint.minutes=1e-9",
 )
 WORKERS = (  # files decoded in so many processes
-    "data={{name: imagenet, image_size: 32, workers: {}, train_images: null, test_images: null, classes: null}}"
+    "data={{name: imagenet, image_size: 32, workers: {}, train_images: null, test_images: null, classes: 4}}"
 )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -70,7 +73,31 @@ def _usage(error: Any) -> str:
     context = error.ctx
     if hasattr(error, "possibilities") and context is not None:
         known = [name for option in context.command.params for name in option.opts]
-        return f"there is no option '{error.option_name}'{nearest(error.option_name, known)}"
+        return f"there is no option '{error.option_name}'{_meant_setting(error) or nearest(error.option_name, known)}"
     if "did you mean" in text.lower():
         return text
     return f"{text}; see: {context.command_path if context else 'lowcal'} --help"
+
+
+def _meant_setting(error: Any) -> str:
+    """The `--set` that does what an option that does not exist was meant to do; "" where there is none."""
+    options = [name for option in error.ctx.command.params for name in option.opts]
+    if "--set" not in options:
+        return ""
+    from lowcal.experiments.recipe_keys import setting_meant_by
+
+    key = setting_meant_by(error.option_name.lstrip("-").replace("-", "_"))
+    if key is None:
+        return ""
+    value = _value_of(error.option_name, error.ctx.obj)
+    return f"; use --set {key}=VALUE" if value is None else f"; use --set {shlex.quote(f'{key}={value}')}"
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The value that `option` has among the command's `arguments`: `--epochs 3` or `--epochs=3`; None without one."""
+    for argument, following in pairwise([*arguments, "--"]):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            value = value if equals else following
+            return None if value.startswith("--") else value
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lowcal.experiments.arms import Arm
+from lowcal.report.intervals import of_two
+from lowcal.report.runs import MOVING
 from lowcal.report.tables import duration, memory
 
 if TYPE_CHECKING:
@@ -138,17 +141,22 @@ def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
         [
             (
                 row["method"],
-                _mean(row["top1_error"], row["top1_error_std"], 2),
+                _error(row),
                 duration(row["seconds"]),
                 _ratio(row["speedup"]),
                 _ratio(row["flops_ratio"]),
-                memory(row["peak_memory_bytes"]),
-                f"{_number(row['boundary'], 1).removesuffix('.0')}/{row['layers']}",
+                _memory(row["peak_memory_bytes"], row["last_memory_bytes"]),
+                f"{row['boundary']:.0f}/{row['layers']}" if row["method"] in MOVING or row["boundary"] else "-",
             )
             for row in rows
         ],
         left=(0,),
     )
+
+
+def paragraph(text: str) -> str:
+    """The text broken between words at 80 columns."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -211,8 +219,22 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _mean(mean: float | None, deviation: float | None, digits: int) -> str:
-    return _number(mean, digits) + ("" if deviation is None else f" ± {_number(deviation, digits)}")
+def _error(row: Mapping[str, Any]) -> str:
+    """A mean, of two seeds the two values themselves, so that the table stays within its width."""
+    error, deviation = row["top1_error"], row["top1_error_std"]
+    if error is None or deviation is None:
+        return _number(error, 2)
+    if row["seeds"] == 2:
+        low, high = of_two(error, deviation)
+        return f"{low:.2f} to {high:.2f}"
+    return f"{error:.2f} ± {deviation:.2f}"
+
+
+def _memory(peak: float, last: float) -> str:
+    """The peak of all epochs and that of the last one, in one unit: 16.6→9.02MiB."""
+    if last == peak:
+        return memory(peak)
+    return f"{memory(peak).split()[0]}→{memory(last, of=peak).replace(' ', '')}"
 
 
 def _speed(images_per_second: float | None) -> str:

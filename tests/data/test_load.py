@@ -1,8 +1,13 @@
+import re
+from functools import cache
+
 import pytest
 import torch
 
 from lowcal.data import DATASETS, Batches, load
 from lowcal.errors import LowcalError
+from lowcal.experiments.assemble import load_data
+from lowcal.experiments.recipe_files import apply_settings, load_recipe, recipe_names
 
 
 def rows(images):
@@ -99,3 +104,66 @@ def test_mistakes(arguments, message):
     with pytest.raises(LowcalError, match=message) as caught:
         load(**arguments)
     assert "\n" not in str(caught.value)
+
+
+COUNTS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+
+@pytest.fixture(scope="module")
+def empty_classes(tmp_path_factory):
+    """A function that makes train/ and test/ or val/ with so many class folders, which hold nothing."""
+
+    @cache
+    def make(count, held_out="test"):
+        root = tmp_path_factory.mktemp(f"{count}-{held_out}")
+        for split in ("train", held_out):
+            for label in range(count):
+                (root / split / f"{label:04}").mkdir(parents=True)
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("count", [2, 10, 100, 1000])
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("data", ["its own", *COUNTS])
+def test_a_wrong_number_of_classes_is_refused_by_each_recipe_with_each_data_set(empty_classes, name, data, count):
+    recipe = load_recipe(name)
+    recipe = recipe if data == "its own" else apply_settings(recipe, [f"data.name={data}"])
+    kind = recipe.data.name
+    root = empty_classes(count, "val" if kind == "imagenet" else "test")
+    with pytest.raises(LowcalError) as caught:
+        load_data(recipe, root)
+    text = str(caught.value)
+    assert "\n" not in text
+    if kind == "digits":
+        assert "reads no folder" in text
+    elif COUNTS[kind] == count:
+        assert "class folders without a file" in text  # the right number, so the reader looks at the files
+    else:
+        assert f"holds {count} class folders, but data {kind!r} has {COUNTS[kind]}" in text
+        remedies = re.findall(r"--set (\S+)", text)
+        assert remedies
+        remedied = apply_settings(recipe, remedies)
+        with pytest.raises(LowcalError, match="class folders without a file"):
+            load_data(remedied, root)
+
+
+def test_a_declared_number_of_classes_is_checked(empty_classes):
+    with pytest.raises(LowcalError, match=r"holds 10 class folders, but data\.classes is 2: .* --set data\.classes=10"):
+        load("image-folder", data_dir=empty_classes(10), image_size=8, classes=2)
+
+
+def test_torchvisions_files_of_the_other_cifar_are_named(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(LowcalError, match=r"holds CIFAR-10, but this recipe's data is 'cifar100'.*data\.name=cifar10$"):
+        load("cifar100", data_dir=tmp_path)
+
+
+def test_what_was_drawn_from_is_known(make_folder):
+    data = load("digits", train_images=100, test_images=50, evaluate="validation")
+    assert (data.whole, data.folder) == ((1348, 449), None)
+    data = load("image-folder", data_dir=make_folder(name="pets"), image_size=16, train_images=4)
+    assert (data.whole, data.folder) == ((8, 8), "pets")
+    data = load("cifar10", data_dir=make_folder(classes="abcdefghij"))
+    assert (data.whole, len(data.train)) == ((50_000, 10_000), 40)  # as published, however many are there

@@ -253,3 +253,42 @@ def test_a_shorter_run_has_the_schedule_compressed_or_its_beginning(name):
 def test_a_schedule_shorter_than_the_run_is_refused():
     with pytest.raises(LowcalError, match=r"lr_schedule\.epochs=20: must be at least epochs, which is 30"):
         apply_settings(load_recipe("digits"), ["lr_schedule.epochs=20"])
+
+
+OWN = (
+    "{name: mine, epochs: 3, batch: 4, model: {name: vgg13, width: 8}, data: {name: cifar10, train_images: 300}, "
+    "optimizer: {lr: 0.1}, lr_schedule: {name: cosine}}"
+)
+
+
+def test_a_recipe_without_a_label_gets_one_made_from_what_it_is():
+    recipe = parse_recipe(OWN, "mine.yaml")
+    assert recipe.label == "VGG13 of width 8 on CIFAR-10, 3 epochs, 300 images"
+    assert parse_recipe(dump_recipe(recipe), "again") == recipe
+
+
+def test_a_label_says_what_was_changed_and_nothing_else():
+    recipe = load_recipe("resnet18-cifar10")
+    settings = ["data.name=image-folder", "data.image_size=64", "model.width=8", "epochs=1"]
+    changed = apply_settings(recipe, settings)
+    assert changed.label == (
+        "resnet18-cifar10 with epochs=1, model.width=8, data.name=image-folder, data.image_size=64"
+    )
+    assert apply_settings(changed, settings).label == changed.label  # the same again, as --resume may say it
+    back = ["data.name=cifar10", "data.image_size=null", "model.width=null", "epochs=90"]
+    assert apply_settings(changed, back).label == recipe.label
+    assert apply_settings(recipe, ["seed=3", "epochs=90"]).label == recipe.label
+    assert apply_settings(recipe, ["label=my own", "epochs=1"]).label == "my own"
+    fixed = apply_settings(recipe, ["local.schedule={name: fixed, epochs: {2: 3}}"])
+    assert fixed.label == "resnet18-cifar10 with local.schedule.name=fixed, local.schedule.epochs={2: 3}"
+
+
+def test_the_label_of_ones_own_recipe_names_all_changes_too():
+    once = apply_settings(parse_recipe(OWN, "mine.yaml"), ["epochs=4"])
+    assert once.label == "mine with epochs=4"
+    assert apply_settings(once, ["optimizer.lr=0.2"]).label == "mine with epochs=4, optimizer.lr=0.2"
+
+
+def test_a_label_of_many_changes_says_how_many_more():
+    keys = ["epochs=9", "batch=8", "threads=1", "model.width=8", "optimizer.lr=1.0", "local.lr=1.0", "local.decay=1.0"]
+    assert apply_settings(load_recipe("vgg13-cifar10"), keys).label.endswith("local.lr=1.0, and 1 more")

@@ -218,7 +218,7 @@ def test_a_folder_of_too_few_classes_is_not_the_papers_data(table, tmp_path, cap
     ]
     arguments = [table, "--cells", "resnet34-imagenet/local*", "--device", "cpu", "--data-dir", "data", "--out", "out"]
     line = refusal(capsys, *arguments, *sizes)
-    assert "resnet34-imagenet has 1000 classes, but data holds 2: give the whole data set with --data-dir" in line
+    assert "'data' holds 2 class folders, but data 'imagenet' has 1000: give another --data-dir" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,8 @@ def row(trial, error, seconds=10.0, reason=None, **settings):
 
 def summary(rows, **changes):
     plain = {
-        "label": "A label", "method": "local", "model": "resnet8", "dataset": "digits", "evaluate": "validation",
+        "label": "A label", "title": "A title",
+        "method": "local", "model": "resnet8", "dataset": "digits", "evaluate": "validation",
         "objectives": ["top1_error"], "sampler": "tpe", "seeds": 1, "search": ["local.lr=0.001:0.1:log"],
         "logarithmic": ["local.lr"],
     }  # fmt: skip

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
+from lowcal.report.intervals import wilson
 from lowcal.report.runs import RunData, read_runs
 from lowcal.report.tables import csv_table, duration, make_rows, markdown_table, memory
-from lowcal.report.words import headline
+from lowcal.report.titles import common_title
+from lowcal.report.words import comparison_notes, headline
 
 from .synthetic import MACHINE, write_run
 
@@ -39,6 +41,10 @@ def test_means_deviations_and_ratios_worked_by_hand(tmp_path):
         "peak_memory_bytes": 110,
         "boundary": 0,
         "layers": 9,
+        "last_memory_bytes": 110,
+        "test_images": None,
+        "top1_error_low": None,
+        "top1_error_high": None,
     }
     freeze = rows["freeze"]
     # per seed: 12 / 8 = 1.5 and 10 / 8 = 1.25, not the ratio of the means
@@ -98,12 +104,13 @@ def synthetic_run(seed, error, seconds):
         "epochs": 1,
     }
     return RunData(
-        **dict.fromkeys(("path", "recipe", "model", "dataset", "label", "recipe_text"), None),
+        **dict.fromkeys(("path", "recipe", "model", "dataset", "label"), None),
+        recipe_text="name: digits",
         method="sgd",
         seed=seed,
         planned=1,
         finished=True,
-        records=(),
+        records=({"peak_memory_bytes": 1},),
         results=results,
         environment={},
     )
@@ -132,8 +139,8 @@ def test_the_table_is_rounded_and_escaped(tmp_path):
     write_run(tmp_path, "a|b", 0, error=9.0, seconds=600.0, flops=1500)
     rows = list(rows_of(tmp_path).values())
     _head, _rule, sgd, other = markdown_table(rows).splitlines()
-    assert sgd == "| sgd | 10.01 | 12.00 min | 1.00× | 1.00× | 1.50 GiB | 0 of 9 | 1 |"
-    assert other == "| a\\|b | 9.00 | 10.00 min | 1.20× | 0.50× | 1.00 MiB | 0 of 9 | 1 |"
+    assert sgd == "| sgd | 10.01 | 12.00 min | 1.00× | 1.00× | 1.50 GiB | 1.50 GiB | – | 1 |"
+    assert other == "| a\\|b | 9.00 | 10.00 min | 1.20× | 0.50× | 1.00 MiB | 1.00 MiB | – | 1 |"
 
 
 def test_units():
@@ -195,8 +202,8 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_headline_says_what_came_out(tmp_path):
     write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.3)
-    write_run(tmp_path, "freeze", 0, error=10.4, seconds=10.0)
-    write_run(tmp_path, "local", 0, error=9.96, seconds=15.0)
+    write_run(tmp_path, "freeze", 0, error=10.4, seconds=10.0, boundary=4)
+    write_run(tmp_path, "local", 0, error=9.96, seconds=15.0, boundary=4)
     write_run(tmp_path, "prune", 0, error=10.0, seconds=12.3)
     assert headline(list(rows_of(tmp_path).values())) == (
         "local trained 1.22× slower than SGD at −0.04 points of top-1 error; freeze 1.23× faster at +0.4 points; "
@@ -207,8 +214,8 @@ def test_headline_says_what_came_out(tmp_path):
 def test_headline_says_when_the_seeds_spread_hides_a_difference(tmp_path):
     for seed, shift in enumerate((0.0, 1.0)):
         write_run(tmp_path, "sgd", seed, error=10 + shift, seconds=12.0)
-        write_run(tmp_path, "freeze", seed, error=10.2 + shift, seconds=10.0)
-        write_run(tmp_path, "local", seed, error=15 + shift, seconds=10.0)
+        write_run(tmp_path, "freeze", seed, error=10.2 + shift, seconds=10.0, boundary=4)
+        write_run(tmp_path, "local", seed, error=15 + shift, seconds=10.0, boundary=4)
     assert headline(list(rows_of(tmp_path).values())) == (
         "local trained 1.20× faster than SGD at +5.0 points of top-1 error; "
         "freeze 1.20× faster at +0.2 points (within the seeds' spread)."
@@ -222,3 +229,78 @@ def test_headline_without_a_comparison(tmp_path):
     )
     write_run(tmp_path / "b", "sgd", done=1)
     assert headline(list(rows_of(tmp_path / "b").values())).startswith("No run is finished yet")
+
+
+IMAGES = {"train": 300, "train_of": 50_000, "test": 400, "test_of": 10_000, "classes": 10, "folder": None}
+
+
+def test_a_boundary_that_never_moved_is_said_in_the_place_of_a_comparison(tmp_path):
+    write_run(tmp_path, "sgd", error=10.0, seconds=12.0)
+    write_run(tmp_path, "local", error=10.4, seconds=10.0)
+    rows = list(rows_of(tmp_path).values())
+    assert headline(rows) == "the boundary of local never moved, so that it trained as SGD does."
+    assert comparison_notes(read_runs([tmp_path]), rows) == [
+        "The boundary of local never moved, so that it trained as SGD does: differences from sgd are chance."
+    ]
+
+
+def test_a_speedup_within_the_spread_of_its_seeds_is_said(tmp_path):
+    for seed, (sgd, local, freeze) in enumerate([(12.0, 10.8, 8.0), (10.0, 10.8, 7.0)]):
+        write_run(tmp_path, "sgd", seed, seconds=sgd)
+        write_run(tmp_path, "local", seed, seconds=local, boundary=4, error=30.0)  # 1.11 and 0.93 times as fast
+        write_run(tmp_path, "freeze", seed, seconds=freeze, boundary=4, error=30.0)
+    rows = list(rows_of(tmp_path).values())
+    assert "local trained 1.02× faster than SGD (within the seeds' spread) at +20.0 points" in headline(rows)
+    assert "freeze 1.46× faster at +20.0 points" in headline(rows)
+    assert "Speed-up within the spread of its seeds: local." in comparison_notes(read_runs([tmp_path]), rows)
+
+
+def test_runs_of_other_images_or_networks_are_told_and_not_compared(tmp_path):
+    recipe = "name: digits\nmodel: {{name: resnet8, width: 4}}\ndata: {{name: digits, train_images: %s, workers: %s}}\n"
+    write_run(tmp_path, "sgd", seconds=12.0, recipe=recipe % (300, 1))
+    write_run(tmp_path, "freeze", seconds=10.0, boundary=4, recipe=recipe % (300, 2))  # workers change no image
+    write_run(tmp_path, "local", seconds=10.0, boundary=4, recipe=recipe % (200, 1))
+    rows = rows_of(tmp_path)
+    assert rows["freeze"].speedup == pytest.approx(1.2)
+    assert (rows["local"].speedup, rows["local"].flops_ratio) == (None, None)
+    runs = read_runs([tmp_path])
+    assert (
+        "Not the same network and images, so errors and times are not compared: sgd data.train_images=300; "
+        "local data.train_images=200; freeze data.train_images=300."
+    ) in comparison_notes(runs, list(rows.values()))
+    assert "freeze trained 1.20× faster than SGD" in headline(list(rows.values()))
+    assert "local reached 10.00 % top-1 error in 10.0 s of training" in headline(list(rows.values()))
+    assert common_title([run.titled for run in runs]) == "ResNet8 of width 4 on 8x8 digits, 3 epochs"
+
+
+def test_folders_that_held_other_images_are_told_apart(tmp_path):
+    write_run(tmp_path, "sgd", images=IMAGES)
+    write_run(tmp_path, "local", images=IMAGES | {"train": 200}, boundary=4)
+    assert rows_of(tmp_path)["local"].speedup is None
+
+
+def test_errors_of_few_images_have_their_interval(tmp_path):
+    write_run(tmp_path, "sgd", error=10.0, images=IMAGES)
+    write_run(tmp_path, "local", error=12.0, seconds=6.0, boundary=4, images=IMAGES)
+    write_run(tmp_path, "freeze", error=30.0, seconds=6.0, boundary=4, images=IMAGES)
+    rows = rows_of(tmp_path)
+    assert (rows["sgd"].top1_error_low, rows["sgd"].top1_error_high) == pytest.approx(wilson(10.0, 400))
+    assert (
+        "Errors are of 400 test images, 95 % intervals: sgd 7.4 to 13.3, local 9.2 to 15.6, freeze 25.7 to 34.7."
+        in comparison_notes(read_runs([tmp_path]), list(rows.values()))
+    )
+    text = headline(list(rows.values()))
+    assert "at +2.0 points of top-1 error (too little for 400 test images to tell)" in text
+    assert "freeze 2.00× faster at +20.0 points. " in text
+
+
+def test_runs_of_another_version_with_another_label_are_averaged(tmp_path):
+    for seed, label in enumerate(("old words", "new words")):
+        write_run(tmp_path, "sgd", seed, recipe=f"name: digits\nlabel: {label}\n")
+    assert rows_of(tmp_path)["sgd"].seeds == 2
+
+
+def test_damaged_counts_of_images_are_refused(tmp_path):
+    write_run(tmp_path, "sgd", images=IMAGES | {"train": "many"})
+    with pytest.raises(LowcalError, match=r"environment\.json has damaged 'images'"):
+        read_runs([tmp_path])

@@ -20,7 +20,6 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
-from lowcal.training.joining import joined
 from lowcal.training.launch import Launch
 
 if TYPE_CHECKING:
@@ -67,13 +66,15 @@ def compare(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.report.titles import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
     with resumable(context, folder, more), Display(quiet=quiet) as display:
-        display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed{'s' * (seeds > 1)} each; in {folder}")
+        many = f"{seeds} seed{'s' * (seeds > 1)} each"
+        display.note(f"{title(chosen.model_dump())}: {', '.join(names)}, {many}; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
 
@@ -112,30 +113,36 @@ def train(
     Under torchrun each process takes its share of each mini-batch: torchrun --nproc-per-node N -m lowcal train ...
     """
     from lowcal.console import Display
-    from lowcal.experiments.assemble import find_device
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
-    from lowcal.experiments.train import started_with
-    from lowcal.experiments.train import train as run
-    from lowcal.methods import find_method
     from lowcal.report.tables import duration
+    from lowcal.report.titles import title
 
     launch = Launch.read()
     if out is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
+    changes = [*(settings or []), *(["deterministic=true"] * deterministic)]
+    chosen = load_recipe(recipe or "digits")
+    if recipe or not resume:
+        chosen = apply_settings(chosen, changes)
+
+    from lowcal.experiments.assemble import find_device  # these take seconds, so mistakes in settings come first
+    from lowcal.experiments.train import started_with
+    from lowcal.experiments.train import train as run
+    from lowcal.methods import find_method
+    from lowcal.training.joining import joined
+
     with joined(find_device(device, launch)) as ranks:
         if resume and out is not None:
             kept, kept_method = started_with(out, ranks)
-            base, method = (kept if recipe is None else load_recipe(recipe)), method or kept_method
-        else:
-            base, method = load_recipe(recipe or "digits"), method or "local"
+            chosen, method = (chosen if recipe else apply_settings(kept, changes)), method or kept_method
+        method = method or "local"
         find_method(method)  # refuses an unknown one before anything is said of the run
-        chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
         folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
         with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
-            display.note(f"{chosen.label}: {method}{among}; in {folder}")
+            display.note(f"{title(chosen.model_dump())}: {method}{among}; in {folder}")
             summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)
     if not ranks.is_main:
         return
@@ -192,12 +199,15 @@ def report(
 
 def _show(report: Report) -> None:
     """Print a report's table, and what a reader must know beside it."""
-    from lowcal.console import comparison_table
+    from lowcal.console import comparison_table, paragraph
 
     summary = report.summary
-    print(f"{summary['label'] or summary['recipe']}: {summary['dataset']}, {summary['environment']['device_name']}\n")
-    print(f"{comparison_table(summary['rows'])}\n")
-    print("speed-up, FLOPs: against sgd; memory: peak of a step; boundary: at the end")
+    seeds = sorted({row["seeds"] for row in summary["rows"]})
+    many = " to ".join(str(count) for count in (seeds[0], *seeds[1:][-1:])) + f" seed{'s' * (seeds[-1] > 1)}"
+    print(paragraph(f"{summary['title']}; {many}; {summary['environment']['device_name']}"))
+    print(paragraph(f"recipe: {summary['label'] or summary['recipe']}"))
+    print(f"\n{comparison_table(summary['rows'])}\n")
+    print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch")
     for note in report.notes:
-        print(note)
+        print(paragraph(note))
     print(f"report: {report.page}")

@@ -3,11 +3,13 @@
 from lowcal.data.batches import Batches
 from lowcal.data.dataset import Augmentation, Dataset, Files, Images
 from lowcal.data.file_batches import FileBatches
-from lowcal.data.load import DATASETS, load, make_loader
+from lowcal.data.load import CLASSES, DATASETS, IMAGES, load, make_loader
 from lowcal.data.loader import Loader, Share
 
 __all__ = [
+    "CLASSES",
     "DATASETS",
+    "IMAGES",
     "Augmentation",
     "Batches",
     "Dataset",

@@ -116,7 +116,8 @@ class Dataset:
     """Training and test images; `mean` and `std` per channel of the training images on the scale 0 to 1.
 
     `augmentation` suits the kind of image (digits are not mirrored), and is None where the decoding of files crops and
-    mirrors; `skipped` names each file left out and why.
+    mirrors; `skipped` names each file left out and why. `whole` is how many training and test images the data set has
+    before any are drawn, a published one as published; `folder` names the folder of an image-folder.
     """
 
     name: str
@@ -127,6 +128,8 @@ class Dataset:
     std: tuple[float, ...]
     augmentation: Augmentation | None
     skipped: tuple[str, ...] = ()
+    whole: tuple[int, int] | None = None
+    folder: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

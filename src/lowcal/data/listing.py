@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowcal.errors import LowcalError
 
-__all__ = ["Listing", "OnError", "list_splits", "require_every_class", "unreadable"]
+__all__ = ["Listing", "OnError", "class_folders", "list_splits", "require_every_class", "unreadable"]
 
 OnError = Literal["stop", "skip"]
 
@@ -67,6 +67,11 @@ def list_splits(folder: Path, held_out: Sequence[str]) -> tuple[Listing, Listing
     return train, test
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the classes below one split's folder, in their order; OSError if it cannot be read."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def require_every_class(listing: Listing, labels: Tensor) -> None:
     """Refuse a split whose readable images, `labels` int64 (N,), are not of all its classes."""
     counts = torch.bincount(labels, minlength=len(listing.classes)).tolist()
@@ -83,7 +88,7 @@ def unreadable(file_and_reason: str) -> LowcalError:
 
 def _list(folder: Path) -> Listing:
     try:
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        classes = class_folders(folder)
         by_class = {name: _files(folder, name) for name in classes}
     except OSError as error:
         raise LowcalError(f"cannot read {str(error.filename)!r}: {error.strerror}") from error

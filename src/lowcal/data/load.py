@@ -1,5 +1,6 @@
 """Datasets by name."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -12,15 +13,18 @@ from lowcal.data.digits import read_digits
 from lowcal.data.file_batches import FileBatches
 from lowcal.data.folder import read_image_folder
 from lowcal.data.imagenet import read_imagenet
-from lowcal.data.listing import OnError
+from lowcal.data.listing import OnError, class_folders
 from lowcal.data.loader import Loader, Share
 from lowcal.data.synthetic import make_synthetic
 from lowcal.errors import LowcalError, nearest
 
-__all__ = ["DATASETS", "load", "make_loader"]
+__all__ = ["CLASSES", "DATASETS", "IMAGES", "load", "make_loader"]
 
 DATASETS = ("cifar10", "cifar100", "digits", "image-folder", "imagenet", "synthetic")
 FOLDERS = (*CIFAR, "image-folder", "imagenet")
+# Of the published data sets: their classes, and their training and test images.
+CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
 
 
 def load(
@@ -41,14 +45,16 @@ def load(
     """Load a dataset, into memory except for imagenet; the same arguments give the same images in the same order.
 
     `data_dir` is for cifar10, cifar100, image-folder and imagenet, `image_size` (pixels) for image-folder, imagenet
-    (default 224) and synthetic (default 32), `classes` for synthetic (default 10), `workers` (processes that decode;
-    default: one per processor, at most 16) for imagenet. With `evaluate="validation"` a stratified
+    (default 224) and synthetic (default 32), `classes` for synthetic (default 10) and as the number that must be found
+    for imagenet (default 1000) and image-folder (default: any), `workers` (processes that decode; default: one per
+    processor, at most 16) for imagenet. With `evaluate="validation"` a stratified
     `validation_fraction` of the training images takes the test images' place, so that settings can be chosen without
     looking at those.
     `train_images` and `test_images` then draw stratified subsets; `seed` decides both, and what synthetic makes.
     `on_error="skip"` leaves out unreadable files and names them in `Dataset.skipped`.
 
-    Raises LowcalError for an unknown name, a setting that the dataset does not have, or unusable data.
+    Raises LowcalError for an unknown name, a setting that the dataset does not have, a folder with another number of
+    classes, or unusable data.
     """
     if name not in DATASETS:
         raise LowcalError(f"unknown data {name!r}{nearest(name, DATASETS)}")
@@ -62,8 +68,10 @@ def load(
             train=train_images or 2048, test=test_images or 512, seed=seed,
         )  # fmt: skip
     else:
+        _check_classes(name, data_dir, classes)
         source = _read(name, data_dir, image_size, on_error, download, workers)
     train, test = source.train, source.test
+    whole = IMAGES.get(name, (len(train), len(test)))
     if evaluate == "validation":
         train, test = split(train, validation_fraction, seed)
         if name == "synthetic":  # made in the numbers asked for, so there is nothing left to draw
@@ -73,7 +81,8 @@ def load(
     if test_images is not None:
         test = subset(test, test_images, seed, "data.test_images")
     mean, std = train.statistics()
-    return Dataset(name, source.classes, train, test, mean, std, source.augmentation, source.skipped)
+    folder = data_dir.resolve().name if data_dir is not None and name == "image-folder" else None
+    return Dataset(name, source.classes, train, test, mean, std, source.augmentation, source.skipped, whole, folder)
 
 
 def make_loader(
@@ -112,7 +121,7 @@ def _check_settings(
         raise LowcalError(f"data {name!r} has no settable image size: leave out data.image_size ({image_size})")
     if image_size is not None and image_size < 1:
         raise LowcalError(f"data.image_size is {image_size}, but must be at least 1")
-    if classes is not None and name != "synthetic":
+    if classes is not None and name not in ("synthetic", "image-folder", "imagenet"):
         raise LowcalError(f"data {name!r} brings its own classes: leave out data.classes (found {classes})")
     if classes is not None and classes < 2:
         raise LowcalError(f"data.classes is {classes}, but must be at least 2")
@@ -120,6 +129,35 @@ def _check_settings(
         raise LowcalError(f"data {name!r} is held in memory and needs no workers: leave out data.workers ({workers})")
     if workers is not None and workers < 0:
         raise LowcalError(f"data.workers is {workers}, but must be at least 0 (decode in the main process)")
+
+
+def _check_classes(name: str, folder: Path | None, classes: int | None) -> None:
+    """Refuse a folder that holds another number of classes than the dataset has, before any image is decoded."""
+    wanted = classes or CLASSES.get(name)
+    if folder is None or wanted is None:
+        return
+    own = CIFAR[name].batches if name in CIFAR else None
+    other = next((other for other, form in CIFAR.items() if other != name and (folder / form.batches).is_dir()), None)
+    if own and other and not (folder / own).is_dir():
+        raise LowcalError(
+            f"{str(folder)!r} holds {CIFAR[other].title}, but this recipe's data is {name!r}: "
+            f"give another --data-dir, or --set data.name={other}"
+        )
+    found = wanted
+    if own is None or not (folder / own).is_dir():
+        with suppress(OSError):  # the reader says what is wrong with the folder
+            found = len(class_folders(folder / "train"))
+    if found == wanted or found < 2:  # the reader refuses those
+        return
+    fitting = next((other for other in CIFAR if own and CLASSES[other] == found), None)
+    remedy = f"--set data.classes={found}"
+    if own:
+        remedy = f"--set data.name={fitting}" if fitting else "--set data.name=image-folder --set data.image_size=32"
+    has = f"data.classes is {wanted}" if classes else f"data {name!r} has {wanted}"
+    raise LowcalError(
+        f"{str(folder)!r} holds {found} class folders, but {has}: give another --data-dir, or "
+        f"train on this one with {remedy}"
+    )
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +91,20 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
         attached.detach()
 
 
+def images_of(data: Dataset) -> dict[str, Any]:
+    """Which images a run sees, in numbers."""
+    train, test = len(data.train), len(data.test)
+    train_of, test_of = data.whole or (train, test)
+    return {
+        "train": train,
+        "train_of": train_of,
+        "test": test,
+        "test_of": test_of,
+        "classes": len(data.classes),
+        "folder": data.folder,
+    }
+
+
 def build_run(
     recipe: Recipe,
     *,
@@ -126,6 +141,7 @@ def build_run(
                 "model": recipe.model.name,
                 "dataset": data.name,
                 "label": recipe.label,
+                "images": images_of(data),
             },
         )
     return Run(

@@ -107,7 +107,7 @@ def prepare(
 ) -> Run:
     """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on."""
     ranks = ranks or Ranks()
-    reopen = ranks.from_main(lambda: RunFolder.holds_run(folder))
+    reopen = ranks.from_main(lambda: _is_there(folder, len(data.classes)))
     own = recipe.model_copy(update={"seed": arm.seed})
     run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, ranks=ranks)
     if reopen:
@@ -156,6 +156,19 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
         if RunFolder.holds_run(folder):
             seed = int(folder.name.rpartition("-seed")[2])
             refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
+
+
+def _is_there(folder: Path, classes: int) -> bool:
+    """Whether a run is in `folder`; LowcalError if it was started on images of another number of classes."""
+    if not RunFolder.holds_run(folder):
+        return False
+    images = RunFolder(folder).read_identity().get("images")  # absent in runs of earlier versions
+    if images is not None and images["classes"] != classes:
+        raise LowcalError(
+            f"{folder} was started on images of {images['classes']} classes, but these have {classes}; "
+            "give the --data-dir that it was started with"
+        )
+    return True
 
 
 def _is_finished(folder: Path) -> bool:

@@ -195,7 +195,8 @@ class GuardSettings(Settings):
 class Recipe(Settings):
     """Every setting of a run.
 
-    `label` is the line that tables and reports show for it. `channels_last` puts the channels of images and weights
+    `label` is a line about it (left out: one is made from the settings).
+    `channels_last` puts the channels of images and weights
     last in memory (None: where steps are the faster for it: on a CPU, and on a GPU in half precision). `threads` are
     torch's on the CPU (None: torch's choice). `deterministic` lets torch use no algorithm whose result changes from run
     to run, which on a GPU costs speed. `tf32` lets float32 products on a GPU round their factors to 10 bits (None:
@@ -205,7 +206,7 @@ class Recipe(Settings):
     """
 
     name: Name
-    label: Name
+    label: str = ""  # filled in by what reads recipes
     epochs: Count
     batch: BatchSettings
     seed: Whole = 0

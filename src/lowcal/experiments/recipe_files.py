@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import BatchSettings, Recipe, Settings
-from lowcal.experiments.recipe_keys import allowed_values, as_written, nearest_key, section_of, unknown_keys
+from lowcal.experiments.recipe_keys import allowed_values, as_written, known_keys, nearest_key, section_of, unknown_keys
+from lowcal.report.titles import title
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,6 +28,10 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
+
+
+MOST_CHANGES = 6  # that a label names
+UNSAID = ("name", "label", "seed")  # settings whose change leaves a recipe what its label says
 
 
 def recipe_names() -> list[str]:
@@ -54,8 +60,12 @@ def load_recipe(name_or_path: str) -> Recipe:
         return parse_recipe(text, name_or_path)
     if name_or_path not in recipe_names():
         raise LowcalError(f"unknown recipe '{name_or_path}'{nearest(name_or_path, recipe_names())}")
-    text = (resources.files("lowcal.experiments") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
-    return parse_recipe(text, name_or_path)
+    return _packaged(name_or_path)
+
+
+@cache
+def _packaged(name: str) -> Recipe:
+    return parse_recipe((resources.files("lowcal.experiments") / "recipes" / f"{name}.yaml").read_text("utf-8"), name)
 
 
 def parse_recipe(text: str, source: str) -> Recipe:
@@ -84,6 +94,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe with single settings changed, each written `a.b=value` with the value in YAML.
 
+    A label says what the recipe was before, so a changed recipe has one that names the changes: those against the
+    packaged recipe of its name, if there is one. A label that is among the settings is kept.
+
     Args:
         values: further settings by their keys, as values; all are checked together.
 
@@ -93,7 +106,18 @@ def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str,
     data = recipe.model_dump()
     for key, value in [*map(parse_setting, settings), *(values or {}).items()]:
         _put(data, key, value)
-    return _validate(data, "")
+    changed = _validate(data, "")
+    if changed.label != recipe.label or not _changes(recipe, changed):
+        return changed
+    before = _packaged(recipe.name) if recipe.name in recipe_names() else recipe
+    changes = _changes(before, changed)
+    named = [f"{key}={_show(value)}" for key, value in list(changes.items())[:MOST_CHANGES]]
+    named += [f"and {len(changes) - MOST_CHANGES} more"] if len(changes) > MOST_CHANGES else []
+    # Changed once more, a user's recipe is compared with the changed one, whose label names the changes so far.
+    start = f"{recipe.name} with "
+    so_far = f"{before.label}, " if before.label.startswith(start) else start
+    label = so_far + ", ".join(named) if changes else before.label
+    return changed.model_copy(update={"label": label})
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -121,14 +145,21 @@ def show_value(value: Any) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """The dotted keys whose values differ, each as 'epochs (5 there, 30 here)'."""
+    """The dotted keys whose values differ, each as 'epochs (5 there, 30 here)'; a label's wording is no difference."""
     left, right = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     keys = [*left, *(key for key in right if key not in left)]
-    changed = [key for key in keys if left.get(key) != right.get(key)]
+    changed = [key for key in keys if left.get(key) != right.get(key) and key != "label"]
     return [
         f"{'.'.join(as_written(key.split('.')))} ({_show(left.get(key))} there, {_show(right.get(key))} here)"
         for key in changed
     ]
+
+
+def _changes(old: Recipe, new: Recipe) -> dict[str, Any]:
+    """What `new` has otherwise than `old`, by dotted key, as a person would write it."""
+    keys = [key for key in known_keys(Recipe) if key not in UNSAID]
+    values = {key: (reduce(getattr, key.split("."), old), reduce(getattr, key.split("."), new)) for key in keys}
+    return {".".join(as_written(key.split("."))): there for key, (before, there) in values.items() if there != before}
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
@@ -157,9 +188,10 @@ def _validate(data: Mapping[str, Any], source: str) -> Recipe:
     if unknown is not None:
         raise LowcalError(f"{source}unknown setting '{unknown}'{nearest_key(unknown)}")
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise LowcalError(source + _line(error.errors()[0])) from None
+    return recipe if recipe.label else recipe.model_copy(update={"label": title(recipe.model_dump())})
 
 
 def _line(error: ErrorDetails) -> str:

@@ -20,6 +20,18 @@ _WORDS: dict[type, str] = {
     dict: "a mapping such as {5: 2, 10: 4}",
 }
 
+# Other programs' options whose names are not those of settings, or are those of several.
+_OPTIONS = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "batch": "batch",
+    "batch_size": "batch",
+    "model": "model.name",
+    "arch": "model.name",
+    "dataset": "data.name",
+    "data": "data.name",
+}
+
 
 def setting_types(key: str) -> frozenset[type]:
     """The plain types that the value of the setting `key` may have, such as {int, NoneType}; a section has none.
@@ -94,7 +106,7 @@ def unknown_keys(data: Mapping[str, Any], model: type[Settings], prefix: str) ->
 
 def nearest_key(key: str) -> str:
     """The remedy for an unknown key: the nearest full key, also where only its last part was given."""
-    known = list(_known_keys(Recipe))
+    known = list(known_keys(Recipe))
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not match:
         leaf = key.rpartition(".")[2]
@@ -105,13 +117,23 @@ def nearest_key(key: str) -> str:
     return nearest(key, Recipe.model_fields)
 
 
-def _known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
+def setting_meant_by(name: str) -> str | None:
+    """The key that other programs' option `name` would set (`lr` for optimizer.lr); None where there is none."""
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    keys = list(known_keys(Recipe))
+    found = [key for key in keys if key == name] or [key for key in keys if key.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+def known_keys(model: type[Settings], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all settings of `model`; `prefix` goes before each."""
     for field in model.model_fields:
         inner = section_of(model, field)
         if inner is None:
             yield f"{prefix}{field}"
         else:
-            yield from _known_keys(inner, f"{prefix}{field}.")
+            yield from known_keys(inner, f"{prefix}{field}.")
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from lowcal.experiments.reproduction.training import check_data, missing, train_
 from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearched
 from lowcal.experiments.sweep import require_optuna
 from lowcal.report.figures import save
+from lowcal.report.intervals import spread_notes
 from lowcal.report.runs import RunData
 from lowcal.report.sheet import Column, Sheet
 from lowcal.report.tables import duration
@@ -159,8 +160,7 @@ def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
     if plan.kind in ("equal-accuracy", "equal-time"):
         unfinished = [cell.id for cell in plan.cells if len(results.complete(cell, seeds)) < seeds]
         notes += [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    if any(row.get("seeds") and row["seeds"] > 1 for row in found):
-        notes.append("± is the sample deviation over seeds.")
+    notes += spread_notes(row.get("seeds") or 1 for row in found)
     timed = plan.kind in ("results", "equal-accuracy", "equal-time")
     if timed and (apart := rows.lines_apart(plan, results, seeds)):
         names = "; ".join(f"{line.recipe}, {line.strategy}" for line in apart)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowcal.data import Dataset
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.arms import Watcher
-from lowcal.experiments.assemble import check, load_data
+from lowcal.experiments.assemble import check, images_of, load_data
 from lowcal.experiments.compare import note_skipped
 from lowcal.experiments.folders import refuse_used
 from lowcal.experiments.recipe import Recipe
@@ -24,6 +25,7 @@ from lowcal.experiments.recipe_files import differences, dump_recipe, parse_reci
 from lowcal.experiments.search import Search, base_recipe, grid, own_point, parse_search, refuse_unused, variants
 from lowcal.methods import find_method
 from lowcal.report.sweep import SweepReport, write_sweep
+from lowcal.report.titles import title
 from lowcal.training.record import RunFolder
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
         with closing(choices) as study:
             worker = Worker(plan, out, ledger, study, data=data, data_dir=data_dir, device=device, watcher=watcher)
             worker.work()
-            return write_sweep(worker.rows(), _heading(plan, data.name), out)
+            return write_sweep(worker.rows(), _heading(plan, data), out)
 
 
 def require_optuna() -> None:
@@ -199,15 +201,16 @@ def _join(ledger: Ledger, plan: Sweep) -> None:
         raise LowcalError(f"--trials {plan.trials}: the sweep '{plan.study}' has {known} already; give as many or more")
 
 
-def _heading(plan: Sweep, dataset: str) -> dict[str, Any]:
+def _heading(plan: Sweep, data: Dataset) -> dict[str, Any]:
     recipe = plan.recipe
     return {
         "study": plan.study,
         "recipe": recipe.name,
         "label": recipe.label,
+        "title": title(recipe.model_dump(), images_of(data)),
         "method": plan.method,
         "model": recipe.model.name,
-        "dataset": dataset,
+        "dataset": data.name,
         "evaluate": recipe.data.evaluate,
         "objectives": list(plan.objectives),
         "sampler": plan.sampler,

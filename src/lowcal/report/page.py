@@ -13,10 +13,12 @@ from ..errors import LowcalError
 from ..training.files import FORMAT, atomic_write, read_json, write_json
 from ..training.record import RunFolder
 from .figures import FIGURES, colours
+from .intervals import spread_notes
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells
-from .words import batch_changes, headline
+from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, table_cells
+from .titles import common_title
+from .words import batch_changes, comparison_notes, headline
 
 __all__ = ["Report", "write_report"]
 
@@ -97,6 +99,7 @@ def _summary(runs: Sequence[RunData], rows: Sequence[Row]) -> dict[str, Any]:
         "model": runs[0].model,
         "dataset": runs[0].dataset,
         "label": _common(run.label for run in runs if run.label),
+        "title": common_title([run.titled for run in runs]),
         "environment": {name: _common(run.environment.get(name) for run in runs) for name in _ENVIRONMENT}
         | {"started": min((run.environment.get("started") or "" for run in runs), default="") or None},
         "settings": runs[0].settings,
@@ -117,19 +120,14 @@ def _origin(summary: dict[str, Any]) -> list[str]:
     """Where the runs were made, and by which recipe."""
     machine = summary["environment"]
     ran = f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."
-    return [ran, f"Recipe: {summary['label']}."] if summary["label"] else [ran]
+    return [ran, f"Recipe: {summary['label'] or summary['recipe']}."]
 
 
 def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]) -> list[str]:
     """What a reader of the table must know beside it."""
-    notes = []
-    if any(row["seeds"] > 1 for row in summary["rows"]):
-        notes.append("± is the sample deviation over seeds.")
+    notes = [*spread_notes(row.seeds for row in rows), *comparison_notes(runs, rows)]
     if changed := [f"{run.name} {change}" for run in runs if (change := batch_changes(run))]:
         notes.append(f"Batch: {'; '.join(changed)}.")
-    finished = {row.method: row.epochs for row in rows if row.finished}
-    if len(set(finished.values())) > 1:
-        notes.append(f"Trained for different epochs: {', '.join(f'{m} {n}' for m, n in finished.items())}.")
     if unfinished := summary["unfinished"]:
         names = ", ".join(f"{run['run']} ({run['epochs']} of {run['planned']} epochs)" for run in unfinished)
         notes.append(f"Unfinished: {names}.")
@@ -138,12 +136,8 @@ def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]
     return notes
 
 
-def _subject(summary: dict[str, Any]) -> str:
-    return f"{summary['model']} on {summary['dataset']}, recipe {summary['recipe']}"
-
-
 def _markdown(rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
-    return "\n\n".join([f"**{headline(rows)}**", f"{_subject(summary)}.", markdown_table(rows).rstrip(), *notes]) + "\n"
+    return "\n\n".join([f"**{headline(rows)}**", f"{summary['title']}.", markdown_table(rows).rstrip(), *notes]) + "\n"
 
 
 def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
@@ -157,10 +151,10 @@ def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
     return template.render(
-        subject=_subject(summary),
+        subject=summary["title"],
         headline=headline(rows),
-        columns=[*COLUMNS[:-2], "memory, last epoch", *COLUMNS[-2:]],
-        lines=[_page_cells(cells, row, runs) for cells, row in zip(table_cells(rows), rows, strict=True)],
+        columns=COLUMNS,
+        lines=table_cells(rows),
         notes=notes,
         colours=list(methods.values()),
         figures=figures,
@@ -172,12 +166,6 @@ def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any
 
 def _spoken(name: str) -> str:
     return f"{name.replace('-', ' ')}, a line for each method"
-
-
-def _page_cells(cells: list[str], row: Row, runs: Sequence[RunData]) -> list[str]:
-    counting = [run for run in runs if run.method == row.method and run.finished >= row.finished]
-    last = max(run.records[-1]["peak_memory_bytes"] for run in counting)
-    return [*cells[:-2], memory(last), *cells[-2:]]
 
 
 def _recipes(runs: Sequence[RunData]) -> list[tuple[str, str]]:

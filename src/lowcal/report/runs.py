@@ -1,17 +1,21 @@
 """What the report knows of a run, read from its folder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import LowcalError
+from ..errors import LowcalError, is_count
 from ..training.record import RunFolder
 
-__all__ = ["RunData", "by_method", "method_order", "read_run", "read_runs"]
+__all__ = ["MOVING", "RunData", "by_method", "differing", "method_order", "read_run", "read_runs"]
 
+MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
+# Settings of how images are read, not of which they are.
+_READING = ("workers", "download", "on_error")
 _ORDER = ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune")
 
 
@@ -20,6 +24,7 @@ class RunData:
     """One run: which it is, what each epoch gave, and its results so far.
 
     `results`: top1_error (percent, last epoch), seconds, flops, peak_memory_bytes, boundary, layers, epochs.
+    `images`: how many were read, and from what; None in runs that did not write it down.
     """
 
     path: Path
@@ -35,6 +40,7 @@ class RunData:
     results: dict[str, Any]
     environment: dict[str, Any]
     recipe_text: str
+    images: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -46,7 +52,7 @@ class RunData:
         """What must be alike for times to be compared."""
         return tuple(self.environment.get(name) for name in ("device", "device_name", "threads"))
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The recipe as it was run, without its seed."""
         try:
@@ -56,6 +62,33 @@ class RunData:
         if not isinstance(recipe, dict):
             raise LowcalError(f"{self.path / 'recipe.yaml'} is not a recipe; restore it or leave this run out")
         return {name: value for name, value in recipe.items() if name != "seed"}
+
+    @property
+    def subject(self) -> dict[str, Any]:
+        """What must be alike for errors and times to be compared: network and images, as settings with their keys."""
+        found = {f"images.{name}": value for name, value in (self.images or {}).items()}
+        for section in ("model", "data"):
+            values = self.settings.get(section)
+            if isinstance(values, Mapping):
+                found |= {f"{section}.{name}": value for name, value in values.items() if name not in _READING}
+        return found
+
+    @property
+    def titled(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What `common_title` takes."""
+        known = {"model": {"name": self.model}, "data": {"name": self.dataset}, "epochs": self.planned}
+        return known | self.settings, self.images
+
+    @property
+    def test_images(self) -> int | None:
+        """How many images the errors are of; None where that is not known."""
+        return self.images["test"] if self.images else self.subject.get("data.test_images")
+
+
+def differing(one: RunData, other: RunData) -> list[str]:
+    """The keys of `subject` whose values differ; a key that one of the two did not write down is no difference."""
+    left, right = one.subject, other.subject
+    return [key for key in left if key in right and left[key] != right[key]]
 
 
 def read_run(path: Path) -> RunData:
@@ -86,6 +119,7 @@ def read_run(path: Path) -> RunData:
         results=summary or _results_so_far(records),
         environment=folder.read_environment(),
         recipe_text=folder.recipe,
+        images=_images(identity.get("images"), path),
     )
 
 
@@ -144,11 +178,26 @@ def _refuse_unless_seeds_of_one(group: Sequence[RunData]) -> None:
             raise LowcalError(
                 f"{other.path} and {run.path} are both {run.method} with seed {run.seed}; report them apart"
             )
-        if (run.planned, run.settings) != (first.planned, first.settings):
+        if (run.planned, _unlabelled(run)) != (first.planned, _unlabelled(first)):
             raise LowcalError(
                 f"{first.path} and {run.path} are both {run.method} but differ in their recipes, "
                 "so that no mean can be taken; report them apart"
             )
+
+
+def _unlabelled(run: RunData) -> dict[str, Any]:
+    """The settings without the label, which says the same in other words in runs of other versions."""
+    return {name: value for name, value in run.settings.items() if name != "label"}
+
+
+def _images(value: Any, path: Path) -> dict[str, Any] | None:
+    """What a run wrote down of its images; LowcalError if it is damaged."""
+    if value is None:
+        return None
+    counts = ("train", "train_of", "test", "test_of", "classes")
+    if not isinstance(value, dict) or not all(is_count(value.get(name)) for name in counts):
+        raise LowcalError(f"{path / 'environment.json'} has damaged 'images'; restore it or leave this run out")
+    return value
 
 
 def _results_so_far(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

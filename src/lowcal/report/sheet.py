@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .intervals import ABSENT, with_spread
 from .tables import memory
 
 __all__ = ["Column", "Form", "Sheet"]
 
-ABSENT = "–"
 Form = Literal["text", "percent", "ratio", "number", "memory"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the rows' field `key` under `heading`; the field KEY_std, where a row has it, is its deviation."""
+    """A column: the rows' field `key` under `heading`.
+
+    The field KEY_std, where a row has it, is the deviation over as many seeds as its field `seeds` says.
+    """
 
     key: str
     heading: str
@@ -33,8 +36,7 @@ class Column:
             return memory(value)
         if self.form == "number":
             return f"{value:.1f}".removesuffix(".0")
-        spread = "" if deviation is None else f" ± {deviation:.2f}"
-        return f"{value:.2f}{spread}{'×' if self.form == 'ratio' else ''}"
+        return with_spread(value, deviation, row.get("seeds"), 2, "×" if self.form == "ratio" else "")
 
 
 @dataclass(frozen=True)

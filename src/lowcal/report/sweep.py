@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..training.files import FORMAT, write_json
 from .figures import INK, colours, save, style
-from .tables import ABSENT, duration
+from .intervals import ABSENT, spread_notes, with_spread
+from .tables import duration
 
 __all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
 
@@ -92,9 +93,7 @@ def sweep_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         if row["reason"] is not None:
             line += [ABSENT] * (3 + len(more)) + [row["reason"]]
         else:
-            error = f"{row['top1_error']:.2f}"
-            if row["top1_error_std"] is not None:
-                error += f" ± {row['top1_error_std']:.2f}"
+            error = with_spread(row["top1_error"], row["top1_error_std"], summary["seeds"], 2)
             boundary = f"{round(row['boundary'], 1):g}/{row['layers']:g}"
             line += [error, *(f"{row[name]:.4g}" for name in more), duration(row["seconds"]), boundary]
             line.append("*" if row["trial"] in summary["best"] else "")
@@ -111,7 +110,7 @@ def sweep_figure(summary: Mapping[str, Any]) -> Figure:
     with style():
         figure = Figure(figsize=(4.2 * len(keys), 0.6 + 3.1 * len(objectives)))
         grid = figure.subplots(len(objectives), len(keys), squeeze=False, sharey="row")
-        figure.suptitle(f"{summary['label']}: {summary['method']}", x=0.015, ha="left", fontsize=14, fontweight="bold")
+        figure.suptitle(f"{summary['title']}: {summary['method']}", x=0.015, ha="left", fontsize=14, fontweight="bold")
         for line, objective in zip(grid, objectives, strict=True):
             for axes, key in zip(line, keys, strict=True):
                 _draw(axes, rows, key, objective, colour, summary)
@@ -133,7 +132,8 @@ def _draw(
     chosen = sorted(rows, key=lambda row: place(row["settings"][key]))
     xs = [place(row["settings"][key]) for row in chosen]
     ys = [row[objective] for row in chosen]
-    deviations = [row.get(f"{objective}_std") or 0.0 for row in chosen]
+    scale = 1 / math.sqrt(2) if summary["seeds"] == 2 else 1.0  # the bars of two seeds end at their two values
+    deviations = [scale * (row.get(f"{objective}_std") or 0.0) for row in chosen]
     alone = len(rows[0]["settings"]) == 1
     look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1.2}
     axes.errorbar(xs, ys, deviations if any(deviations) else None, linestyle="-" if alone else "none", **look)
@@ -175,7 +175,8 @@ def _markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['model']} on {summary['dataset']}, {summary['evaluate']} images, {summary['seeds']} seed(s) a trial"
     )
     searched = ", ".join(f"`{search}`" for search in summary["search"])
-    title = f"{summary['label']}: {summary['method']}\n\n{where}; searched: {searched}; \\* marks the best.\n\n"
+    notes = " ".join(["\\* marks the best.", *spread_notes([summary["seeds"]])])
+    title = f"{summary['title']}: {summary['method']}\n\n{where}; searched: {searched}. {notes}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 

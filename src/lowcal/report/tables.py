@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
 from typing import Any
 
-from .runs import RunData, by_method
+from .intervals import ABSENT, wilson, with_spread
+from .runs import MOVING, RunData, by_method, differing
 
 __all__ = [
+    "ABSENT",
     "COLUMNS",
     "Row",
     "csv_table",
@@ -22,16 +24,28 @@ __all__ = [
     "time_unit",
 ]
 
-COLUMNS = ("method", "top-1 error, %", "time", "speed-up", "FLOPs", "peak memory", "boundary", "seeds")
-ABSENT = "–"
+COLUMNS = (
+    "method",
+    "top-1 error, %",
+    "time",
+    "speed-up",
+    "FLOPs",
+    "peak memory",
+    "memory, last epoch",
+    "boundary",
+    "seeds",
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """One method: means over its seeds, with sample deviations (None for one seed).
 
-    top1_error in percent (last epoch's), seconds of training, peak_memory_bytes the highest of all seeds.
-    `speedup` and `flops_ratio` are against the sgd run of the same seed on the same device, None without one.
+    top1_error in percent (last epoch's), seconds of training, peak_memory_bytes the highest of all seeds, and
+    last_memory_bytes that of the last epoch. `test_images` are those that the error is of; `top1_error_low` and
+    `top1_error_high` are its 95 % interval for so many images (Wilson), None where their number is not known.
+    `speedup` and `flops_ratio` are against the sgd run of the same seed, network and images on the same device, None
+    without one.
     `finished` is False for a method of which no run is finished; its row is what the runs have so far.
     """
 
@@ -48,7 +62,23 @@ class Row:
     peak_memory_bytes: int
     boundary: float
     layers: int
+    last_memory_bytes: int
+    test_images: int | None
+    top1_error_low: float | None
+    top1_error_high: float | None
     finished: bool = True
+
+    @property
+    def never_moved(self) -> bool:
+        """Whether the method has a boundary, which stayed at 0 to the end, so that it trained as sgd does."""
+        return self.finished and self.method in MOVING and self.boundary == 0
+
+    @property
+    def is_speedup_in_spread(self) -> bool:
+        """Whether the seeds' speed-ups are so far apart that their mean says nothing."""
+        if self.method == "sgd" or self.speedup is None or self.speedup_std is None:
+            return False
+        return abs(self.speedup - 1) <= self.speedup_std
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as it stands in summary.json."""
@@ -72,14 +102,16 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
     errors = [run.results["top1_error"] for run in group]
     seconds = [run.results["seconds"] for run in group]
     pairs = [(baseline[run.seed], run) for run in group if run.finished and run.seed in baseline]
-    pairs = [(sgd, run) for sgd, run in pairs if sgd.machine == run.machine]
+    pairs = [(sgd, run) for sgd, run in pairs if sgd.machine == run.machine and not differing(sgd, run)]
     speedups = [_ratio(sgd.results["seconds"], run.results["seconds"]) for sgd, run in pairs]
     flops = [_ratio(run.results["flops"], sgd.results["flops"]) for sgd, run in pairs]
+    error, test_images = _mean(errors), group[0].test_images
+    low, high = wilson(error, test_images) if error is not None and test_images else (None, None)
     return Row(
         method=method,
         seeds=len(group),
         epochs=min(run.results["epochs"] for run in group),
-        top1_error=_mean(errors),
+        top1_error=error,
         top1_error_std=_deviation(errors),
         seconds=mean(seconds),
         seconds_std=_deviation(seconds),
@@ -89,6 +121,10 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
         peak_memory_bytes=max(run.results["peak_memory_bytes"] for run in group),
         boundary=mean(run.results["boundary"] for run in group),
         layers=group[0].results["layers"],
+        last_memory_bytes=max(run.records[-1]["peak_memory_bytes"] for run in group),
+        test_images=test_images,
+        top1_error_low=low,
+        top1_error_high=high,
         finished=all(run.finished for run in group),
     )
 
@@ -132,16 +168,21 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     return [
         [
             row.method if row.finished else f"{row.method} (unfinished, {row.epochs} epochs)",
-            _with_deviation(row.top1_error, row.top1_error_std, 2),
-            _with_deviation(row.seconds / scale, row.seconds_std and row.seconds_std / scale, digits) + f" {unit}",
-            _with_deviation(row.speedup, None if row.method == "sgd" else row.speedup_std, 2, "×"),
-            _with_deviation(row.flops_ratio, None, 2, "×"),
+            with_spread(row.top1_error, row.top1_error_std, row.seeds, 2),
+            with_spread(row.seconds / scale, _scaled(row.seconds_std, scale), row.seeds, digits, f" {unit}"),
+            with_spread(row.speedup, None if row.method == "sgd" else row.speedup_std, row.seeds, 2, "×"),
+            with_spread(row.flops_ratio, None, row.seeds, 2, "×"),
             memory(row.peak_memory_bytes),
-            f"{round(row.boundary, 1):g} of {row.layers}",
+            memory(row.last_memory_bytes),
+            f"{round(row.boundary, 1):g} of {row.layers}" if row.method in MOVING or row.boundary else ABSENT,
             str(row.seeds),
         ]
         for row in rows
     ]
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else value / scale
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -159,18 +200,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / scale:.1f} {unit}"
 
 
-def memory(count: float) -> str:
-    """Return a number of bytes for reading, in binary units: '1.21 GiB'."""
+def memory(count: float, *, of: float | None = None) -> str:
+    """Return a number of bytes for reading, in binary units: '1.21 GiB'; with `of` in the unit of that number."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
+        if (count if of is None else of) >= 1024**power:
             value = count / 1024**power
-            return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}"
+            digits = 2 - math.floor(math.log10(value)) if value >= 1 else 2
+            return f"{value:.{max(0, digits)}f} {unit}"
     return f"{count:.0f} B"
-
-
-def _with_deviation(value: float | None, deviation: float | None, digits: int, unit: str = "") -> str:
-    if value is None:
-        return ABSENT
-    if deviation is None:
-        return f"{value:.{digits}f}{unit}"
-    return f"{value:.{digits}f} ± {deviation:.{digits}f}{unit}"

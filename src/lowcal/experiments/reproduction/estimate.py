@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from lowcal.data import CLASSES, IMAGES
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.reproduction.scales import CLASSES, IMAGES
 from lowcal.experiments.threads import cpu_threads
 from lowcal.models import build_model
 from lowcal.training.epoch import now

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from lowcal.data import CLASSES
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
-IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
-"""Training and test images."""
 EACH_CLASS = 5  # training images at least, so that a search can hold out a fifth of them
 
 

@@ -72,7 +72,7 @@ def compare(
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
-    with resumable(context, folder, more), Display(quiet=quiet) as display:
+    with resumable(context, folder, more, chosen.checkpoint.grace), Display(quiet=quiet) as display:
         display.note(f"{chosen.label}: {', '.join(names)}, {seeds} seed{'s' * (seeds > 1)} each; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
@@ -133,7 +133,8 @@ def train(
         chosen = apply_settings(base, [*(settings or []), *(["deterministic=true"] * deterministic)])
         folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
-        with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:
+        grace = chosen.checkpoint.grace
+        with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
             display.note(f"{chosen.label}: {method}{among}; in {folder}")
             summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)

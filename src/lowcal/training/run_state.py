@@ -14,6 +14,7 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
 from lowcal.training.growth import Growth, kept_apart
+from lowcal.training.interrupt import renew_grace
 from lowcal.training.learner import Learner
 from lowcal.training.part import Part
 from lowcal.training.ranks import Ranks
@@ -77,6 +78,7 @@ class RunState:
         Args:
             random: what torch's generators are to be when the run goes on, if not as they are now.
         """
+        renew_grace()
         if not self._is_saved or not self._ranks.is_main:
             return
         if part is not None:

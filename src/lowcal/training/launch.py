@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
-import torch.distributed as dist
-
 from lowcal.errors import LowcalError
 
 
@@ -60,6 +58,8 @@ def is_spokesman() -> bool:
     launch = Launch.read()
     if launch.world == 1:
         return True
+    import torch.distributed as dist  # a program that ends at its start need not wait for it
+
     if not dist.is_initialized():
         return launch.rank == 0
     if launch.rank > 0:
@@ -74,5 +74,7 @@ def is_lost(error: RuntimeError) -> bool:
     """Whether `error` is that another process of the run has ended or does not answer."""
     if Launch.read().world == 1:
         return False
+    import torch.distributed as dist
+
     # Gloo's errors have no class of their own.
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "nccl"))

@@ -5,7 +5,7 @@ delays them for ever. The C part of a handler runs at once: it writes the signal
 whose other end the watchdog reads. When time is over, the watchdog sends the exit code to a thread of this process,
 which exits with it. If native code holds the GIL too, no thread can run, and the watchdog sends SIGKILL.
 
-This file is also the watchdog's program. It imports the standard library alone.
+This file is also the watchdog's program. It imports the standard library alone, and little of that at its start.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import math
 import os
 import select
 import signal
-import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 
@@ -41,6 +39,9 @@ class Watchdog:
     """
 
     def __init__(self, grace: float, folder: str, advice: str) -> None:
+        import subprocess
+        import threading
+
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace), folder, advice]
         # A session of its own: Ctrl-C in a terminal must not reach it.
         self._process = subprocess.Popen(

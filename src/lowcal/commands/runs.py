@@ -102,6 +102,9 @@ def train(
         Path | None, typer.Option(help="Folder for the run [default: runs/RECIPE-METHOD, or -2, -3 ...].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --resume: for more epochs, of which --set epochs=N gives all.")
+    ] = False,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
@@ -120,6 +123,8 @@ def train(
     from lowcal.report.tables import duration
 
     launch = Launch.read()
+    if extend and not resume:
+        raise LowcalError("--extend goes on with a run that is there: give --resume too")
     if out is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
@@ -137,7 +142,16 @@ def train(
         with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
             display.note(f"{chosen.label}: {method}{among}; in {folder}")
-            summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)
+            summary = run(
+                chosen,
+                method,
+                folder,
+                resume=resume,
+                extend=extend,
+                data_dir=data_dir,
+                ranks=ranks,
+                watcher=display,
+            )
     if not ranks.is_main:
         return
     print(

@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 from statistics import mean, stdev
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
 from lowcal.report.runs import RunData, read_runs
-from lowcal.report.tables import csv_table, duration, make_rows, markdown_table, memory
+from lowcal.report.tables import csv_table, duration, escaped, make_rows, markdown_table, memory
 from lowcal.report.words import headline
 
 from .synthetic import MACHINE, write_run
@@ -222,3 +223,15 @@ def test_headline_without_a_comparison(tmp_path):
     )
     write_run(tmp_path / "b", "sgd", done=1)
     assert headline(list(rows_of(tmp_path / "b").values())).startswith("No run is finished yet")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["*bold* **more** _slanted_ __x", "a|b `code` $x$", "<b>&amp;</b> [a](b) ![c](d)", "# ~~gone~~ \\*", "two\nlines"],
+)
+def test_escaped_text_has_no_markup_left_and_is_one_line(text):
+    shown = escaped(text)
+    assert re.sub(r"\\(.)", r"\1", shown) == text.replace("\n", " ")
+    bare = re.sub(r"\\.", "", shown)
+    assert not re.search(r"[*`<>\[\]|~&#$\n]|\b_|_\b", bare)
+    assert escaped("mobilenet_v2, 1.51×, 3.2 ± 0.1 %") == "mobilenet_v2, 1.51×, 3.2 ± 0.1 %"

@@ -15,7 +15,7 @@ from ..training.record import RunFolder
 from .figures import FIGURES, colours
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, memory, table_cells
+from .tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, memory, table_cells
 from .words import batch_changes, headline
 
 __all__ = ["Report", "write_report"]
@@ -143,7 +143,8 @@ def _subject(summary: dict[str, Any]) -> str:
 
 
 def _markdown(rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
-    return "\n\n".join([f"**{headline(rows)}**", f"{_subject(summary)}.", markdown_table(rows).rstrip(), *notes]) + "\n"
+    subject, *notes = (escaped(text) for text in (f"{_subject(summary)}.", *notes))
+    return "\n\n".join([f"**{escaped(headline(rows))}**", subject, markdown_table(rows).rstrip(), *notes]) + "\n"
 
 
 def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:

@@ -50,6 +50,18 @@ def terminated(trials: Trials) -> list[Tally]:
     return rows
 
 
+def hung(trials: Trials) -> list[Tally]:
+    """A row for each place in which native code hangs, with the GIL and without it."""
+    rows = []
+    for name, numbers in {"step": (6, 16), "evaluation": (5,)}.items():
+        row = Tally("SIGTERM to a process that hangs in native code", PLACES[name])
+        for number in numbers:
+            for with_the_gil in (False, True):
+                row.note(trials.hang(Point(name, number), with_the_gil=with_the_gil))
+        rows.append(row)
+    return rows
+
+
 def of_two(trials: ranks.RankTrials) -> list[Tally]:
     """Rows of runs of two processes."""
     told = Tally("SIGTERM to one of two processes", "in training, in evaluation and at a move")
@@ -114,6 +126,7 @@ def main() -> None:
         trials = Trials(place / "memory", *options())
         rows += killed(trials, LONG, kind)
         rows += terminated(trials)
+        rows += hung(Trials(place / "hung", *options("checkpoint.grace=1")))
         rows += starved(trials, place / "disk")
         rows += damage(trials, truncations=50, flips=200)
         data = image_files(place / "images")

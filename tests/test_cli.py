@@ -496,6 +496,31 @@ def test_a_scheduler_s_signal_in_a_process_saves_and_the_line_goes_on(here, comm
     assert (here / "out" / "summary.json").is_file()
 
 
+def start(*arguments: str) -> str:
+    return f"from lowcal.cli import main; sys.exit(main({list(arguments)!r}))"
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(here):
+    stub = "import time; print('importing', flush=True)\ntry: time.sleep(1000)\nexcept BaseException: pass\n"
+    (here / "typer.py").write_text(stub)  # an import may lose an exception, as those of compiled libraries do
+    for number, code, by in ((signal.SIGINT, 130, ""), (signal.SIGTERM, 75, " by SIGTERM")):
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(here)!r}); {start('layers')}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(number)
+            _, error = process.communicate()
+        assert (process.returncode, error) == (code, f"lowcal: stopped{by}; nothing was written\n")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "pydantic", "yaml", "torch"])
+def test_a_library_that_is_not_installed_is_named_in_one_line(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; {start('train', '--set', 'epochs=1')}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"lowcal: {missing} is not installed, which the command needs; pip install 'lowcal[cli]'\n"
+
+
 def test_a_closed_pipe_is_quiet(here):
     command = f"{shlex.quote(sys.executable)} -m lowcal layers --model resnet18 | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -55,6 +56,24 @@ def kill() -> None:
 def terminate() -> None:
     """What a scheduler sends."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hang() -> None:
+    """What a scheduler sends, and then a call into native code that never returns."""
+    terminate()
+    _lock_twice(ctypes.CDLL(None))
+
+
+def hang_with_the_gil() -> None:
+    """The same, with Python's lock held, so that no thread of the process can run."""
+    terminate()
+    _lock_twice(ctypes.PyDLL(None))
+
+
+def _lock_twice(library: ctypes.CDLL) -> None:
+    lock = ctypes.create_string_buffer(256)  # zeros are a free mutex; no signal ends the waiting for one
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
 
 
 def limit_files() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_trials.points import Point, kill, terminate
+from fault_trials.points import Point, hang, hang_with_the_gil, kill, terminate
 from fault_trials.runs import errors_of, outcome, same, train
 
 
@@ -92,3 +92,11 @@ class Trials:
         error = errors_of(run).read_text()
         is_said = error.count("\n") == 1 and "stopped by SIGTERM; go on with: lowcal train" in error
         return is_said and self.goes_on(run), seconds
+
+    def hang(self, at: Point, *, with_the_gil: bool) -> bool:
+        """Whether a run that hangs in native code and gets SIGTERM is ended from outside and loses nothing."""
+        fault, code = (hang_with_the_gil, -signal.SIGKILL) if with_the_gil else (hang, 75)
+        run = self.broken(at, fault, code)
+        error = errors_of(run).read_text()
+        is_said = error.count("\n") == 1 and "stopped by SIGTERM without saving" in error
+        return is_said and "go on with: lowcal train" in error and self.goes_on(run)

@@ -2,6 +2,9 @@
 
 A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130, SIGTERM and SIGUSR1 with
 75, each with a line that says how to go on; a closed pipe quietly with 141. Of several processes one speaks.
+
+Importing this file takes milliseconds, so that `main` begins before anything can go wrong: Ctrl-C while torch is
+imported, or a library that is not installed, is answered in one line too.
 """
 
 from __future__ import annotations
@@ -9,44 +12,60 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from lowcal.training.watchdog import INTERRUPTED, PREEMPTED, SIGNALS
 
-from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to the program)
-from lowcal.commands.common import INTERRUPTED, Stopped, app
-from lowcal.errors import LowcalError, nearest
-from lowcal.training.allocator import keep_freed_memory
-from lowcal.training.launch import is_spokesman
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
 MISTAKE = 2
 CLOSED_PIPE = 141  # 128 + SIGPIPE
-
-# Of click, or of typer where that brings a click of its own.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+STOPPED = "stopped; nothing was written"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an output without UTF-8 shows '?' for '±'
-    keep_freed_memory()
+    try:
+        with _ending_at_once():  # torch takes seconds
+            from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to the program)
+            from lowcal.training.allocator import keep_freed_memory
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # an output without UTF-8 shows '?' for '±'
+        keep_freed_memory()
+        return _answer(sys.argv[1:] if argv is None else argv)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing == "lowcal":
+            raise
+        return _end(f"{missing} is not installed, which the command needs; pip install 'lowcal[cli]'", MISTAKE)
+
+
+def _answer(arguments: list[str]) -> int:
+    import typer
+
+    from lowcal.commands.common import Stopped, app
+    from lowcal.errors import LowcalError
+
+    # Of click, or of typer where that brings a click of its own.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:
         code = app(arguments, prog_name="lowcal", standalone_mode=False, obj=arguments)
         sys.stdout.flush()
     except LowcalError as error:
         return _end(str(error), MISTAKE)
-    except UsageError as error:
+    except usage_error as error:
         return _end(_usage(error), MISTAKE)
     except Stopped as stop:
         return _end(str(stop), stop.code)
     except (KeyboardInterrupt, typer.Abort):
-        return _end("stopped; nothing was written", INTERRUPTED)
+        return _end(STOPPED, INTERRUPTED)
     except SystemExit:  # typer's own answer to a closed pipe
         return CLOSED_PIPE
     except BrokenPipeError:
@@ -56,11 +75,31 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename}: " if error.filename else ""
         return _end(f"{what}{error.strerror or error}; mend that and start again", MISTAKE)
     if code == INTERRUPTED:  # typer's own answer to Ctrl-C
-        return _end("stopped; nothing was written", INTERRUPTED)
+        return _end(STOPPED, INTERRUPTED)
     return code or 0
 
 
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Within it a signal ends the program with one line: an exception can be lost in what is being imported."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"lowcal: {STOPPED.replace(';', f'{by};')}\n".encode())
+        os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _end(message: str, code: int) -> int:
+    from lowcal.training.launch import is_spokesman
+
     if is_spokesman():
         print("lowcal:", " ".join(message.split()), file=sys.stderr, flush=True)
     return code
@@ -68,6 +107,8 @@ def _end(message: str, code: int) -> int:
 
 def _usage(error: Any) -> str:
     """A mistake in the command line itself, with the nearest option or the place to look."""
+    from lowcal.errors import nearest
+
     text = error.format_message()
     text = (text[:1].lower() + text[1:].rstrip(".")).replace("Input should be", "must be")
     context = error.ctx

@@ -52,6 +52,17 @@ def test_flipped_bits_are_found():
         assert read_cache("place", "key") is None
 
 
+@pytest.mark.parametrize("error", [KeyError("x"), EOFError(), MemoryError(), AttributeError("y"), OverflowError()])
+def test_whatever_reading_raises_the_cache_is_as_if_absent(monkeypatch, error):
+    write_cache("place", "key", CONTENT)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module.torch, "load", fail)
+    assert read_cache("place", "key") is None
+
+
 def test_failing_disk_is_no_error_and_leaves_no_debris(monkeypatch):
     write_cache("place", "key", CONTENT)
 

@@ -208,3 +208,50 @@ def test_damaged_cache_is_made_again(make_folder, cache, decoded):
 def test_more_than_the_memory_holds_is_refused_before_decoding(make_folder, decoded):
     assert "set a smaller data.image_size" in message(make_folder(), size=10_000_000)
     assert not decoded
+
+
+def test_files_that_are_no_images_by_their_ending_are_passed_over_and_counted(make_folder):
+    root = make_folder(size=(16, 16))
+    whole = read(root)
+    for name in ("Thumbs.db", "notes.txt", "data.csv.gz"):
+        (root / "train/cat" / name).write_bytes(b"something else")
+    (root / "test/dog/3.png").rename(root / "test/dog/3.PNG")
+    source = read(root)
+    assert torch.equal(source.train.pixels, whole.train.pixels)
+    assert torch.equal(source.test.pixels, whole.test.pixels)
+    names = [line.partition(": ")[0] for line in source.skipped]
+    assert names == [str(root / "train/cat" / name) for name in ("Thumbs.db", "data.csv.gz", "notes.txt")]
+    (root / "train/cat/notes.txt").rename(root / "train/cat/notes.jpg")
+    assert "notes.jpg: not an image" in message(root)  # what says that it is an image must be one
+
+
+def test_every_ending_of_torchvisions_image_folder_is_read():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from lowcal.data.listing import ENDINGS
+
+    assert set(IMG_EXTENSIONS) <= set(ENDINGS)
+
+
+def test_a_class_without_an_image_by_its_ending_is_refused(make_folder):
+    root = make_folder(size=(16, 16))
+    for file in (root / "train/cat").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    assert "without a file of images" in message(root)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"pixels": torch.zeros(8, 3, 16, 16), "labels": torch.zeros(8, dtype=torch.int64), "skipped": []},
+        {"pixels": torch.zeros(7, 3, 16, 16, dtype=torch.uint8), "labels": torch.zeros(7).long(), "skipped": []},
+        {"pixels": "x", "labels": None, "skipped": 3},
+        [1, 2],
+    ],
+)
+def test_a_cache_that_holds_something_else_is_not_used(make_folder, monkeypatch, content):
+    root = make_folder(size=(16, 16))
+    whole = read(root)
+    monkeypatch.setattr("lowcal.data.folder.read_cache", lambda *_: content)
+    assert torch.equal(read(root).train.pixels, whole.train.pixels)

@@ -73,6 +73,20 @@ def test_sigterm_ends_a_run_within_30_seconds_saved(trials, point):
     assert seconds < 30
 
 
+@pytest.fixture(scope="module")
+def impatient_trials(tmp_path_factory):
+    """Of runs that have a second to heed a signal."""
+    return Trials(tmp_path_factory.mktemp("hung"), *options("checkpoint.grace=1"))
+
+
+@pytest.mark.parametrize("with_the_gil", [False, True])
+@pytest.mark.parametrize(
+    "point", [Point("step", 6), pytest.param(Point("evaluation", 5), marks=pytest.mark.slow)], ids=str
+)
+def test_a_step_that_hangs_in_native_code_is_ended_and_loses_nothing(impatient_trials, point, with_the_gil):
+    assert impatient_trials.hang(point, with_the_gil=with_the_gil)
+
+
 def some(points, *always):
     """All of the points, those but `always` under the slow mark."""
     return [pytest.param(point, id=str(point), marks=() if point in always else pytest.mark.slow) for point in points]

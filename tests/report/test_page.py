@@ -155,6 +155,9 @@ def test_names_and_recipes_of_others_cannot_break_the_page(tmp_path):
     assert "script" not in page.tags
     assert page.tags.count("style") == page.tags.count("pre") == 1
     assert hostile in page.cells
+    markdown = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "script" in markdown
+    assert not re.search(r"(?<!\\)[<>$]", markdown)
 
 
 def test_unfinished_runs_are_shown_and_marked(tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 from statistics import mean, stdev
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from lowcal.errors import LowcalError
 from lowcal.report.intervals import wilson
 from lowcal.report.runs import RunData, read_runs
-from lowcal.report.tables import csv_table, duration, make_rows, markdown_table, memory
+from lowcal.report.tables import csv_table, duration, escaped, make_rows, markdown_table, memory
 from lowcal.report.titles import common_title
 from lowcal.report.words import comparison_notes, headline
 
@@ -304,3 +305,15 @@ def test_damaged_counts_of_images_are_refused(tmp_path):
     write_run(tmp_path, "sgd", images=IMAGES | {"train": "many"})
     with pytest.raises(LowcalError, match=r"environment\.json has damaged 'images'"):
         read_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["*bold* **more** _slanted_ __x", "a|b `code` $x$", "<b>&amp;</b> [a](b) ![c](d)", "# ~~gone~~ \\*", "two\nlines"],
+)
+def test_escaped_text_has_no_markup_left_and_is_one_line(text):
+    shown = escaped(text)
+    assert re.sub(r"\\(.)", r"\1", shown) == text.replace("\n", " ")
+    bare = re.sub(r"\\.", "", shown)
+    assert not re.search(r"[*`<>\[\]|~&#$\n]|\b_|_\b", bare)
+    assert escaped("mobilenet_v2, 1.51×, 3.2 ± 0.1 %") == "mobilenet_v2, 1.51×, 3.2 ± 0.1 %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -15,9 +16,7 @@ import typer
 
 from lowcal.training.interrupt import Interrupted, catch_signals, end
 from lowcal.training.launch import Launch, is_lost
-
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same again later will do
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+from lowcal.training.watchdog import INTERRUPTED, PREEMPTED
 
 app = typer.Typer(
     name="lowcal",
@@ -51,10 +50,18 @@ class Stopped(Exception):
 
 
 @contextmanager
-def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iterator[None]:
-    """Turns a signal, or the end of another process, into the command that goes on: this one with `more` arguments."""
+def resumable(context: typer.Context, folder: Path, more: Sequence[str], grace: float | None = 30.0) -> Iterator[None]:
+    """Turns a signal, or the end of another process, into the command that goes on: this one with `more` arguments.
+
+    A signal that is not heeded for `grace` seconds (None: for ever) ends the program from outside.
+    """
+    go_on = f"go on with: {_program()} {shlex.join([*context.obj, *more])}"
     try:
-        with catch_signals():
+        with catch_signals(
+            math.inf if grace is None else grace,
+            folder=str(folder),
+            advice=go_on if Launch.read().rank == 0 else "",
+        ):
             try:
                 yield
             except RuntimeError as error:
@@ -72,7 +79,7 @@ def resumable(context: typer.Context, folder: Path, more: Sequence[str]) -> Iter
         what, code = "stopped, since another process of the run has ended or does not answer", PREEMPTED
     if not folder.exists() or not any(folder.iterdir()):
         raise Stopped(f"{what}; nothing was written", code)
-    raise Stopped(f"{what}; go on with: {_program()} {shlex.join([*context.obj, *more])}", code)
+    raise Stopped(f"{what}; {go_on}", code)
 
 
 def _program() -> str:

@@ -72,7 +72,7 @@ def compare(
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
-    with resumable(context, folder, more), Display(quiet=quiet) as display:
+    with resumable(context, folder, more, chosen.checkpoint.grace), Display(quiet=quiet) as display:
         many = f"{seeds} seed{'s' * (seeds > 1)} each"
         display.note(f"{title(chosen.model_dump())}: {', '.join(names)}, {many}; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
@@ -103,6 +103,9 @@ def train(
         Path | None, typer.Option(help="Folder for the run [default: runs/RECIPE-METHOD, or -2, -3 ...].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="With --resume: for more epochs, of which --set epochs=N gives all.")
+    ] = False,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
@@ -118,6 +121,8 @@ def train(
     from lowcal.report.titles import title
 
     launch = Launch.read()
+    if extend and not resume:
+        raise LowcalError("--extend goes on with a run that is there: give --resume too")
     if out is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
@@ -140,10 +145,20 @@ def train(
         find_method(method)  # refuses an unknown one before anything is said of the run
         folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
-        with resumable(context, folder, more), Display(quiet=quiet or not ranks.is_main) as display:
+        grace = chosen.checkpoint.grace
+        with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
             display.note(f"{title(chosen.model_dump())}: {method}{among}; in {folder}")
-            summary = run(chosen, method, folder, resume=resume, data_dir=data_dir, ranks=ranks, watcher=display)
+            summary = run(
+                chosen,
+                method,
+                folder,
+                resume=resume,
+                extend=extend,
+                data_dir=data_dir,
+                ranks=ranks,
+                watcher=display,
+            )
     if not ranks.is_main:
         return
     print(

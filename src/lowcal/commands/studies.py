@@ -187,7 +187,7 @@ def sweep(
     )
     folder = out or free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
     more = [] if out else ["--out", str(folder)]
-    with resumable(context, folder, more), Display(quiet=quiet) as display:
+    with resumable(context, folder, more, plan.recipe.checkpoint.grace), Display(quiet=quiet) as display:
         display.note(f"{title(plan.recipe.model_dump())}: {method}, {plan.trials} trials; in {folder}")
         from lowcal.experiments.assemble import find_device
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import tempfile
 import zlib
 from pathlib import Path
@@ -29,7 +28,7 @@ def _path(place: str) -> Path:
 
 
 def read_cache(place: str, key: str) -> dict[str, Any] | None:
-    """Return what was stored for `place` under `key`, or None if absent, out of date or damaged.
+    """Return what was stored for `place` under `key`, or None if absent, out of date or damaged in whatever way.
 
     A file is one header line (JSON: magic, key, checksum, length), then what torch.save wrote.
     """
@@ -39,13 +38,13 @@ def read_cache(place: str, key: str) -> dict[str, Any] | None:
             if not isinstance(header, dict) or (header.get("magic"), header.get("key")) != (MAGIC, key):
                 return None
             payload = file.read()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # of deeply nested JSON
         return None
     if (len(payload), zlib.crc32(payload)) != (header.get("length"), header.get("crc32")):
         return None
     try:
         return torch.load(io.BytesIO(payload), weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError):
+    except Exception:  # torch.load and what it reads with raise whatever damaged bytes lead them to
         return None
 
 

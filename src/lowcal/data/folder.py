@@ -54,7 +54,7 @@ def _read(listing: Listing, size: int, on_error: OnError, fit: Fit) -> tuple[Ima
     """Return one split's images, from the cache if its files have not changed, and the files left out."""
     place, key = f"{listing.folder.resolve()} {fit.__name__} {size}", listing.key()
     content = read_cache(place, key)
-    if content is None:
+    if content is None or not _fits(content, listing, size):
         content = _decode(listing, size, on_error, fit)
         write_cache(place, key, content)
     skipped = tuple(f"{listing.folder / name}: {reason}" for name, reason in content["skipped"])
@@ -62,7 +62,19 @@ def _read(listing: Listing, size: int, on_error: OnError, fit: Fit) -> tuple[Ima
         raise unreadable(skipped[0])
     images = Images(content["pixels"], content["labels"])
     require_every_class(listing, images.labels)
-    return images, skipped
+    return images, listing.passed_over + skipped
+
+
+def _fits(content: Any, listing: Listing, size: int) -> bool:
+    """Whether what the cache holds can be the images of `listing`."""
+    try:
+        pixels, labels, skipped = (content[name] for name in ("pixels", "labels", "skipped"))
+        names = [name for name, _ in skipped]
+        count = len(listing.files) - len(names)
+        kinds = (pixels.shape, pixels.dtype, labels.shape, labels.dtype)
+        return kinds == ((count, 3, size, size), torch.uint8, (count,), torch.int64)
+    except Exception:  # it may be of any form
+        return False
 
 
 def _decode(listing: Listing, size: int, on_error: OnError, fit: Fit) -> dict[str, Any]:

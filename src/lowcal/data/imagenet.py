@@ -31,7 +31,7 @@ def read_imagenet(folder: Path, image_size: int | None, on_error: OnError, worke
     splits = []
     for listing in (train, test):
         bad = _unreadable_files(listing) if on_error == "skip" else {}
-        skipped += tuple(f"{listing.folder / file}: {reason}" for file, reason in bad.items())
+        skipped += listing.passed_over + tuple(f"{listing.folder / file}: {reason}" for file, reason in bad.items())
         kept = [place for place, file in enumerate(listing.files) if file not in bad]
         files = Files(tuple(listing.paths), torch.tensor(listing.labels), decoders, MEAN, STD)
         if bad:
@@ -49,7 +49,7 @@ def _unreadable_files(listing: Listing) -> dict[str, str]:
         raise LowcalError("image files need Pillow and NumPy: pip install 'lowcal[cli]'") from error
     place, key = f"{listing.folder.resolve()} readable", listing.key()
     content = read_cache(place, key)
-    if content is None:
+    if not isinstance(content, dict) or not all(isinstance(reason, str) for reason in content.values()):
         content = {os.path.relpath(path, listing.folder): reason for path, reason in try_files(listing.paths)}
         write_cache(place, key, content)
     return content

@@ -17,16 +17,25 @@ __all__ = ["Listing", "OnError", "class_folders", "list_splits", "require_every_
 OnError = Literal["stop", "skip"]
 
 NAMED = 5  # how many names an error lists
+# Those of torchvision's ImageFolder, and further ones of formats that Pillow reads.
+ENDINGS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+    ".gif", ".jfif", ".jpe", ".jp2", ".apng", ".pbm", ".pnm", ".tga", ".avif",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one split, class by class in the order of the classes' names; `files` are below `folder`."""
+    """The files of one split, class by class in the order of the classes' names; `files` are below `folder`.
+
+    `passed_over` are the files whose ending is not one of images, each with the reason.
+    """
 
     folder: Path
     classes: tuple[str, ...]
     files: tuple[str, ...]
     labels: tuple[int, ...]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def paths(self) -> list[str]:
@@ -95,10 +104,21 @@ def _list(folder: Path) -> Listing:
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise LowcalError(f"{str(folder)!r} must hold a folder for each of two or more classes; found {found}")
-    if empty := [name for name, files in by_class.items() if not files]:
-        raise LowcalError(f"class folders without a file in {str(folder)!r}: {_some(empty)}; fill or remove them")
-    files = [(file, label) for label, name in enumerate(classes) for file in by_class[name]]
-    return Listing(folder, tuple(classes), tuple(file for file, _ in files), tuple(label for _, label in files))
+    images = {name: [file for file in files if file.lower().endswith(ENDINGS)] for name, files in by_class.items()}
+    if empty := [name for name, files in images.items() if not files]:
+        raise LowcalError(
+            f"class folders without a file of images (.jpg, .png, ...) in {str(folder)!r}: {_some(empty)}; "
+            "fill or remove them"
+        )
+    files = [(file, label) for label, name in enumerate(classes) for file in images[name]]
+    others = [file for name in classes for file in by_class[name] if not file.lower().endswith(ENDINGS)]
+    return Listing(
+        folder,
+        tuple(classes),
+        tuple(file for file, _ in files),
+        tuple(label for _, label in files),
+        tuple(f"{folder / file}: its ending is not one of images" for file in others),
+    )
 
 
 def _files(folder: Path, name: str) -> list[str]:

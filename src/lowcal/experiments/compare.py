@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
-from lowcal.experiments.folders import refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
@@ -104,11 +104,17 @@ def prepare(
     device: torch.device,
     watcher: Watcher,
     ranks: Ranks | None = None,
+    anew: bool = False,
 ) -> Run:
-    """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on."""
+    """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on.
+
+    One that `RunFolder.may_be_replaced` is replaced if it is to begin `anew`, or has another recipe.
+    """
     ranks = ranks or Ranks()
-    reopen = ranks.from_main(lambda: _is_there(folder, len(data.classes)))
     own = recipe.model_copy(update={"seed": arm.seed})
+    reopen, replaced = ranks.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
+    if replaced:
+        watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
     run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, ranks=ranks)
     if reopen:
         for text in run.resume():
@@ -120,12 +126,36 @@ def prepare(
     return run
 
 
-def advance(arm: Arm, run: Run, watcher: Watcher) -> None:
-    """Train for one epoch."""
+def _clear(folder: Path, recipe: Recipe, classes: int, *, anew: bool) -> tuple[bool, bool]:
+    """Whether the run in `folder` goes on, and whether there was one that is removed now.
+
+    Raises:
+        LowcalError: it would go on, but was started on images of another number of classes.
+    """
+    if not RunFolder.holds_run(folder):
+        return False, False
+    files = RunFolder(folder)
+    replaced = files.may_be_replaced() and (anew or recipe_in(folder) != recipe)
+    if replaced:
+        files.clear()
+        return False, True
+    images = files.read_identity().get("images")  # absent in runs of earlier versions
+    if images is not None and images["classes"] != classes:
+        raise LowcalError(
+            f"{folder} was started on images of {images['classes']} classes, but these have {classes}; "
+            "give the --data-dir that it was started with"
+        )
+    return True, False
+
+
+def advance(arm: Arm, run: Run, watcher: Watcher, way_out: Callable[[RunFolder], str] | None = None) -> None:
+    """Train for one epoch; `way_out` says what can be done if it diverges."""
     try:
         record = run.run_epoch(lambda progress: watcher.step(arm, progress))
     except LowcalError as error:
-        raise LowcalError(f"{arm.folder}: {error}") from error.__cause__  # which tells a full disk from a bad setting
+        way = f"; {way_out(run.folder)}" if way_out and run.ranks.is_main and run.folder.divergence() else ""
+        # The cause tells a full disk from a bad setting.
+        raise LowcalError(f"{arm.folder}: {error}{way}") from error.__cause__
     watcher.epoch(arm, record)
     for text in run.news:
         watcher.note(f"{arm.folder}: {text}")
@@ -153,22 +183,9 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
     if not arms:
         refuse_used(out, "a comparison")
     for folder in sorted(arms):
-        if RunFolder.holds_run(folder):
+        if RunFolder.holds_run(folder) and not RunFolder(folder).may_be_replaced():
             seed = int(folder.name.rpartition("-seed")[2])
             refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
-
-
-def _is_there(folder: Path, classes: int) -> bool:
-    """Whether a run is in `folder`; LowcalError if it was started on images of another number of classes."""
-    if not RunFolder.holds_run(folder):
-        return False
-    images = RunFolder(folder).read_identity().get("images")  # absent in runs of earlier versions
-    if images is not None and images["classes"] != classes:
-        raise LowcalError(
-            f"{folder} was started on images of {images['classes']} classes, but these have {classes}; "
-            "give the --data-dir that it was started with"
-        )
-    return True
 
 
 def _is_finished(folder: Path) -> bool:

@@ -51,9 +51,13 @@ def recipe_in(folder: Path) -> Recipe:
     return parse_recipe(RunFolder.open(folder).recipe, str(folder / "recipe.yaml"))
 
 
-def refuse_another_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse a run that was started with other settings than `recipe`; the message names the first that differs."""
-    changed = differences(recipe_in(folder), recipe)
+def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[str] = frozenset()) -> None:
+    """Refuse a run that was started with other settings than `recipe`; the message names the first that differs.
+
+    Args:
+        but_for: keys that may differ.
+    """
+    changed = [line for line in differences(recipe_in(folder), recipe) if line.partition(" ")[0] not in but_for]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LowcalError(

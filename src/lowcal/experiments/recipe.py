@@ -181,9 +181,13 @@ class PruneSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Within an epoch a run is saved as often as this (None: at the ends of epochs alone)."""
+    """Within an epoch a run is saved every `minutes` (None: at the ends of epochs alone).
+
+    A run that has not heeded a signal for `grace` seconds is ended from outside (None: never).
+    """
 
     minutes: Positive | None = 10.0
+    grace: Positive | None = 30.0
 
 
 class GuardSettings(Settings):

@@ -16,7 +16,7 @@ from .figures import FIGURES, colours
 from .intervals import spread_notes
 from .runs import RunData, by_method, read_runs
 from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, make_rows, markdown_table, table_cells
+from .tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, table_cells
 from .titles import common_title
 from .words import batch_changes, comparison_notes, headline
 
@@ -137,7 +137,8 @@ def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]
 
 
 def _markdown(rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
-    return "\n\n".join([f"**{headline(rows)}**", f"{summary['title']}.", markdown_table(rows).rstrip(), *notes]) + "\n"
+    subject, *notes = (escaped(text) for text in (f"{summary['title']}.", *notes))
+    return "\n\n".join([f"**{escaped(headline(rows))}**", subject, markdown_table(rows).rstrip(), *notes]) + "\n"
 
 
 def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
@@ -17,6 +18,7 @@ __all__ = [
     "Row",
     "csv_table",
     "duration",
+    "escaped",
     "make_rows",
     "markdown_table",
     "memory",
@@ -155,9 +157,14 @@ def csv_table(rows: Sequence[Row]) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table, rounded for reading."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in table_cells(rows)]
+    cells = [[escaped(cell) for cell in line] for line in table_cells(rows)]
     lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, in one line; an underscore within a word needs nothing."""
+    return re.sub(r"([\\`*\[\]<>|~&#!$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGTERM is what schedulers and `kill` send; SIGUSR1 is what SLURM can be told to send some time before it.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+from lowcal.training.watchdog import IS_POSSIBLE, SIGNALS, Watchdog
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,6 +25,7 @@ class _Desk:
     received: int | None = None
     deferred = 0  # how many `deferred` are entered
     is_ending = False
+    watchdog: Watchdog | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         is_impatient = number == signal.SIGINT and self.received is not None  # a second Ctrl-C
@@ -39,15 +39,17 @@ _desk = _Desk()
 
 
 @contextmanager
-def catch_signals() -> Iterator[None]:
+def catch_signals(grace: float = 30.0, *, folder: str = "", advice: str = "") -> Iterator[None]:
     """Within it SIGINT, SIGTERM and SIGUSR1 raise `Interrupted`, at once or as `deferred` says.
 
-    Only the main thread can set handlers; in another one nothing changes.
+    A process in which that does not happen is ended by a `Watchdog`, whose arguments these are. Only the main thread
+    can set handlers; in another one nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _desk.received, _desk.is_ending = None, False
+    _desk.watchdog = Watchdog(grace, folder, advice) if IS_POSSIBLE else None
     before = {number: signal.signal(number, _desk.receive) for number in SIGNALS}
     try:
         yield
@@ -55,6 +57,9 @@ def catch_signals() -> Iterator[None]:
         for number, handler in before.items() if not _desk.is_ending else ():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         _desk.received = None
+        if _desk.watchdog is not None:
+            _desk.watchdog.close()
+            _desk.watchdog = None
 
 
 @contextmanager
@@ -65,6 +70,12 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _desk.deferred -= 1
+
+
+def renew_grace() -> None:
+    """Gives a signal that waits its whole `grace` once more, since the program has come to its saving."""
+    if _desk.watchdog is not None:
+        _desk.watchdog.renew()
 
 
 def requested() -> int:

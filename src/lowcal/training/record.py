@@ -1,8 +1,10 @@
 """Run folders: the files that a run writes, and the only thing that the report reads."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,19 @@ from typing import Any
 from ..errors import LowcalError
 from .files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
 
-__all__ = ["RunFolder"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["RunFolder", "digest"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 EPOCHS = "epochs.jsonl"
 SUMMARY = "summary.json"
+DIVERGED = "diverged.json"
+CHECKPOINTS = "checkpoint*.pt"
 
 # The fields that readers compute with; a file may hold more.
 _COSTS = ("boundary", "layers", "seconds", "flops", "peak_memory_bytes")
@@ -30,11 +39,13 @@ class RunFolder:
     """The folder of one training run.
 
     `recipe.yaml` is the recipe's text, `environment.json` where it runs and which run it is, `epochs.jsonl`
-    one JSON object an epoch, `summary.json` the results once it is finished. Checkpoints lie beside them.
+    one JSON object an epoch, `summary.json` the results once it is finished. Checkpoints lie beside them, and
+    `diverged.json` says how a run that diverged ended.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._leave: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -92,6 +103,68 @@ class RunFolder:
         except OSError as error:
             raise refused(path, error) from error
 
+    def occupy(self) -> None:
+        """Shows `may_be_replaced` that a run is at work here: until this process ends, or the run diverges."""
+        if fcntl is not None:
+            descriptor = os.open(self.path / EPOCHS, os.O_RDONLY)
+            self._leave = weakref.finalize(self, os.close, descriptor)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def may_be_replaced(self) -> bool:
+        """Whether the run here has finished no epoch, is not at work, and has diverged or has no checkpoint."""
+        if self._lines() or (self.divergence() is None and any(self.path.glob(CHECKPOINTS))):
+            return False
+        if fcntl is None:
+            return False
+        with (self.path / EPOCHS).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:  # a file system without locks: another process may be at work
+                return self.divergence() is not None
+        return True
+
+    def clear(self) -> None:
+        """Removes the run. After a crash on the way the folder still `may_be_replaced`, or is half made."""
+        last = (SUMMARY, DIVERGED, RECIPE, ENVIRONMENT, EPOCHS)
+        try:
+            for path in (*self.path.glob(CHECKPOINTS), *self.path.glob(".*.tmp"), *(self.path / name for name in last)):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise refused(self.path, error) from error
+
+    def change(self, recipe: str, *, epochs: int) -> None:
+        """Gives the run another recipe, and takes it for unfinished; checkpoints made under the present one stay valid.
+
+        A crash on the way leaves the old recipe or the new one, and a run that can go on with either.
+        """
+        value = read_json(self.path / ENVIRONMENT)
+        earlier = [*self.earlier_recipes(), {"recipe": digest(self.recipe), "until_epoch": len(self._lines())}]
+        value["run"] = {**value["run"], "epochs": epochs, "earlier": earlier}
+        write_json(self.path / ENVIRONMENT, value)
+        try:
+            (self.path / SUMMARY).unlink(missing_ok=True)
+        except OSError as error:
+            raise refused(self.path / SUMMARY, error) from error
+        atomic_write(self.path / RECIPE, recipe.encode())
+
+    def earlier_recipes(self) -> list[dict[str, Any]]:
+        """The recipes that the run had before `change`: `recipe` is a digest, `until_epoch` a number of epochs."""
+        return list(self.read_identity().get("earlier", []))
+
+    def note_divergence(self, what: str) -> None:
+        """Keeps, until an epoch more is finished, that the run has diverged and how."""
+        write_json(self.path / DIVERGED, {"format": FORMAT, "what": what})
+        if self._leave is not None:
+            self._leave()
+
+    def divergence(self) -> str | None:
+        """How the run diverged; None if it did not."""
+        path = self.path / DIVERGED
+        return str(read_json(path).get("what")) if path.exists() else None
+
     @property
     def recipe(self) -> str:
         """The recipe's text as the run was started with it."""
@@ -129,6 +202,7 @@ class RunFolder:
                 except BaseException:
                     file.truncate(before)
                     raise
+            (self.path / DIVERGED).unlink(missing_ok=True)
         except OSError as error:
             raise refused(path, error) from error
 
@@ -192,6 +266,11 @@ class RunFolder:
         if record["epoch"] != index:
             raise LowcalError(f"line {index + 1} of {path} is epoch {record['epoch']!r}; resume the run")
         return record
+
+
+def digest(recipe: str) -> str:
+    """By what a recipe's text is known."""
+    return hashlib.sha256(recipe.encode()).hexdigest()
 
 
 def _refuse_unless_free(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
 from lowcal.training.growth import Growth, kept_apart
+from lowcal.training.interrupt import renew_grace
 from lowcal.training.learner import Learner
 from lowcal.training.part import Part
 from lowcal.training.ranks import Ranks
-from lowcal.training.record import RunFolder
+from lowcal.training.record import RunFolder, digest
 from lowcal.training.workbench import Workbench
 
 
@@ -77,6 +77,7 @@ class RunState:
         Args:
             random: what torch's generators are to be when the run goes on, if not as they are now.
         """
+        renew_grace()
         if not self._is_saved or not self._ranks.is_main:
             return
         if part is not None:
@@ -105,7 +106,7 @@ class RunState:
                 raise LowcalError(f"{self._folder.path} has no checkpoint; start the run anew in another folder")
             self._folder.truncate(0)
             return None
-        _check_identity(checkpoint.state.get("run"), self._identity(), checkpoint.path)
+        self._check_identity(checkpoint.state.get("run"), checkpoint.path)
         notes, before = checkpoint.passed_over, checkpoint.state.get("ranks", 1)
         if before != self._ranks.world:
             notes += (f"saved by {before} process(es), goes on with {self._ranks.world}",)
@@ -153,14 +154,18 @@ class RunState:
 
     def _identity(self) -> dict[str, Any]:
         """By what a checkpoint is known to be of the same run."""
-        recipe = hashlib.sha256(self._folder.recipe.encode()).hexdigest()
+        recipe = digest(self._folder.recipe)
         return {"method": self._learner.method.name, "recipe": recipe, "seed": self._seed, "epochs": self._epochs}
 
-
-def _check_identity(saved: Any, own: Mapping[str, Any], path: Path) -> None:
-    """Refuses the checkpoint in the file `path`, which says that it is of the run `saved`, if that is not `own`."""
-    for name, value in own.items():
-        found = saved.get(name) if isinstance(saved, dict) else None
-        if found != value:
-            what = "differs" if name == "recipe" else f"is {found!r}, this run's is {value!r}"
-            raise LowcalError(f"{path} is of another run: its {name} {what}; choose another folder or resume that run")
+    def _check_identity(self, saved: Any, path: Path) -> None:
+        """Refuses the checkpoint in the file `path`, which says that it is of the run `saved`, if that is another."""
+        own, saved = self._identity(), saved if isinstance(saved, dict) else {}
+        if any(earlier["recipe"] == saved.get("recipe") for earlier in self._folder.earlier_recipes()):
+            own |= {name: saved[name] for name in ("recipe", "epochs") if name in saved}
+        for name, value in own.items():
+            found = saved.get(name)
+            if found != value:
+                what = "differs" if name == "recipe" else f"is {found!r}, this run's is {value!r}"
+                raise LowcalError(
+                    f"{path} is of another run: its {name} {what}; choose another folder or resume that run"
+                )

@@ -120,6 +120,8 @@ class Run:
             epochs=epochs,
             is_saved=checkpoint,
         )
+        if self.ranks.is_main:
+            folder.occupy()
         self._step = self._workbench.build()
         self._meter = Meter(method, self.device, precision, self.ranks.world)
 
@@ -352,10 +354,10 @@ class Run:
             yield batch
 
     def _diverged(self, what: str, step: int) -> LowcalError:
-        return LowcalError(
-            f"{what} at step {step} of epoch {self.finished + 1} of {self.epochs}; "
-            f"lower the learning rate, which is {self._lr():g} ({self._state.last_save()})"
-        )
+        where = f"{what} at step {step} of epoch {self.finished + 1} of {self.epochs}"
+        if self.ranks.is_main:
+            self.folder.note_divergence(where)
+        return LowcalError(f"{where}; lower the learning rate, which is {self._lr():g} ({self._state.last_save()})")
 
     def _lr(self) -> float:
         """SGD's learning rate in the epoch that is next."""

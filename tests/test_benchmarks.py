@@ -11,8 +11,9 @@ import cifar10
 import cpu
 import gpu
 import memory_formats
-import step_kinds
+import savings
 import steady_speedup
+import step_kinds
 import whole_run
 import whole_run_table
 from lowcal.experiments.bench_settings import BenchSettings
@@ -272,3 +273,14 @@ def test_of_two_seeds_both_are_shown():
     assert cifar10.of_seeds(1.5, [1.0, 2.0], "×") == "1.50× (1.00 to 2.00)"
     assert cifar10.of_seeds(2.0, [1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert cifar10.of_seeds(2.0, [2.0]) == cifar10.of_seeds(2.0, [2.0, 2.0]) == "2.00"
+
+
+def test_what_local_updates_save_beside_freezing():
+    rows = [
+        {"method": "sgd", "boundary": 0, "speedup": 1.0, "ideal": 1.0},
+        {"method": "local", "boundary": 5, "speedup": 1.25, "ideal": 1.2},  # saves 0.2 of the time
+        {"method": "freeze", "boundary": 5, "speedup": 2.0, "ideal": 1.5},  # 0.5
+        {"method": "local/4", "boundary": 5, "speedup": 1.6, "ideal": 1.4},  # 0.375
+    ]
+    cells = savings.row("resnet18-32", rows)
+    assert cells[1:] == ["1.51×", "1.20×", "1.25×", "0.86", "0.40 to 0.40", "0.75 to 0.75"]

@@ -130,7 +130,9 @@ def code_note(runs: Iterable[RunData]) -> str | None:
         groups.setdefault(run.code, []).append(run.name)
     if len(groups) < 2:
         return None
-    made = [f"{code} ({', '.join(names) if len(names) < 4 else f'{len(names)} runs'})" for code, names in groups.items()]
+    made = [
+        f"{code} ({', '.join(names) if len(names) < 4 else f'{len(names)} runs'})" for code, names in groups.items()
+    ]
     return f"The runs were made by different code: {', '.join(made)}."
 
 

@@ -6,14 +6,13 @@ Trains what is missing in FOLDER (a results folder of `lowcal reproduce`): Table
 schedule compressed, those of one network and seed in turn. Writes FOLDER/RECIPE.json, .md and .svg from what is
 finished.
 
-Other work on the machine comes in bursts and only ever adds time, so a speed-up is worked out with each epoch's time
-replaced by the shortest of the method's epochs at the same boundary, of all seeds.
+Speed-ups are those of `steady_speedup`, since other work on the machine comes in bursts.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from lowcal.experiments.reproduction.scales import find_scale
 from lowcal.experiments.reproduction.training import missing, train_missing
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
-from lowcal.report.intervals import with_spread
 from lowcal.report.runs import RunData
 from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.files import write_json
+from steady_speedup import kind_of, steady_times
 
 METHODS = {
     "resnet18-cifar10": ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune"),
@@ -65,30 +64,10 @@ def cells_of(recipe: str, results: Results) -> list[Cell]:
 
 
 def steady(runs: dict[str, list[RunData]], cells: dict[str, Cell]) -> dict[str, float]:
-    """The time of each cell's run over that of sgd, each epoch as long as the fastest at the same boundary."""
-    fastest: dict[Any, float] = {}
-
-    def kind(name: str, record: dict[str, Any]) -> Any:
-        """Epochs of one kind do the same work."""
-        method = cells[name].method
-        is_plain = not record["boundary"] and method not in ("stochastic-depth", "prune")
-        return "plain" if is_plain else (method, record["boundary"], record["flops"])
-
-    records = [(name, record) for name, group in runs.items() for run in group for record in run.records]
-    for name, record in records:
-        key = kind(name, record)
-        fastest[key] = min(record["seconds"], fastest.get(key, record["seconds"]))
-    sums = {
-        name: statistics.mean(sum(fastest[kind(name, record)] for record in run.records) for run in group)
-        for name, group in runs.items()
-    }
-    return {name: total / sums["sgd"] for name, total in sums.items()}
-
-
-def mean_std(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation."""
-    found = list(values)
-    return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else None
+    """The time of each cell's runs over that of sgd, see `steady_speedup`."""
+    records = {name: {run.seed: run.records for run in group} for name, group in runs.items()}
+    times = steady_times(records, lambda name, record: kind_of(cells[name].method, record))
+    return {name: time / times["sgd"] for name, time in times.items()}
 
 
 def line_at(line: list[tuple[float, float]], time: float) -> float | None:
@@ -106,8 +85,9 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
     shared = set.intersection(*({run.seed for run in group} for group in runs.values()))
     runs = {name: [run for run in group if run.seed in shared] for name, group in runs.items()}
     times = steady(runs, cells)
-    errors = {name: mean_std(run.records[-1]["top1_error"] for run in group) for name, group in runs.items()}
-    line = sorted((times[name], errors[name][0]) for name in runs if name.startswith("sgd"))
+    by_seed = [steady({n: [r for r in g if r.seed == seed] for n, g in runs.items()}, cells) for seed in sorted(shared)]
+    errors = {name: [run.records[-1]["top1_error"] for run in group] for name, group in runs.items()}
+    line = sorted((times[name], statistics.mean(errors[name])) for name in runs if name.startswith("sgd"))
     flops = {n: statistics.mean(sum(r["flops"] for r in run.records) for run in g) for n, g in runs.items()}
     rows = []
     for name, group in runs.items():
@@ -120,9 +100,12 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
                 "name": name,
                 "seeds": len(group),
                 "epochs": len(group[0].records),
-                "top1_error": errors[name][0],
-                "top1_error_std": errors[name][1],
+                "top1_error": statistics.mean(errors[name]),
+                "top1_error_std": statistics.stdev(errors[name]) if len(group) > 1 else None,
+                "top1_errors": errors[name],
                 "steady_speedup": 1 / times[name],
+                "steady_speedups": [1 / own[name] for own in by_seed],
+                "code": sorted({run.code for run in group}),
                 "wall_seconds": statistics.mean(run.records[-1]["total_seconds"] for run in group),
                 "flops_ratio": flops[name] / flops["sgd"],
                 "boundary": [run.records[-1]["boundary"] for run in group],
@@ -142,15 +125,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        measured = with_spread(row["top1_error"], row["top1_error_std"], row["seeds"], 2)
         last = "–" if not any(row["boundary"]) else f"{statistics.mean(row['boundary']):.3g} of {row['layers']}"
         rival = "–" if row["sgd_in_that_time"] is None else f"{row['sgd_in_that_time']:.2f}"
         error = "–" if row["paper_top1_error"] is None else f"{row['paper_top1_error']:.2f}"
         paper = "–" if row["paper_speedup"] is None else f"{row['paper_speedup']:.2f}×"
-        measured = f"{measured} | {error} | {row['steady_speedup']:.2f}×"
+        measured = f"{of_seeds(row['top1_error'], row['top1_errors'])} | {error}"
+        speedup = of_seeds(row["steady_speedup"], row["steady_speedups"], "×")
         work = f"{row['flops_ratio']:.2f}× | {last} | {rival} | {row['seeds']}"
-        lines.append(f"| {row['name']} | {measured} | {paper} | {work} |")
+        lines.append(f"| {row['name']} | {measured} | {speedup} | {paper} | {work} |")
     return "\n".join(lines) + "\n"
+
+
+def of_seeds(value: float, by_seed: Sequence[float], unit: str = "") -> str:
+    """`value` and how far the seeds are apart: both of two, the sample deviation of more."""
+    text = f"{value:.2f}{unit}"
+    if len(set(by_seed)) < 2:
+        return text
+    if len(by_seed) > 2:
+        return f"{text} ± {statistics.stdev(by_seed):.2f}"
+    return f"{text} ({min(by_seed):.2f} to {max(by_seed):.2f})"
 
 
 def draw(recipe: str, rows: list[dict[str, Any]], path: Path) -> None:

@@ -3,7 +3,8 @@
 Reads the runs of ResNet18 that benchmarks/cifar10.py trained (its first two seeds) and, in OUT-seeds, those that were
 trained afterwards from their recipes (`lowcal compare --recipe RUN/recipe.yaml --set seed=2 ...`). Errors alone: times
 are those of cifar10.py's table, whose runs took turns. SGD in the time of `refresh` lies on a straight line between its
-two compressed runs of the same seed. Writes OUT/refresh-seeds.json and .md.
+two compressed runs of the same seed; so does SGD with as many FLOPs, in which there is no noise.
+Writes OUT/refresh-seeds.json and .md.
 """
 
 import argparse
@@ -25,10 +26,10 @@ def errors(cell: str, folders: list[Path]) -> list[float]:
     return [found[seed] for seed in range(len(found))]
 
 
-def on_line(less: float, more: float, speedups: dict[str, float]) -> float:
-    """SGD's error in the time of `METHOD`."""
-    time = {name: 1.0 / speedups[name] for name in (LESS, METHOD, MORE)}
-    return less + (more - less) * (time[METHOD] - time[LESS]) / (time[MORE] - time[LESS])
+def on_line(found: dict[str, list[float]], cost: dict[str, float]) -> list[float]:
+    """SGD's error with each seed at the cost of `METHOD`: its time or its FLOPs."""
+    place = (cost[METHOD] - cost[LESS]) / (cost[MORE] - cost[LESS])
+    return [less + (more - less) * place for less, more in zip(found[LESS], found[MORE], strict=True)]
 
 
 def main() -> None:
@@ -37,23 +38,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     folders = [out / f"{NETWORK}-small", out.with_name(f"{out.name}-seeds")]
-    speedups = {row["name"]: row["steady_speedup"] for row in json.loads((out / f"{NETWORK}.json").read_text())["rows"]}
+    told = {row["name"]: row for row in json.loads((out / f"{NETWORK}.json").read_text())["rows"]}
     found = {name: errors(name, folders) for name in (LESS, METHOD, MORE)}
-    line = [on_line(less, more, speedups) for less, more in zip(found[LESS], found[MORE], strict=True)]
-    shown = {
-        f"{LESS}, {speedups[LESS]:.2f}×": found[LESS],
-        f"{MORE}, {speedups[MORE]:.2f}×": found[MORE],
-        f"SGD in the time of {METHOD}": line,
-        f"{METHOD}, {speedups[METHOD]:.2f}×": found[METHOD],
-        "difference of the last two": [own - rival for own, rival in zip(found[METHOD], line, strict=True)],
+    own, speedups = found[METHOD], {name: told[name]["steady_speedup"] for name in found}
+    shown = {f"{name}, {speedups[name]:.2f}×": found[name] for name in (LESS, MORE, METHOD)}
+    costs = {
+        f"in the time of {METHOD}": {name: 1.0 / speedup for name, speedup in speedups.items()},
+        f"with the FLOPs of {METHOD}, {1.0 / told[METHOD]['flops_ratio']:.2f}×": {
+            name: told[name]["flops_ratio"] for name in found
+        },
     }
+    for words, cost in costs.items():
+        line = on_line(found, cost)
+        shown[f"SGD {words}"] = line
+        shown[f"{METHOD} less SGD {words.partition(',')[0]}"] = [a - b for a, b in zip(own, line, strict=True)]
     rows = [
         {"name": name, "by_seed": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
         for name, values in shown.items()
     ]
     result = {"format": 1, "network": NETWORK, "rows": rows}
     (out / "refresh-seeds.json").write_text(json.dumps(result, indent=1) + "\n")
-    seeds = range(len(line))
+    seeds = range(len(own))
     lines = [
         f"| top-1 error, % | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
         f"| --- | {' | '.join('---:' for _ in seeds)} | ---: |",

@@ -1,40 +1,70 @@
-"""Speed-ups of a comparison with bursts of other work on the machine taken out: `steady_speedup.py FOLDER`.
+"""Speed-ups of runs that took turns, with bursts of other work on the machine taken out: `steady_speedup.py FOLDER`.
 
-Each epoch's step time is replaced by the median over all epochs of the method, of all seeds, at the same boundary.
-Reads the run folders in FOLDER, prints and writes FOLDER/steady.md.
+Other work comes in bursts of minutes, so that only epochs of one turn are held beside one another: the time of each is
+divided by the median time of plain SGD's epochs in its turn. A run's time is the sum over its epochs, each with the
+median of these ratios over all epochs of its kind: of the same method at the same boundary, of all seeds.
+
+Reads the run folders of a comparison in FOLDER, prints and writes FOLDER/steady.md.
 """
 
 import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+Runs = Mapping[str, Mapping[int, Sequence[Record]]]  # name -> seed -> records of the epochs
+PLAIN = "plain"  # the kind of epochs in which the whole network learns by SGD
 
 
-def steady_step_ms(runs: list[list[dict]]) -> float:
-    """Mean over the runs of the sum of their epochs' steady step times, in ms times epochs."""
-    at: dict[int, list[float]] = defaultdict(list)
-    for epoch in (epoch for run in runs for epoch in run):
-        at[epoch["boundary"]].append(epoch["step_ms"])
-    steady = {boundary: statistics.median(times) for boundary, times in at.items()}
-    return statistics.mean(sum(steady[epoch["boundary"]] for epoch in run) for run in runs)
+def kind_of(method: str, record: Record) -> Hashable:
+    """What the epoch of `record` did; epochs of one kind do the same work on average."""
+    if method == "prune":
+        return method, record["flops"]  # which channels are left
+    if method != "stochastic-depth" and not record["boundary"]:
+        return PLAIN
+    return method, record["boundary"]
+
+
+def steady_times(runs: Runs, kind: Callable[[str, Record], Hashable] = kind_of) -> dict[str, float]:
+    """The time of each name's runs, on average over its seeds, in epochs of plain SGD."""
+    plain: dict[tuple[int, int], list[float]] = defaultdict(list)  # by seed and turn
+    for name, seed, record in _all(runs):
+        if kind(name, record) == PLAIN:
+            plain[seed, record["epoch"]].append(record["seconds"])
+    ratios: dict[Hashable, list[float]] = defaultdict(list)
+    for name, seed, record in _all(runs):
+        if turn := plain.get((seed, record["epoch"])):
+            ratios[kind(name, record)].append(record["seconds"] / statistics.median(turn))
+    steady = {each: 1.0 if each == PLAIN else statistics.median(found) for each, found in ratios.items()}
+    return {
+        name: statistics.mean(sum(steady[kind(name, record)] for record in records) for records in seeds.values())
+        for name, seeds in runs.items()
+    }
+
+
+def _all(runs: Runs) -> list[tuple[str, int, Record]]:
+    return [
+        (name, seed, record) for name, seeds in runs.items() for seed, records in seeds.items() for record in records
+    ]
 
 
 def main(folder: Path) -> None:
     """Writes the table."""
-    methods: dict[str, list[list[dict]]] = defaultdict(list)
+    runs: dict[str, dict[int, list[Record]]] = defaultdict(dict)
     for log in sorted(folder.glob("*-seed*/epochs.jsonl")):
-        methods[log.parent.name.rpartition("-seed")[0]].append(
-            [json.loads(line) for line in log.read_text().splitlines()]
-        )
-    times = {method: steady_step_ms(runs) for method, runs in methods.items()}
-    flops = {method: sum(epoch["flops"] for run in runs for epoch in run) for method, runs in methods.items()}
+        method, _, seed = log.parent.name.rpartition("-seed")
+        runs[method][int(seed)] = [json.loads(line) for line in log.read_text().splitlines()]
+    times = steady_times(runs)
+    flops = {method: sum(e["flops"] for run in seeds.values() for e in run) for method, seeds in runs.items()}
     rows = [
         f"| {method} | {times['sgd'] / times[method]:.2f}× | {flops[method] / flops['sgd']:.2f}× |"
         for method in sorted(times, key=times.__getitem__, reverse=True)
     ]
-    lines = ["| method | steady speed-up | FLOPs |", "| --- | ---: | ---: |", *rows]
-    table = "\n".join(lines)
+    table = "\n".join(["| method | steady speed-up | FLOPs |", "| --- | ---: | ---: |", *rows])
     (folder / "steady.md").write_text(table + "\n")
     print(table)
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import bench_networks
+import cifar10
 import cpu
 import gpu
 import memory_formats
+import savings
+import steady_speedup
 import step_kinds
 import whole_run
 import whole_run_table
@@ -222,3 +225,62 @@ def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(small_
     monkeypatch.setattr(gpu, "SECONDS", -1)
     assert small_gpu("--part", "large-runs", "--out", tmp_path) == 1
     assert capsys.readouterr().out.count("the time is up") == 3
+
+
+def slowed_runs():
+    """Epochs of a machine whose load changes from turn to turn, with a burst now and then; two seeds."""
+    load = {(seed, turn): 1.0 + (7 * turn + 3 * seed) % 5 for seed in (0, 1) for turn in range(12)}
+    work = {"sgd": lambda turn: 1.0, "sgd-8": lambda turn: 1.0, "freeze": lambda turn: 0.5 if turn >= 6 else 1.0}
+    runs = {}
+    for name, share in work.items():
+        turns = range(8 if name == "sgd-8" else 12)
+        runs[name] = {
+            seed: [
+                {
+                    "epoch": turn,
+                    "boundary": 4 * (share(turn) < 1),
+                    "flops": 10,
+                    "seconds": share(turn) * load[seed, turn] * (3.0 if name == "freeze" and turn in (1, 8) else 1.0),
+                }
+                for turn in turns
+            ]
+            for seed in (0, 1)
+        }
+    return runs
+
+
+def test_steady_times_are_those_of_a_quiet_machine():
+    times = steady_speedup.steady_times(slowed_runs())
+    assert times == pytest.approx({"sgd": 12.0, "sgd-8": 8.0, "freeze": 6 + 6 * 0.5})
+
+
+def test_epochs_of_networks_that_differ_in_size_are_of_different_kinds():
+    small, large = {"boundary": 0, "flops": 5}, {"boundary": 0, "flops": 10}
+    kind = steady_speedup.kind_of
+    assert kind("sgd", small) == kind("local", large) == steady_speedup.PLAIN
+    assert len({kind("prune", small), kind("prune", large), steady_speedup.PLAIN}) == 3
+    assert kind("stochastic-depth", small) == kind("stochastic-depth", large) != steady_speedup.PLAIN
+    assert kind("local", {"boundary": 2, "flops": 5}) != kind("freeze", {"boundary": 2, "flops": 5})
+
+
+def test_one_fast_epoch_among_many_of_sgd_decides_nothing():
+    runs = slowed_runs()
+    runs["sgd"][0][5]["seconds"] /= 10
+    assert steady_speedup.steady_times(runs) == pytest.approx({"sgd": 12.0, "sgd-8": 8.0, "freeze": 9.0})
+
+
+def test_of_two_seeds_both_are_shown():
+    assert cifar10.of_seeds(1.5, [1.0, 2.0], "×") == "1.50× (1.00 to 2.00)"
+    assert cifar10.of_seeds(2.0, [1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert cifar10.of_seeds(2.0, [2.0]) == cifar10.of_seeds(2.0, [2.0, 2.0]) == "2.00"
+
+
+def test_what_local_updates_save_beside_freezing():
+    rows = [
+        {"method": "sgd", "boundary": 0, "speedup": 1.0, "ideal": 1.0},
+        {"method": "local", "boundary": 5, "speedup": 1.25, "ideal": 1.2},  # saves 0.2 of the time
+        {"method": "freeze", "boundary": 5, "speedup": 2.0, "ideal": 1.5},  # 0.5
+        {"method": "local/4", "boundary": 5, "speedup": 1.6, "ideal": 1.4},  # 0.375
+    ]
+    cells = savings.row("resnet18-32", rows)
+    assert cells[1:] == ["1.51×", "1.20×", "1.25×", "0.86", "0.40 to 0.40", "0.75 to 0.75"]

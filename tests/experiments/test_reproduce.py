@@ -13,6 +13,8 @@ from lowcal.experiments.reproduce import dry_run, reproduce
 from lowcal.experiments.reproduction.plans import make_plan, plan_names
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import SCALES
+from lowcal.report.runs import read_run
+from lowcal.training.environment import code_digest
 
 CPU = torch.device("cpu")
 TWO = "vgg13-cifar10/sgd,vgg13-cifar10/local"
@@ -120,6 +122,28 @@ def test_a_run_that_was_broken_off_goes_on_and_tables_share_it(tmp_path):
     run("table5", results, other, cells="vgg13-cifar10")
     assert [folder[:18] for folder, _ in other.epochs] == ["local-unsupervised"] * 2
     assert any("1 of 2 runs are finished already" in note for note in other.notes)
+
+
+def test_runs_of_other_code_are_named(tmp_path):
+    """A finished run that is shown again, and one that goes on."""
+    results = Results(tmp_path / "out", SCALES["tiny"], settings=SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        run("table2", results, Diary(most=3), cells=TWO)
+    for path in results.group("vgg13-cifar10").glob("*/environment.json"):
+        environment = json.loads(path.read_text())
+        assert environment["code"] == code_digest()
+        path.write_text(json.dumps({**environment, "code": "0123456789ab"}))
+    again = Diary()
+    found = run("table2", results, again, cells=TWO)
+    named = [note for note in again.notes if note.startswith("made by other code")]
+    assert len(named) == 2
+    assert all(code_digest() in note and "(0123456789ab)" in note for note in named)
+    both = f"0123456789ab+{code_digest()}"
+    codes = {run.code for run in map(read_run, results.group("vgg13-cifar10").glob("*-seed0"))}
+    assert codes == {"0123456789ab", both}
+    assert both in next(note for note in found.sheet.notes if "different code" in note)
+    value = json.loads((tmp_path / "out" / f"{results.name('table2')}.json").read_text())
+    assert {entry["code"] for entry in value["runs"].values()} == codes
 
 
 def test_runs_of_one_network_and_seed_take_turns(tmp_path):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowcal import LowcalError
 from lowcal.methods import PruneSettings, build_method
-from lowcal.models import SmallResNet
+from lowcal.models import BasicBlock, SmallResNet
 from lowcal.strided import is_unsafe
 from lowcal.training.cost import dry_cost
 
@@ -123,6 +123,44 @@ def test_a_channel_goes_when_neither_side_has_weights_for_it():
             columns = [0, 1, 3]
         expected = before[name] if value.dim() == 0 else before[name][rows]
         assert same(value, expected if value.dim() < 2 else expected[:, columns])
+
+
+def test_its_facts_are_the_channels_left_and_the_peak_of_the_one_nearest_to_zero():
+    model = network()
+    _, method = built(model)
+    maker, user = model.stages[0][0].conv1.weight, model.stages[0][0].conv2.weight
+    with torch.no_grad():
+        maker[2].clamp_(-0.01, 0.01)[0, 0, 0] = -0.02
+        user[:, 2].clamp_(-0.01, 0.01)[0, 0, 0] = 0.03
+    facts = method.facts()
+    assert facts["channels"] == 4 + 4 + 8 + 8
+    assert facts["smallest_channel"] == pytest.approx(0.03)
+    zero(model, outputs=[("stages.0.0.conv1", [2])], inputs=[("stages.0.0.conv2", [2])])
+    assert method.facts()["smallest_channel"] == 0
+    method.end_epoch(1.0)
+    assert method.facts()["channels"] == 23
+
+
+class Sine(nn.Module):
+    """Ties no channels: those that go through it are never pruned."""
+
+    def forward(self, x):
+        return torch.sin(x)
+
+
+def test_training_goes_on_when_no_prunable_channel_is_left():
+    torch.manual_seed(0)
+    block = BasicBlock(4, 4, 1)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), Sine(), block, Sine(), head)
+    zero(model, outputs=[("2.conv1", range(4))], inputs=[("2.conv2", range(4))])
+    optimizer, method = built(model)
+    assert method.end_epoch(1.0)
+    assert method.facts()["channels"] == 0
+    assert method.facts()["smallest_channel"] is None
+    assert method.penalty(torch.tensor(1.0)) is None
+    train_step(model, optimizer, batches(1)[0])
+    assert not method.end_epoch(1.0)
 
 
 def test_nothing_changes_before_its_time_or_without_need():

@@ -8,6 +8,7 @@ MACHINE = {
     "torch": "2.15.0",
     "torchvision": "0.30.0",
     "lowcal": "0.1.0",
+    "code": None,
     "python": "3.11.2",
     "platform": "Linux",
     "threads": 2,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
 from lowcal.training.files import atomic_write, read_json, write_json
-from lowcal.training.record import RunFolder
+from lowcal.training.record import RunFolder, code_of
 
 IDENTITY = {
     "method": "local",
@@ -316,6 +316,23 @@ def test_a_full_disk_leaves_the_old_files_and_no_debris(tmp_path):
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
+def test_a_run_that_goes_on_under_other_code_is_of_both(tmp_path):
+    environment = {"device": "cpu", "code": "aaaa00000000", "commit": "e1a58719"}
+    folder = RunFolder.create(tmp_path / "run", recipe="name: digits\n", environment=environment, identity=IDENTITY)
+    folder.note_code("aaaa00000000")
+    assert folder.read_environment() == environment
+    folder.note_code("bbbb00000000")
+    folder.note_code("bbbb00000000")
+    assert folder.read_environment() == {**environment, "code": "aaaa00000000+bbbb00000000"}
+    assert folder.read_identity() == IDENTITY
+
+
+def test_a_run_without_a_digest_is_known_by_its_commit():
+    assert code_of({"commit": "0123456789abcdef"}) == "0123456789ab"
+    assert code_of({"commit": None}) == code_of({}) == "unknown"
+    assert code_of({"code": "aaaa00000000", "commit": "0123456789abcdef"}) == "aaaa00000000"
+
+
 def test_environment_says_what_ran():
     from lowcal.training.environment import gather_environment
 
@@ -323,7 +340,7 @@ def test_environment_says_what_ran():
     assert environment["device"] == "cpu"
     assert environment["threads"] >= 1
     assert set(environment) == {
-        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "commit",
+        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "code", "commit",
         "started",
     }  # fmt: skip
     head = subprocess.run(

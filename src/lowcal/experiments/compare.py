@@ -12,12 +12,19 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
-from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
+from lowcal.experiments.folders import (
+    name_other_code,
+    recipe_in,
+    refuse_another_recipe,
+    refuse_unwritable,
+    refuse_used,
+)
 from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
 from lowcal.report import Report, write_report
+from lowcal.training.environment import code_digest
 from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run
@@ -52,6 +59,7 @@ def compare(
     waiting = [arm for arm in arms if not _is_finished(out / arm.folder)]
     if len(waiting) < len(arms):
         watcher.note(f"{out}: {len(arms) - len(waiting)} of {len(arms)} runs are finished already")
+        name_other_code([out / arm.folder for arm in arms if arm not in waiting], watcher)
     for number in range(seeds):
         in_turn = [arm for arm in waiting if arm.seed == recipe.seed + number]
         later = recipe.epochs * sum(arm.seed > recipe.seed + number for arm in waiting)
@@ -119,6 +127,10 @@ def prepare(
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
+        if ranks.is_main:
+            name_other_code([folder], watcher)
+            if not run.done:
+                run.folder.note_code(code_digest())
         if run.finished_steps:
             watcher.note(f"{arm.folder}: goes on after step {run.finished_steps} of epoch {run.finished + 1}")
         elif run.finished:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from lowcal.errors import LowcalError
+from lowcal.experiments.arms import Watcher
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import differences, parse_recipe
-from lowcal.training.record import RunFolder
+from lowcal.training.environment import code_digest
+from lowcal.training.record import RunFolder, code_of
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -49,6 +52,15 @@ def refuse_used(path: Path, kind: str) -> None:
 def recipe_in(folder: Path) -> Recipe:
     """The recipe with which the run in `folder` was started."""
     return parse_recipe(RunFolder.open(folder).recipe, str(folder / "recipe.yaml"))
+
+
+def name_other_code(folders: Iterable[Path], watcher: Watcher) -> None:
+    """Tell the watcher which of the runs in `folders` were made by other code than the present."""
+    made = {folder.name: code_of(RunFolder(folder).read_environment()) for folder in folders}
+    others = [f"{name} ({code})" for name, code in made.items() if code != code_digest()]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        watcher.note(f"made by other code than the present ({code_digest()}): {', '.join(others[:3])}{more}")
 
 
 def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[str] = frozenset()) -> None:

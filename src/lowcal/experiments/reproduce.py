@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowcal.experiments.arms import Watcher
-from lowcal.experiments.folders import refuse_unwritable
+from lowcal.experiments.folders import name_other_code, refuse_unwritable
 from lowcal.experiments.reproduction import rivals, rows
 from lowcal.experiments.reproduction.cells import Cell, choose
 from lowcal.experiments.reproduction.drawing import draw
@@ -24,7 +24,7 @@ from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearch
 from lowcal.experiments.sweep import require_optuna
 from lowcal.report.figures import save
 from lowcal.report.intervals import spread_notes
-from lowcal.report.runs import RunData
+from lowcal.report.runs import RunData, code_note
 from lowcal.report.sheet import Column, Sheet
 from lowcal.report.tables import duration
 from lowcal.training.files import FORMAT, atomic_write, write_json
@@ -82,6 +82,7 @@ def reproduce(
     done = len(chosen) * seeds - len(waiting)
     if done:
         watcher.note(f"{results.out}: {done} of {len(chosen) * seeds} runs are finished already")
+        name_other_code([run.path for cell in chosen for run in results.complete(cell, seeds)], watcher)
     if waiting:
         check_data(results, dict.fromkeys(cell.recipe for cell, _ in waiting))
         searched = unsearched(results, [cell for cell, _ in waiting])
@@ -155,7 +156,7 @@ def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
     marks = results.marks(recipes)
     title = f"{plan.title} ({marks}: not the paper's experiment)" if marks else plan.title
     runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
-    notes = [*_machines(runs), *results.sizes(recipes), *plan.notes]
+    notes = [*_origin(runs), *results.sizes(recipes), *plan.notes]
     notes += [f"{cell.id}: {settings}." for cell in plan.cells if (settings := results.found(cell))]
     if plan.kind in ("equal-accuracy", "equal-time"):
         unfinished = [cell.id for cell in plan.cells if len(results.complete(cell, seeds)) < seeds]
@@ -185,7 +186,7 @@ def _rows(plan: Plan, results: Results, seeds: int) -> tuple[Sequence[Column], l
             return rivals.EQUAL_TIME, rivals.equal_time_rows(plan, results, seeds)
 
 
-def _machines(runs: Iterable[RunData]) -> list[str]:
+def _origin(runs: Sequence[RunData]) -> list[str]:
     found = {
         f"{run.environment.get('device_name') or run.environment.get('device')}, torch {run.environment.get('torch')}"
         for run in runs
@@ -193,12 +194,12 @@ def _machines(runs: Iterable[RunData]) -> list[str]:
     if not found:
         return ["No run is finished yet."]
     more = "; times of different machines are not compared" if len(found) > 1 else ""
-    return [f"Measured on {' and '.join(sorted(found))}{more}."]
+    return [f"Measured on {' and '.join(sorted(found))}{more}.", *filter(None, [code_note(runs)])]
 
 
 def _as_json(plan: Plan, results: Results, seeds: int, sheet: Sheet) -> Mapping[str, Any]:
     runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
-    names = ("device", "device_name", "threads", "torch", "lowcal", "commit", "started")
+    names = ("device", "device_name", "threads", "torch", "lowcal", "code", "commit", "started")
     return {
         "format": FORMAT,
         "table": plan.name,

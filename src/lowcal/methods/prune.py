@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError
-from lowcal.methods.base import Method
+from lowcal.methods.base import Fact, Method
 from lowcal.methods.pruning.groups import Group, find_groups
 from lowcal.methods.pruning.slicing import cut, drop_parameters
 from lowcal.methods.residual import ResidualBlock, residual_blocks
@@ -68,8 +68,13 @@ class Prune(Method):
         self._coefficient: Tensor | None = None
         return layers
 
-    def penalty(self, loss: Tensor) -> Tensor:
-        """The group lasso times its coefficient, which the first call sets by that mini-batch's `loss`."""
+    def penalty(self, loss: Tensor) -> Tensor | None:
+        """The group lasso times its coefficient, which the first call sets by that mini-batch's `loss`.
+
+        None once every branch that had prunable channels is removed.
+        """
+        if not self._groups:
+            return None
         lasso = self._lasso()
         if self._coefficient is None:
             ratio = self._chosen.ratio
@@ -84,6 +89,12 @@ class Prune(Method):
         """
         self._finished += 1
         return self._finished % self._chosen.every == 0 and self._reconfigure()
+
+    def facts(self) -> dict[str, Fact]:
+        """Also the prunable channels that are left, and the largest |weight| of the one nearest to zero."""
+        peaks = self._peaks(self._groups)
+        smallest = float(torch.cat(peaks).min()) if peaks else None
+        return {**super().facts(), "channels": sum(map(len, peaks)), "smallest_channel": smallest}
 
     def state_dict(self) -> dict[str, Any]:
         """The channels that are kept, by their numbers in the unpruned network, and the penalty's coefficient."""
@@ -115,18 +126,23 @@ class Prune(Method):
         return torch.cat(norms).sum()
 
     @torch.no_grad()
-    def _alive(self, groups: Mapping[str, Group]) -> dict[str, list[bool]]:
-        """Which channels of each group a layer still has weights for; reads from the device once."""
-        masks = []
+    def _peaks(self, groups: Mapping[str, Group]) -> list[Tensor]:
+        """For each group the largest |weight| that any layer has for each channel, (channels,)."""
+        peaks = []
         for group in groups.values():
-            peaks = [
+            own = [
                 self.model.get_submodule(name).get_parameter("weight").abs().flatten(1).amax(1) for name in group.makers
             ]
             for name in group.users:
                 weight = _by_input(self.model.get_submodule(name), group).abs()
-                peaks.append(weight.amax(dim=(0, *range(2, weight.dim()))))
-            masks.append(~(torch.stack(peaks) < self._chosen.threshold).all(dim=0))
-        flags = iter(torch.cat(masks).tolist())
+                own.append(weight.amax(dim=(0, *range(2, weight.dim()))))
+            peaks.append(torch.stack(own).amax(dim=0))
+        return peaks
+
+    def _alive(self, groups: Mapping[str, Group]) -> dict[str, list[bool]]:
+        """Which channels of each group a layer still has weights for; reads from the device once."""
+        peaks = self._peaks(groups)
+        flags = iter((~(torch.cat(peaks) < self._chosen.threshold)).tolist() if peaks else [])
         return {name: [next(flags) for _ in range(group.channels)] for name, group in groups.items()}
 
     def _reconfigure(self) -> bool:

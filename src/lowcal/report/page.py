@@ -14,7 +14,7 @@ from ..training.files import FORMAT, atomic_write, read_json, write_json
 from ..training.record import RunFolder
 from .figures import FIGURES, colours
 from .intervals import spread_notes
-from .runs import RunData, by_method, read_runs
+from .runs import RunData, by_method, code_note, read_runs
 from .svg import inline_svg
 from .tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, table_cells
 from .titles import common_title
@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "torch": "torch",
     "torchvision": "torchvision",
     "lowcal": "lowcal",
+    "code": "code",
     "commit": "commit",
     "started": "started",
 }
@@ -133,6 +134,8 @@ def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]
         notes.append(f"Unfinished: {names}.")
     if len({run.machine for run in runs}) > 1:
         notes.append("The runs ran on different machines: their times are not compared.")
+    if code := code_note(runs):
+        notes.append(code)
     return notes
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from ..errors import LowcalError, is_count
-from ..training.record import RunFolder
+from ..training.record import RunFolder, code_of
 
-__all__ = ["MOVING", "RunData", "by_method", "differing", "method_order", "read_run", "read_runs"]
+__all__ = ["MOVING", "RunData", "by_method", "code_note", "differing", "method_order", "read_run", "read_runs"]
 
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which they are.
@@ -51,6 +51,11 @@ class RunData:
     def machine(self) -> tuple[Any, ...]:
         """What must be alike for times to be compared."""
         return tuple(self.environment.get(name) for name in ("device", "device_name", "threads"))
+
+    @property
+    def code(self) -> str:
+        """Tells the code that made it from other versions."""
+        return code_of(self.environment)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -150,6 +155,19 @@ def by_method(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
     for run in runs:
         groups.setdefault(run.method, []).append(run)
     return groups
+
+
+def code_note(runs: Iterable[RunData]) -> str | None:
+    """A sentence that says which code made which of `runs`; None if it is the same for all."""
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        groups.setdefault(run.code, []).append(run.name)
+    if len(groups) < 2:
+        return None
+    made = [
+        f"{code} ({', '.join(names) if len(names) < 4 else f'{len(names)} runs'})" for code, names in groups.items()
+    ]
+    return f"The runs were made by different code: {', '.join(made)}."
 
 
 def method_order(method: str) -> tuple[int, str]:

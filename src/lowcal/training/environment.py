@@ -1,20 +1,36 @@
-"""What a measured figure must be read with: the device, the versions, the commit."""
+"""What a measured figure must be read with: the device, the versions, the code."""
 
+import hashlib
 import platform
 import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["gather_environment"]
+__all__ = ["code_digest", "gather_environment"]
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """Twelve hexadecimal digits that tell versions of the code apart: of SHA-256 over the package's .py files.
+
+    Names and contents count, the folder that the package is installed in does not. Read once in a process.
+    """
+    digest = hashlib.sha256()
+    for name, file in sorted((file.relative_to(package).as_posix(), file) for file in package.rglob("*.py")):
+        digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def gather_environment(device: str) -> dict[str, Any]:
-    """Return the device and its name, the versions, the threads, the commit, and the present time (UTC)."""
+    """Return the device and its name, the versions, the threads, the code, the commit, and the present time (UTC)."""
     is_cuda = device.startswith("cuda")
     return {
         "device": device,
@@ -25,6 +41,7 @@ def gather_environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "code": code_digest(),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RunFolder", "digest"]
+__all__ = ["RunFolder", "code_of", "digest"]
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -187,6 +187,13 @@ class RunFolder:
         _check_fields(identity, _IDENTITY_FIELDS, path)
         return identity
 
+    def note_code(self, code: str) -> None:
+        """Add to `environment.json` that the run goes on under `code`, a digest; `code` is then "FIRST+NEXT"."""
+        value = read_json(self.path / ENVIRONMENT)
+        made_by = code_of(value)
+        if made_by.rpartition("+")[2] != code:
+            self.write_json(ENVIRONMENT, {**value, "code": f"{made_by}+{code}"})
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's line to `epochs.jsonl`, on disk on return; a failed write leaves no part of it."""
         line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -271,6 +278,11 @@ class RunFolder:
 def digest(recipe: str) -> str:
     """By what a recipe's text is known."""
     return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+def code_of(environment: Mapping[str, Any]) -> str:
+    """What made a run: the code's digest, before there was one the commit's first twelve digits, else "unknown"."""
+    return environment.get("code") or (environment.get("commit") or "unknown")[:12]
 
 
 def _refuse_unless_free(path: Path) -> None:

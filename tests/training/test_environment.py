@@ -1,0 +1,39 @@
+import shutil
+import subprocess
+import sys
+
+from lowcal.training.environment import PACKAGE, code_digest, gather_environment
+
+
+def package(path):
+    """A small package's files in the folder `path`."""
+    (path / "inner").mkdir(parents=True)
+    (path / "one.py").write_text("x = 1\n")
+    (path / "inner" / "two.py").write_text("y = 2\n")
+    return path
+
+
+def test_the_digest_is_of_the_names_and_contents_of_the_source_files(tmp_path):
+    original = package(tmp_path / "a")
+    digest = code_digest(original)
+    assert len(digest) == 12
+    assert int(digest, 16) >= 0
+    assert code_digest(package(tmp_path / "elsewhere")) == digest
+    (tmp_path / "elsewhere" / "notes.txt").write_text("no code")
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "with notes")
+    assert code_digest(tmp_path / "with notes") == digest
+    changed = package(tmp_path / "changed")
+    (changed / "inner" / "two.py").write_text("y = 3\n")
+    renamed = package(tmp_path / "renamed")
+    (renamed / "one.py").rename(renamed / "inner" / "one.py")
+    fewer = package(tmp_path / "fewer")
+    (fewer / "one.py").unlink()
+    assert len({digest, *map(code_digest, (changed, renamed, fewer))}) == 4
+
+
+def test_a_copy_of_the_package_has_its_digest(tmp_path):
+    """As an installed one has that of the clone it was made from; compiled files beside it change nothing."""
+    copied = shutil.copytree(PACKAGE, tmp_path / "lowcal")
+    command = "from lowcal.training.environment import code_digest; print(code_digest())"
+    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == code_digest() == code_digest(copied) == gather_environment("cpu")["code"]

@@ -17,9 +17,9 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"claims", "layers", "rules", "schedule", "supervision", "trainable", "window"},
+    {"claims", "layers", "schedule", "supervision", "trainable", "unchanged", "window"},
     {"arguments", "products", "state", "summary"},
-    {"hooks", "step_norms"},
+    {"hooks", "rules", "step_norms"},
     {"discovery", "running_norm"},
     {"updates"},
     {"local"},

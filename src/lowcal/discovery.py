@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.layers import Order, weight_layers, weight_of
 from lowcal.products import has_plain_forward, product_of
+from lowcal.unchanged import unchanged
 
 
 class Discovery:
@@ -301,35 +301,13 @@ def _completed(model: nn.Module, order: Order, inputs: tuple[Any, ...], keywords
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], *, training: bool) -> Order:
-    with _unchanged(model), _uncompiled(), torch.no_grad(), Tracer(model) as tracer:
+    with unchanged(model), _uncompiled(), torch.no_grad(), Tracer(model) as tracer:
         model.train(training)
         for module in model.modules():
             if isinstance(module, _NormBase):
                 module.eval()
         model(*inputs, **keywords)
     return tracer.order()
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Within it, modes, buffers and random generators may change; they are put back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 def _uncompiled() -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lowcal.errors import LowcalError
 from lowcal.layers import LAYER_TYPES, weight_of
+from lowcal.unchanged import unchanged
 
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -68,6 +71,27 @@ class ProductCapture(TorchFunctionMode):
             _set_options(self._plain, product.options)
             self._found(self._plain, product.inputs, outputs)
         return outputs
+
+
+def inner_product(layer: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """What `ProductCapture` finds in a pass of `layer` on `inputs` that leaves buffers and random generators alone.
+
+    Raises:
+        LowcalError: the class's forward computes more or fewer than one product with the layer's weight.
+    """
+    found: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(plain: nn.Module, a: Tensor, z: Tensor) -> None:
+        found.append((plain, a.clone(), z.clone()))  # what follows in the forward may overwrite them
+
+    with unchanged(layer), torch.no_grad(), ProductCapture(layer, keep):
+        layer.forward(inputs)  # not a call, which would run the layer's hooks again
+    if len(found) != 1:
+        raise LowcalError(
+            f"{type(layer).__name__} has a forward of its own, in which its weight is a factor of {len(found)} products "
+            "of a linear layer or convolution instead of one; use a layer of torch.nn"
+        )
+    return found[0]
 
 
 def _plain(layer: nn.Module) -> nn.Module:

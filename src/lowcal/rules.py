@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from lowcal.errors import LowcalError, is_count, is_number
+from lowcal.products import has_plain_forward, inner_product
 from lowcal.strided import is_unsafe, slice_positions
 
 
@@ -165,13 +165,14 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
     Args:
         module: a linear or 1d, 2d or 3d convolution layer, with any stride, padding, padding mode, dilation and groups.
         inputs: a, the layer's input, batched or not.
-        outputs: z, the layer's output before normalisation and activation.
+        outputs: z, the layer's output before normalisation and activation. Of a class with a forward of its own, a and
+            z are those of its inner product, taken from one more pass on `inputs`, which changes nothing in the layer.
 
     Returns:
         dW, shaped like ``module.weight``, summed over batch and positions, in at least single precision, without graph.
 
     Raises:
-        LowcalError: `module` is of another kind.
+        LowcalError: `module` is of another kind, or has a forward of its own without one product with its weight.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -183,20 +184,17 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
             f"hebbian_update: {type(module).__name__} is no linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
+    if not has_plain_forward(module):
+        module, inputs, outputs = inner_product(module, inputs)
     dtype = _product_dtype(outputs)
     a, z = inputs.to(dtype), outputs.to(dtype)
     device = z.device.type
     with torch.autocast(device, enabled=False) if _is_autocasting(device) else nullcontext():
-        if type(module).forward not in _PLAIN_FORWARDS:
-            update = _product_by_autograd(module, a, z)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
         else:
             update = _conv_weight(module, a, z)
     return update.to(torch.promote_types(module.weight.dtype, torch.float32))
-
-
-_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _is_autocasting(device: str) -> bool:
@@ -211,16 +209,6 @@ def _product_dtype(outputs: Tensor) -> torch.dtype:
     # Not torch.cuda.is_bf16_supported, at which a compiled graph would break.
     is_old = outputs.device.type == "cuda" and torch.cuda.get_device_properties(outputs.device).major < 8
     return torch.float32 if is_old else torch.bfloat16
-
-
-def _product_by_autograd(module: nn.Module, a: Tensor, z: Tensor) -> Tensor:
-    """The weight-gradient product of a layer whose class computes its output in a way of its own (timm's pad there)."""
-    weight = module.get_parameter("weight").detach().to(a.dtype).requires_grad_()
-    tensors = {name: p.detach().to(a.dtype) for name, p in module.named_parameters()} | {"weight": weight}
-    # The class's own forward, since calling the module would run its hooks again.
-    with torch.enable_grad(), _reparametrize_module(module, tensors):
-        outputs = module.forward(a)
-    return torch.autograd.grad(outputs, weight, z)[0]
 
 
 def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor) -> Tensor:

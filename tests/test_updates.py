@@ -34,7 +34,7 @@ class Ranks:
 
 def local_updates(model, rule=Hebbian(), names=("one", "two"), step=0.1):  # noqa: B008
     updates = LocalUpdates(model, rule)
-    updates.watch(list(model.children()))
+    updates.watch(list(model.parameters()))
     for index, name in enumerate(names):
         updates.add(index, name, model.get_submodule(name))
     updates.set_step(step)
@@ -144,7 +144,7 @@ def test_a_layer_that_runs_twice_is_named():
     one = nn.Linear(4, 4)
     model = nn.Sequential(one, nn.ReLU(), one, nn.Linear(4, 3))
     updates = LocalUpdates(model, Hebbian())
-    updates.watch([one, model[3]])
+    updates.watch(list(model.parameters()))
     updates.add(0, "0", one)
     with pytest.raises(LowcalError, match="layer '0' runs twice"):
         model(vectors(1)[0][0])

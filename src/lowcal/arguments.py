@@ -41,8 +41,10 @@ def check_unsharded(network: nn.Module) -> None:
         LowcalError: fully sharded data parallelism (FSDP) or tensor parallelism has cut one into parts.
     """
     sharding = sys.modules.get("torch.distributed.tensor")
-    is_sharded = sharding is not None and any(isinstance(p, sharding.DTensor) for p in network.parameters())
-    if is_sharded or any(type(module).__name__ == "FullyShardedDataParallel" for module in network.modules()):
+    is_cut = sharding is not None and any(isinstance(p, sharding.DTensor) for p in network.parameters())
+    # The classes of the two versions of FSDP, whose parameters are whole within a pass; importing them takes long.
+    classes = {kind.__name__ for module in network.modules() for kind in type(module).__mro__}
+    if is_cut or not classes.isdisjoint({"FSDPModule", "FullyShardedDataParallel"}):
         raise LowcalError(
             "LoCal: the model's parameters are sharded (FSDP or tensor parallelism), and a local update needs whole "
             "weights; call lowcal.DistributedLoCal(model, local) on the unsharded model"
@@ -73,10 +75,10 @@ def _bare(given: Any) -> Optimizer:
     return optimizer
 
 
-def _inner(wrapper: Any) -> Optimizer | None:
-    """The torch optimizer that `wrapper` has as an attribute."""
+def _inner(wrapper: Any) -> Any:
+    """The optimizer that `wrapper` has as an attribute; None without one."""
     inner = getattr(wrapper, "optimizer", None) or getattr(wrapper, "opt", None)
-    return inner if isinstance(inner, Optimizer) else None
+    return inner if hasattr(inner, "param_groups") else None
 
 
 def holder(parameter: nn.Parameter | None, optimizers: Sequence[Optimizer]) -> Optimizer | None:

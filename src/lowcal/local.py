@@ -497,9 +497,11 @@ class LoCal:
     def _move(self, target: int) -> None:
         if not self.boundary:
             self._handles.append(self.model.register_forward_pre_hook(Hook(self._before_pass)))
-            self._updates.watch(self._modules)
-            if (weight := self._last_weight()) is not None:
-                self._updates.watch_backward(weight)
+            # Each layer's weight comes last, since that surely takes part in a backward pass.
+            parameters = [parameter for name in self.layers for parameter in reversed(self._parameters[name])]
+            self._updates.watch(parameters)
+            if (last := self._last_of(parameters)) is not None:
+                self._updates.watch_backward(last)
         for index in range(self.boundary, target):
             name, module = self.layers[index], self._modules[index]
             weight = weight_of(module)
@@ -521,12 +523,11 @@ class LoCal:
         self.history = (*self.history, (self.epoch, target))
         self._earlier, self._changes = (*self._earlier, *((before, norm) for norm in self._changes)), ()
 
-    def _last_weight(self) -> nn.Parameter | None:
-        """The last weight that the leading optimizer moves; its gradient tells of each backward pass."""
-        for module in reversed(self._modules):
-            weight = weight_of(module)
-            if weight is not None and self._trainable.wants(weight) and holder(weight, (self._leader,)):
-                return weight
+    def _last_of(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
+        """The last parameter that the leading optimizer moves; its gradient tells of each backward pass."""
+        for parameter in reversed(parameters):
+            if self._trainable.wants(parameter) and holder(parameter, (self._leader,)):
+                return parameter
         return None
 
     def _open(self) -> None:

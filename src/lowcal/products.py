@@ -88,8 +88,8 @@ def inner_product(layer: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor, 
         layer.forward(inputs)  # not a call, which would run the layer's hooks again
     if len(found) != 1:
         raise LowcalError(
-            f"{type(layer).__name__} has a forward of its own, in which its weight is a factor of {len(found)} products "
-            "of a linear layer or convolution instead of one; use a layer of torch.nn"
+            f"{type(layer).__name__} has a forward of its own, in which its weight is a factor of {len(found)} "
+            "products of a linear layer or convolution instead of one; use a layer of torch.nn"
         )
     return found[0]
 

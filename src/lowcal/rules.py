@@ -185,7 +185,8 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
     if not has_plain_forward(module):
-        module, inputs, outputs = inner_product(module, inputs)
+        plain, inputs, outputs = inner_product(module, inputs)
+        return hebbian_update(plain, inputs, outputs)
     dtype = _product_dtype(outputs)
     a, z = inputs.to(dtype), outputs.to(dtype)
     device = z.device.type

@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from lowcal.discovery import runs_twice
 from lowcal.errors import LowcalError
 from lowcal.hooks import CaptureHook, Hook, LayerHook, Tap
-from lowcal.layers import weight_of
 from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
 from lowcal.window import Exchange, Window
@@ -56,27 +55,30 @@ class LocalUpdates:
         self._learners: dict[int, _Learner] = {}
         self._last: int | None = None  # of the learners: when it has run, the pass has made all of its updates
         self._ran: set[int] | None = None  # learners that this forward pass has run; None outside of counted passes
-        self._weights_of_layers: Sequence[nn.Parameter] = ()
+        self._parameters: Sequence[nn.Parameter] = ()  # of the layers, the last layer's first
         self._pauses = 0
         self._step: float | Tensor = 0.0  # eta with its sign, or a layer's each; on the device where it replays steps
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
     # Which layers learn
 
-    def watch(self, layers: Sequence[nn.Module]) -> None:
-        """Watches the passes of the network, whose layers are `layers`, before the first of them becomes local."""
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Watches the network's passes before its first layer becomes local.
+
+        Args:
+            parameters: those of all layers and what follows them, first to last.
+        """
         if self._rule.collects:
-            weights = [weight for module in layers if (weight := weight_of(module)) is not None]
-            self._weights_of_layers = weights[::-1]
+            self._parameters = parameters[::-1]
             self.handles += [
                 self._model.register_forward_pre_hook(Hook(self._begin_pass)),
                 self._model.register_forward_hook(Hook(self._end_pass), always_call=True),
             ]
 
-    def watch_backward(self, weight: nn.Parameter) -> None:
-        """Watches the gradient of `weight`, which learns by the optimizer to the end."""
+    def watch_backward(self, parameter: nn.Parameter) -> None:
+        """Watches the gradient of `parameter`, which learns by the optimizer to the end."""
         if self._rule.collects:
-            self.handles.append(self._window.watch(weight))
+            self.handles.append(self._window.watch(parameter))
 
     def add(self, index: int, name: str, module: nn.Module) -> None:
         """Lets a layer learn locally, the one after those so far."""
@@ -171,7 +173,7 @@ class LocalUpdates:
         self._ran = None
         if not (self._model.training and torch.is_grad_enabled()):
             return
-        if any(weight.requires_grad for weight in self._weights_of_layers):
+        if any(parameter.requires_grad for parameter in self._parameters):
             self._ran = set()
             self._window.begin_pass()
         else:  # as a GAN's discriminator in the generator's turn: nothing in it learns from this pass

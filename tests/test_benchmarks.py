@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import cifar10
 import cpu
 import gpu
 import memory_formats
+import prune_runs
 import savings
 import steady_speedup
 import step_kinds
@@ -284,3 +286,37 @@ def test_what_local_updates_save_beside_freezing():
     ]
     cells = savings.row("resnet18-32", rows)
     assert cells[1:] == ["1.51×", "1.20×", "1.25×", "0.86", "0.40 to 0.40", "0.75 to 0.75"]
+
+
+def test_what_was_pruned_is_told_from_the_runs():
+    def run(method, seed, error, channels, flops):
+        records = [{"channels": count, "flops": each} for count, each in zip(channels, flops, strict=True)]
+        return SimpleNamespace(
+            method=method,
+            seed=seed,
+            results={"top1_error": error, "flops": sum(flops)},
+            records=records,
+            settings={"model": {"width": 8}, "prune": {"ratio": 0.5}, "epochs": 3},
+            model="vgg13",
+            dataset="digits",
+            code="0123456789ab",
+            environment={},
+        )
+
+    none = [None] * 3
+    runs = [
+        run("sgd", 0, 10.0, none, [100, 100, 100]),
+        run("sgd", 1, 12.0, none, [100, 100, 100]),
+        run("prune", 0, 11.0, [20, 15, 15], [100, 80, 60]),
+        run("prune", 1, 14.0, [20, 20, 10], [100, 100, 40]),
+    ]
+    row = prune_runs.row(runs)
+    assert row["channels"] == [[20, 15], [20, 10]]
+    assert row["epochs_of_removal"] == [[2], [3]]
+    assert row["flops_ratio"] == [0.8, 0.8]
+    assert row["last_epoch_flops_ratio"] == [0.6, 0.4]
+    assert row["code"] == ["0123456789ab"]
+    line = prune_runs.table([row]).splitlines()[-1]
+    assert "| 11.00 (10.00 to 12.00) | 12.50 (11.00 to 14.00) | 12 (10 to 15) of 20 |" in line
+    with pytest.raises(SystemExit):
+        prune_runs.row(runs[1:])

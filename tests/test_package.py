@@ -17,7 +17,7 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"claims", "hooks", "layers", "rules", "schedule", "supervision", "window"},
+    {"claims", "hooks", "layers", "rules", "schedule", "strided", "supervision", "window"},
     {"discovery", "running_norm", "state", "updates"},
     {"local"},
     {"models", "narrow", "data"},

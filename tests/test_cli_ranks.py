@@ -40,7 +40,8 @@ def in_two(place, *arguments, **variables):
     errors = (place / "err").read_text()
     assert "Traceback" not in errors
     ours = [line for line in errors.splitlines() if line.startswith("lowcal:") or "TCPStore" not in errors]
-    return codes, (place / "out").read_text().splitlines(), ours
+    out = [line for line in (place / "out").read_text().splitlines() if not line.startswith("[Gloo]")]  # torch 2.10
+    return codes, out, ours
 
 
 def test_two_processes_make_one_run_which_one_tells_of(tmp_path):

@@ -33,7 +33,7 @@ def test_ddp():
     done = subprocess.run(
         [*launch, ROOT / "examples" / "ddp.py"], capture_output=True, text=True, check=True, timeout=120
     )
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10
     assert len(lines) == 6  # of rank 0 alone
     assert "boundary 2 of 4" in lines[-1]
     assert float(lines[-1].split("accuracy ")[1].split("%")[0]) > 85

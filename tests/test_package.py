@@ -17,7 +17,7 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"claims", "layers", "schedule", "supervision", "trainable", "unchanged", "window"},
+    {"claims", "layers", "schedule", "strided", "supervision", "trainable", "unchanged", "window"},
     {"arguments", "products", "state", "summary"},
     {"hooks", "rules", "step_norms"},
     {"discovery", "running_norm"},

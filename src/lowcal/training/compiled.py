@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +19,13 @@ from lowcal.training.step import EagerStep, StepOptions
 BACKEND: str | Callable[..., Any] = "inductor"
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 
 class CompiledStep:
@@ -163,7 +169,8 @@ def _compiled(key: Hashable) -> Callable[..., Any]:
         code = _call_block.__code__.replace(co_name=f"block_{len(_compiled_code)}")
         function = FunctionType(code, globals())
         # The same dropout as in the eager step.
-        options: dict[str, Any] | None = {"fallback_random": True} if BACKEND == "inductor" else None
+        options: dict[str, Any] = {"fallback_random": True} if BACKEND == "inductor" else {}
+        options["guard_filter_fn"] = _without_hook_numbers
         _compiled_code[key] = torch.compile(
             function,
             fullgraph=True,  # a limit that is hit, or a graph that breaks, is an error instead of a slow step
@@ -172,6 +179,11 @@ def _compiled(key: Hashable) -> Callable[..., Any]:
             options=options,
         )
     return _compiled_code[key]
+
+
+def _without_hook_numbers(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to keep: torch 2.10 guards the numbers of hooks, which differ from block to block."""
+    return ["_hooks_with_kwargs" not in guard.name for guard in guards]
 
 
 def _call_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -444,13 +445,15 @@ class LoCal:
         )
 
     def _check_ranks(self) -> None:
-        if self._exchange is None and self.rule.collects and dist.is_available() and dist.is_initialized():
-            ranks = dist.get_world_size()
-            if ranks > 1:
-                raise LowcalError(
-                    f"{ranks} processes train, and nothing sums their local updates, so that their weights would "
-                    "part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
-                )
+        """Checks that local updates are summed if several processes train; a dry run without values trains nothing."""
+        if self._exchange is not None or not (self.rule.collects and dist.is_available() and dist.is_initialized()):
+            return
+        weight = self._transition()
+        if dist.get_world_size() > 1 and not (weight.is_meta or isinstance(weight, FakeTensor)):
+            raise LowcalError(
+                f"{dist.get_world_size()} processes train, and nothing sums their local updates, so that their weights "
+                "would part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
+            )
 
     # The boundary
 

@@ -71,8 +71,10 @@ def test_facts_are_of_the_epoch_that_ended():
     change = float(torch.linalg.vector_norm(model.conv1.weight.detach() - before))
     method.end_epoch(1.0)
     assert method.facts() == {"local_lr": 0.04, "sign": 1, "transition_change": change, "skipped_updates": 0}
+    train_step(model, optimizer, images(1)[0])
     method.end_epoch(2.0)  # the loss rose: the next epoch's sign is -1
     assert method.facts()["sign"] == 1
+    train_step(model, optimizer, images(1)[0])
     method.end_epoch(1.0)
     assert method.facts()["sign"] == -1
     assert method.facts()["local_lr"] == 0.01

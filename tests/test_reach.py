@@ -393,12 +393,13 @@ def resumed_plainly(rank):
     local.move_to(1)
     try:
         train_step(model, optimizer, rank_data(rank))
+        local.end_epoch(1.0)
     except lowcal.LowcalError as error:
         return str(error)
     return "nothing said"
 
 
-def test_such_ranks_are_refused_in_the_first_step_at_a_boundary():
+def test_such_ranks_are_refused_at_the_end_of_the_epoch_that_began_at_a_boundary():
     for message in on_two_ranks(resumed_plainly):
         assert message.startswith("2 processes train")
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -445,11 +444,10 @@ class LoCal:
         )
 
     def _check_ranks(self) -> None:
-        """Checks that local updates are summed if several processes train; a dry run without values trains nothing."""
+        """Checks, before the boundary can move, that local updates are summed if several processes train."""
         if self._exchange is not None or not (self.rule.collects and dist.is_available() and dist.is_initialized()):
             return
-        weight = self._transition()
-        if dist.get_world_size() > 1 and not (weight.is_meta or isinstance(weight, FakeTensor)):
+        if dist.get_world_size() > 1:
             raise LowcalError(
                 f"{dist.get_world_size()} processes train, and nothing sums their local updates, so that their weights "
                 "would part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
@@ -540,7 +538,8 @@ class LoCal:
     # The step
 
     def _before_pass(self, module: nn.Module, inputs: Any) -> None:
-        self._trainable.close_again()
+        if module.training and torch.is_grad_enabled():
+            self._trainable.close_again()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._trainable.begin_step()
@@ -556,9 +555,7 @@ class LoCal:
         self._discovery.finish()
         self._trainable.note_wishes()
         if self.boundary:
-            self._check_ranks()
-            is_due = self.is_due
-            self._count_step(applied=self._updates.apply(optimizer) and is_due)
+            self._count_step(applied=self._updates.apply(optimizer))
         else:
             self._updates.epoch_counts[0] += 1
 

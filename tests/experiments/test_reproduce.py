@@ -157,7 +157,7 @@ def test_runs_of_one_network_and_seed_take_turns(tmp_path):
     row = next(row for row in found.sheet.rows if row["cell"] == "vgg13-cifar10/local")
     assert row["seeds"] == 2
     assert row["speedup_std"] is not None
-    assert "± is the sample deviation over seeds." in found.sheet.notes
+    assert "a to b: the lower and the higher of two seeds." in found.sheet.notes
 
 
 def test_a_dry_run_lists_what_is_left_and_writes_nothing(tmp_path, capsys):

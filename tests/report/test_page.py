@@ -173,9 +173,9 @@ def test_unfinished_runs_are_shown_and_marked(tmp_path):
 
 def test_runs_of_different_code_are_named(tmp_path):
     write_run(tmp_path, "sgd", machine=MACHINE | {"code": "aaaa00000000"})
-    write_run(tmp_path, "local", machine=MACHINE | {"code": "aaaa00000000", "commit": None})
+    write_run(tmp_path, "local", boundary=4, machine=MACHINE | {"code": "aaaa00000000", "commit": None})
     assert write_report(tmp_path, tmp_path / "report").notes == []
-    write_run(tmp_path, "freeze", machine=MACHINE | {"code": "bbbb00000000"})
+    write_run(tmp_path, "freeze", boundary=4, machine=MACHINE | {"code": "bbbb00000000"})
     write_run(tmp_path, "prune")  # of a time without digests: its commit says what it is
     report = write_report(tmp_path, tmp_path / "report")
     made = "aaaa00000000 (sgd-seed0, local-seed0), bbbb00000000 (freeze-seed0), e1a58719 (prune-seed0)"

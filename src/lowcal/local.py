@@ -23,7 +23,7 @@ from lowcal.hooks import Hook
 from lowcal.layers import Order, block_ends, own_parameters, recurring_block, weight_layers, weight_of
 from lowcal.rules import Hebbian, Rule
 from lowcal.running_norm import RunningNorms
-from lowcal.schedule import NormTrend, Progress, Schedule
+from lowcal.schedule import NormTrend, Progress, Schedule, reach
 from lowcal.state import check_state, completed
 from lowcal.step_norms import StepNorms
 from lowcal.summary import summary
@@ -389,7 +389,7 @@ class LoCal:
             self._candidates = candidates
         self._trainable.add_new(self.model)
         self.schedule.check(len(order.layers), self.epochs)
-        self._check_reach(order, min(self.schedule.reach(len(order.layers)), len(order.layers) - 1))
+        self._check_reach(order, reach(self.schedule, len(order.layers)))
         transition = self.layers[self.boundary] if self.layers else None
         self._modules = [candidates[name] for name in order.layers]
         self._parameters = own_parameters(order, self.model)

@@ -232,6 +232,12 @@ class Fixed(Schedule):
                 )
 
 
+def reach(schedule: Schedule, layers: int) -> int:
+    """The largest boundary that `schedule` may give; the whole network but its last layer if it does not tell."""
+    own = getattr(schedule, "reach", None)
+    return layers - 1 if own is None else min(own(layers), layers - 1)
+
+
 def interval(layers: int, shift: int, epochs: int, max_fraction: float) -> int:
     """K, the least number of epochs between two moves: E_max / (L_max L / t_shift), rounded, at least 1 (Eq. 2).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowcal.layers import weight_layers, weight_of
+from lowcal.schedule import reach
 
 if TYPE_CHECKING:
     from lowcal.local import LoCal
@@ -17,10 +18,9 @@ def summary(local: LoCal) -> str:
     if not order.layers:
         return f"{name}: the order of layers is not known yet; it shows in the next forward pass"
     depth = len(order.layers)
-    reach = min(local.schedule.reach(depth), depth - 1)
     lines = [
         f"{name}: boundary {boundary} of {depth} layers after {local.epoch} of {local.epochs} epochs; "
-        f"the schedule can move it to {reach}"
+        f"the schedule can move it to {reach(local.schedule, depth)}"
     ]
     wants = local._trainable.wants
     weights = {layer: weight_of(local.model.get_submodule(layer)) for layer in order.layers[:boundary]}

@@ -82,7 +82,7 @@ def test_the_local_update_compiles_and_matches_double_precision(channels, last):
 _UPDATE = """
 import torch, lowcal
 torch.set_num_threads({threads})
-module = torch.nn.Conv2d({channels}, 8, 1, stride=2).to(memory_format=torch.channels_last)
+module = torch.nn.Conv2d({channels}, 8, 1, stride=2, {padding}).to(memory_format=torch.channels_last)
 inputs = torch.randn(8, {channels}, 32, 32).contiguous(memory_format=torch.channels_last)
 outputs = module(inputs)
 for _ in range(20):
@@ -98,9 +98,13 @@ def run_checked(*arguments):
     assert ended.returncode == 0, ended.stderr[-1000:]
 
 
-@pytest.mark.parametrize(("channels", "threads"), [(4, 1), (4, 2)])
-def test_a_local_update_stays_within_its_memory(channels, threads):
-    run_checked("-c", _UPDATE.format(channels=channels, threads=threads))
+@pytest.mark.parametrize(
+    ("channels", "threads", "padding"),
+    # Reflected padding is made beforehand, so that the product itself has none.
+    [(4, 1, "padding=0"), (4, 2, "padding=0"), (4, 1, "padding=1, padding_mode='reflect'")],
+)
+def test_a_local_update_stays_within_its_memory(channels, threads, padding):
+    run_checked("-c", _UPDATE.format(channels=channels, threads=threads, padding=padding))
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -27,7 +27,7 @@ def build_narrow(name: str, *, classes: int, width: int) -> nn.Module:
 
 
 def _rebuild(model: Any, classes: int, width: int) -> nn.Module:
-    """Put layers of other widths in the place of a torchvision ResNet's, which are on the meta device."""
+    """Replace a torchvision ResNet's layers by ones of other widths; those replaced are on the meta device."""
     block, counts = type(model.layer1[0]), [len(getattr(model, f"layer{number}")) for number in (1, 2, 3, 4)]
     model.inplanes = width
     model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)

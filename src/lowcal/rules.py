@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowcal.errors import LowcalError, is_count, is_number
 from lowcal.products import has_plain_forward, inner_product
-from lowcal.strided import is_unsafe, slice_positions
+from lowcal.strided import is_unsafe_unpadded, slice_positions
 
 
 @runtime_checkable
@@ -140,7 +140,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Refresh(Frozen):
-    """Local layers are frozen, but take part in full back-propagation in each n-th step. Ours, not the paper's.
+    """Local layers are frozen, but take part in full back-propagation in every n-th step. Ours, not the paper's.
 
     Their momentum is kept between those steps, and moves them in those steps alone.
 
@@ -160,7 +160,7 @@ class Refresh(Frozen):
 
 @torch.no_grad()
 def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """dW = conv_weight(a, z): the weight-gradient product with the output in the place of its gradient (Eqs. 1, 3).
+    """dW = conv_weight(a, z): the weight-gradient product with the output instead of its gradient (Eqs. 1, 3).
 
     Args:
         module: a linear or 1d, 2d or 3d convolution layer, with any stride, padding, padding mode, dilation and groups.
@@ -230,7 +230,7 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         a, before = F.pad(a, pads, mode), [0] * spatial
     stride: tuple[int, ...] = module.stride
-    if is_unsafe(module):
+    if is_unsafe_unpadded(module) and not any(before):
         a, stride = slice_positions(a, stride), (1, 1)
     return torch.ops.aten.convolution_backward(
         z,

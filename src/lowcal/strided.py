@@ -16,11 +16,15 @@ SAFE_CHANNELS = 16  # oneDNN's block of channels with AVX-512; with AVX2 it is 8
 
 def is_unsafe(module: nn.Module) -> bool:
     """Whether `module` is such a layer: its weight gradient is not to be trusted on a CPU with channels last."""
+    return is_unsafe_unpadded(module) and module.padding in ((0, 0), "valid")
+
+
+def is_unsafe_unpadded(module: nn.Module) -> bool:
+    """Whether `module` would be such a layer without its padding, as when its input was padded beforehand."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
         and module.stride != (1, 1)
-        and module.padding in ((0, 0), "valid")
         and module.groups == 1
         and module.in_channels < SAFE_CHANNELS
     )

@@ -42,7 +42,7 @@ def bench(
         typer.Option("--channels-last/--channels-first", help="Memory format [default: the one with faster steps]."),
     ] = None,
     step: Annotated[str, typer.Option(help="How a step is run: eager, compiled or graphed.")] = "eager",
-    every: Annotated[int, typer.Option(help="Also with local updates in each n-th step; 1: not.")] = 4,
+    every: Annotated[int, typer.Option(help="Also with local updates in every n-th step; 1: not.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
     rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
     layer_times: Annotated[bool, typer.Option("--layer-times/--no-layer-times", help="Time each layer.")] = True,

@@ -24,7 +24,7 @@ class Row:
     """One method at one boundary.
 
     Attributes:
-        method: "local/n" makes local updates in each n-th step; its figures are means over n steps.
+        method: "local/n" makes local updates in every n-th step; its figures are means over n steps.
         flops: of one step.
         speedup: the time of the sgd row over this one's.
         ideal: the FLOPs of the sgd row over this one's.

@@ -11,7 +11,7 @@ from lowcal.rules import Rule
 
 
 class Refresh(Freeze):
-    """The layers before the boundary keep their weights, but learn by SGD with the others in each n-th step."""
+    """The layers before the boundary keep their weights, but learn by SGD with the others in every n-th step."""
 
     name: ClassVar[str] = "refresh"
 

@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def settle(path: Path) -> None:
-    """Makes the checkpoint in `path` the present one, in the place of newer ones that are damaged.
+    """Makes the checkpoint in `path` the present one, instead of newer ones that are damaged.
 
     So a saving that a crash broke off before its renaming is ended, and the next one keeps this checkpoint, and not a
     damaged one, as the previous.

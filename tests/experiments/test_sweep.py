@@ -120,12 +120,13 @@ def test_a_grid_runs_each_combination_once_in_order(tmp_path):
 
 
 def test_the_first_trial_has_the_recipes_own_settings_where_they_are_searched(tmp_path):
+    own = load_recipe("digits").local
     searches = ("local.lr=1e-4:1e-2:log", "local.schedule.shift=null,1,2")
     rows = run(plan(*searches, trials=2), tmp_path / "out").summary["rows"]
-    assert rows[0]["settings"] == {"local.lr": 0.003, "local.schedule.shift": 1}
+    assert rows[0]["settings"] == {"local.lr": own.lr, "local.schedule.shift": own.schedule.shift}
     assert rows[1]["settings"] != rows[0]["settings"]
     assert plan(*searches, trials=2, sampler="random").start is None
-    assert plan("local.lr=1e-4:2e-3:log", trials=2).start is None
+    assert plan(f"local.lr={2 * own.lr}:{20 * own.lr}:log", trials=2).start is None
 
 
 def test_several_objectives_give_the_trials_that_no_other_beats(tmp_path):

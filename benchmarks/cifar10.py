@@ -27,8 +27,8 @@ from lowcal.experiments.reproduction.training import missing, train_missing
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
-from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.files import write_json
+from lowcal.training.process import keep_freed_memory
 from steady_speedup import kind_of, steady_times
 
 METHODS = {

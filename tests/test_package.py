@@ -83,7 +83,7 @@ def test_report_reads_run_folders_only(path):
         assert parts[0] not in ("torch", "torchvision"), f"report imports {name}"
         if parts[0] == "lowcal" and len(parts) > 1 and parts[1] in LEVEL:
             assert parts[1] in allowed, f"report imports {name}"
-            readable = ("lowcal.training", "lowcal.training.files", "lowcal.training.record")
+            readable = ("lowcal.training", "lowcal.training.files", "lowcal.training.run_folder")
             assert parts[1] != "training" or name in readable, name
 
 

@@ -22,7 +22,7 @@ from lowcal.report.runs import MOVING
 from lowcal.report.tables import duration, memory
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 @dataclass

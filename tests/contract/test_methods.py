@@ -14,8 +14,8 @@ from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, PruneSettings, StochasticDepthSettings, build_method
 from lowcal.models import build_model
 from lowcal.strided import slice_inputs
-from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions
+from lowcal.training.step_modes import build_step
 
 from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowcal.cli import main
-from lowcal.training import trainer
-from lowcal.training.record import RunFolder
+from lowcal.training import epoch as epoch_module
+from lowcal.training.run_folder import RunFolder
 
 SMALL = [
     "batch=16",
@@ -60,9 +60,9 @@ def diverge(monkeypatch, folder: str, epoch: int, *settings: str) -> int:
         calls.append(1)
         return (float("nan"), 0.0) if len(calls) == epoch else whole(*args, **kwargs)
 
-    whole = trainer.evaluate
+    whole = epoch_module.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", evaluate)
+        patch.setattr(epoch_module, "evaluate", evaluate)
         return start(folder, "epochs=4", *settings)
 
 

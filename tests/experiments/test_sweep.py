@@ -22,7 +22,7 @@ from lowcal.experiments.recipe_files import load_recipe
 from lowcal.experiments.search import variants
 from lowcal.experiments.sweep import plan_sweep, sweep
 from lowcal.methods.settings import build_schedule
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
 
 CPU = torch.device("cpu")
 SMALL = [

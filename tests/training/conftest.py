@@ -2,7 +2,7 @@
 
 import pytest
 
-import lowcal.training.meter as meter
+import lowcal.training.cost as cost
 
 _costs = {}
 
@@ -10,7 +10,7 @@ _costs = {}
 @pytest.fixture(autouse=True)
 def _remembered_costs(monkeypatch):
     """A dry run takes longer than training these networks does; the same one is made once."""
-    dry_cost = meter.dry_cost
+    dry_cost = cost.dry_cost
 
     def remember(method, shape, *, precision):
         weights = [(name, value.shape) for name, value in method.model.named_parameters()]
@@ -19,4 +19,4 @@ def _remembered_costs(monkeypatch):
             _costs[key] = dry_cost(method, shape, precision=precision)
         return _costs[key]
 
-    monkeypatch.setattr(meter, "dry_cost", remember)
+    monkeypatch.setattr(cost, "dry_cost", remember)

@@ -16,8 +16,8 @@ from lowcal.methods import METHODS, build_method
 from lowcal.models import BasicBlock, build_model
 from lowcal.training import compiled
 from lowcal.training.compiled import CompiledStep, find_blocks
-from lowcal.training.modes import build_step
 from lowcal.training.step import EagerStep, StepOptions
+from lowcal.training.step_modes import build_step
 
 from ..networks import images
 from ..support import same, weights

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
-from lowcal.experiments.kernels import kernels
+from lowcal.experiments.backends import kernels
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.training import graphed

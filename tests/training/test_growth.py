@@ -7,8 +7,8 @@ import torch
 
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
+from lowcal.training.batch_growth import BatchGrowth, is_out_of_memory, next_batch, predicted_peak
 from lowcal.training.cost import dry_cost, held_bytes
-from lowcal.training.growth import Growth, is_out_of_memory, next_batch, predicted_peak
 
 from ..support import same
 from .runs import make_run, network, run_on, spoilt, state
@@ -20,7 +20,7 @@ IN_HALF = [name for name in METHODS if name not in ("sgd", "stochastic-depth")] 
 
 
 def growing(batch=5, most=22, limit=AMPLE, **options):
-    return Growth(batch, most=most, limit=limit, **options)
+    return BatchGrowth(batch, most=most, limit=limit, **options)
 
 
 def grows(path, method="local", growth=None, **options):
@@ -244,7 +244,7 @@ def test_out_of_memory_leaves_the_run_as_if_the_batch_had_not_grown(tmp_path, me
     assert same(untold(run), untold(plain))
     refused = [record["refused_batch"] for record in run.folder.read_epochs()]
     assert refused == [None] * before + [10] * (6 - before)
-    told = f"out of memory with batch 10: epoch {before + 1} began anew with batch 5, which stays"
+    told = f"out of memory with batch 10: epoch {before + 1} began again with batch 5, which stays"
     assert news == [f"batch 10 from epoch {before + 1} on", told]
 
 

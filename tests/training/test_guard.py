@@ -11,8 +11,8 @@ from lowcal import LowcalError
 from lowcal.methods import METHODS
 from lowcal.methods.local import Local
 from lowcal.methods.sgd import SGD
-from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions, build_scaler
+from lowcal.training.step_modes import build_step
 
 from ..networks import convnet, images
 from ..support import same, snapshot, weights

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
 from lowcal.training.files import atomic_write, read_json, write_json
-from lowcal.training.record import RunFolder, code_of
+from lowcal.training.run_folder import RunFolder, code_of
 
 IDENTITY = {
     "method": "local",
@@ -285,7 +285,7 @@ import resource, sys
 from pathlib import Path
 from lowcal.errors import LowcalError
 from lowcal.training.files import atomic_write
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 folder = RunFolder.open(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 for write in (

@@ -9,7 +9,7 @@ import torch
 from lowcal import LowcalError
 from lowcal.methods import METHODS
 from lowcal.training.checkpoint import load_checkpoint
-from lowcal.training.interrupt import Interrupted, catch_signals, deferred, requested
+from lowcal.training.signals import Interrupted, catch_signals, deferred, requested
 
 from ..support import same
 from .runs import make_run, run_on, settings, spoilt, state
@@ -113,7 +113,7 @@ def test_what_was_saved_last_is_passed_over_when_damaged(tmp_path, whole):
 
 def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("lowcal.training.run_state.save_checkpoint", lambda folder, state: saved.append(state))
+    monkeypatch.setattr("lowcal.training.train_state.save_checkpoint", lambda folder, state: saved.append(state))
     for minutes, count in ((None, 1), (10.0, 1), (EACH_STEP, 6)):
         run_on(make_run(tmp_path / str(minutes), checkpoint_minutes=minutes), 1)
         assert len(saved) == count
@@ -139,7 +139,7 @@ def test_a_part_that_does_not_fit_is_refused_and_changes_nothing(tmp_path, monke
     checkpoint.state["part"].update(change)
     if change == {"seconds": None}:
         del checkpoint.state["part"]["seconds"]
-    monkeypatch.setattr("lowcal.training.run_state.load_checkpoint", lambda folder: checkpoint)
+    monkeypatch.setattr("lowcal.training.train_state.load_checkpoint", lambda folder: checkpoint)
     run = make_run(tmp_path / "run")
     before = state(run)
     with pytest.raises(LowcalError, match="does not fit this run"):

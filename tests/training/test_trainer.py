@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import lowcal.training.run_state as run_state
+import lowcal.training.train_state as run_state
 from lowcal import LowcalError
 from lowcal.methods import METHODS
 from lowcal.methods.local import Local
@@ -68,7 +68,7 @@ def test_resume_is_exact_in_every_setting(tmp_path, precision, local, cut):
     assert same(state(one), state(two))
     assert one.method.boundary > 0
     if precision == "fp16":
-        assert one._learner.scaler.state_dict() == two._learner.scaler.state_dict()
+        assert one.state.train.scaler.state_dict() == two.state.train.scaler.state_dict()
 
 
 def test_a_run_resumed_at_its_end_is_done(tmp_path, whole):
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, whole, value):
     assert "\n" not in str(error.value)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert len(log(run)) == 2
-    with pytest.raises(LowcalError, match="broken off"):
+    with pytest.raises(LowcalError, match="interrupted inside an epoch"):
         run.run_epoch()
     again = make_run(tmp_path / "run")
     again.resume()

@@ -50,8 +50,8 @@ def waits_in_an_epoch(path, method, batch, **options):
     """Of the second epoch, in which layers are local; but for dry runs, which are of no device."""
     local = settings(moves={1: 4}, every=2, refresh_every=3)
     run = run_on(make_run(path, method, fused=True, checkpoint=False, local=local, **options), 1)
-    run.train.batch = run.test.batch = batch
-    run._meter.count = lambda shapes, peak: (0, 1)
+    run.train.batch = run._loop.test.batch = batch
+    run._loop._meter.count = lambda shapes, peak: (0, 1)
     with Waits() as waits:
         run.run_epoch()
     return waits.found
@@ -126,7 +126,7 @@ def test_all_of_a_step_is_on_the_device(monkeypatch, method, replayable, scaled,
     if replayable:
         attached.make_replayable(meta)
     scaler = torch.amp.GradScaler("cpu") if scaled else None
-    options = StepOptions(meta, scaler=scaler, guard=guard, make=loader.make)
+    options = StepOptions(meta, scaler=scaler, guard=guard, collate=loader.make)
     trained = EagerStep(model.train(), optimizer, attached, options)
     given = next(loader.drawn())
     with OneDevice(meta) as mode:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from lowcal.training.interrupt import Interrupted, catch_signals, deferred, renew_grace, requested
+from lowcal.training.signals import Interrupted, catch_signals, deferred, renew_grace, requested
 
 def hang(library):
     # A mutex that is locked already: no signal ends the waiting for it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.folders import (
     name_other_code,
     recipe_in,
@@ -19,15 +20,13 @@ from lowcal.experiments.folders import (
     refuse_unwritable,
     refuse_used,
 )
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
 from lowcal.report import Report, write_report
+from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import code_digest
-from lowcal.training.ranks import Ranks
-from lowcal.training.record import RunFolder
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
+from lowcal.training.run_folder import RunFolder
 
 
 def compare(
@@ -111,23 +110,23 @@ def prepare(
     data: Dataset,
     device: torch.device,
     watcher: Watcher,
-    ranks: Ranks | None = None,
+    group: TrainingGroup | None = None,
     anew: bool = False,
 ) -> Run:
     """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on.
 
     One that `RunFolder.may_be_replaced` is replaced if it is to begin `anew`, or has another recipe.
     """
-    ranks = ranks or Ranks()
+    group = group or TrainingGroup()
     own = recipe.model_copy(update={"seed": arm.seed})
-    reopen, replaced = ranks.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
+    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
-    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, ranks=ranks)
+    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, group=group)
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
-        if ranks.is_main:
+        if group.is_main:
             name_other_code([folder], watcher)
             if not run.done:
                 run.folder.note_code(code_digest())
@@ -165,7 +164,7 @@ def advance(arm: Arm, run: Run, watcher: Watcher, way_out: Callable[[RunFolder],
     try:
         record = run.run_epoch(lambda progress: watcher.step(arm, progress))
     except LowcalError as error:
-        way = f"; {way_out(run.folder)}" if way_out and run.ranks.is_main and run.folder.divergence() else ""
+        way = f"; {way_out(run.folder)}" if way_out and run.group.is_main and run.folder.divergence() else ""
         # The cause tells a full disk from a bad setting.
         raise LowcalError(f"{arm.folder}: {error}{way}") from error.__cause__
     watcher.epoch(arm, record)

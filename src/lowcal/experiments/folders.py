@@ -12,7 +12,7 @@ from lowcal.experiments.arms import Watcher
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import differences, parse_recipe
 from lowcal.training.environment import code_digest
-from lowcal.training.record import RunFolder, code_of
+from lowcal.training.run_folder import RunFolder, code_of
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ..errors import LowcalError
 from ..training.files import FORMAT, atomic_write, read_json, write_json
-from ..training.record import RunFolder
+from ..training.run_folder import RunFolder
 from .figures import FIGURES, colours
 from .intervals import spread_notes
 from .runs import RunData, by_method, code_note, read_runs

@@ -64,7 +64,7 @@ class CompiledStep:
         """As `Step` says."""
         return self._step.skipped
 
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says.
 
         Raises:
@@ -72,9 +72,9 @@ class CompiledStep:
         """
         if RemovableHandle.next_id != self._last_hook:  # somewhere in the process a hook was registered
             self._check_hooks()
-        self._switch.on = self._batch in (None, len(given[0]))
+        self._switch.on = self._batch in (None, len(batch[0]))
         try:
-            return self._step(*given)
+            return self._step(*batch)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LowcalError(f"a block cannot be compiled ({lines[0]}); use step=eager") from error

@@ -1,8 +1,9 @@
-"""What a training step costs, from a dry run that computes nothing."""
+"""What training costs: FLOPs and memory of a step from a dry run that computes nothing, and of a run's epochs."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowcal.data import Share
 from lowcal.methods import Method
 from lowcal.training.step import PRECISIONS, EagerStep, StepOptions
 
@@ -199,3 +201,64 @@ class _LiveBytes(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class CostMeter:
+    """Counts an epoch's FLOPs by dry runs, and its memory by the device if that counts it, else by dry runs too.
+
+    Args:
+        method: attached to the network; `reset` must be called when either changes.
+        device: the device of the network.
+        precision: of its steps.
+        world: processes that share each mini-batch.
+    """
+
+    def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
+        self._method, self._device, self._precision = method, device, precision
+        self._largest = Share(0, world)
+        self._costs: dict[tuple[int, ...], Cost] = {}
+        # Bytes, in the epochs since `reset`: a step that is replayed on the device allocates only once.
+        self._peak = 0
+        self._others = 0  # bytes on the device that belong to data sets and to other runs
+
+    def reset(self) -> None:
+        """Forgets the cost of steps so far."""
+        self._costs.clear()
+        self._peak = 0
+
+    def start(self) -> None:
+        """Starts to count peak memory."""
+        if self._device.type == "cuda":
+            gc.collect()  # copies from the warm-up would be counted as another run's, and freed within the epoch
+            torch.cuda.reset_peak_memory_stats(self._device)
+            own = held_bytes(self._method.model, self._method.optimizer)
+            self._others = torch.cuda.memory_allocated(self._device) - own
+
+    def held(self) -> int:
+        """Bytes that the network and its optimizer hold throughout a step, without gradients."""
+        return held_bytes(self._method.model, self._method.optimizer, gradients=False)
+
+    def peak(self) -> int:
+        """Most bytes in a step since `reset`; 0 on a device that does not count them."""
+        if self._device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
+        return self._peak
+
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
+        """The FLOPs of steps, and the most bytes that one of them takes on a device.
+
+        Args:
+            shapes: how many steps there were for each shape of images, over all processes.
+            peak: the bytes if the device counted them, else 0.
+        """
+        flops = sum(self._cost(shape).flops * count for shape, count in shapes.items())
+        return flops, peak or max(self._cost(self._largest_shard(shape)).peak_bytes for shape in shapes)
+
+    def _largest_shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        shard = self._largest.of(shape[0])
+        return (shard.stop - shard.start, *shape[1:])
+
+    def _cost(self, shape: tuple[int, ...]) -> Cost:
+        if shape not in self._costs:
+            self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
+        return self._costs[shape]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowcal.training.files import atomic_write
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 WEIGHTS = "model.pt"
 SAFE_WEIGHTS = "model.safetensors"

@@ -16,12 +16,12 @@ from torch.optim import SGD, Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
-from lowcal.training.growth import is_out_of_memory
+from lowcal.training.batch_growth import is_out_of_memory
 from lowcal.training.step import EagerStep, StepOptions
 
 
 class Graphs(Protocol):
-    """What records the work that a function gives the device, to be given again without running the function."""
+    """What records the work that a function gives the device, to be replayed without running the function."""
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -100,10 +100,10 @@ _Kind = tuple[int, int]  # images in the mini-batch, `Method.phase`
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step that can be replayed: it reads `given`, and writes `loss` and `skipped`."""
+    """A step that can be replayed: it reads `batch`, and writes `loss` and `skipped`."""
 
     replay: Callable[[], None]
-    given: tuple[Tensor, ...]
+    batch: tuple[Tensor, ...]
     loss: Tensor
     skipped: Tensor | None
 
@@ -153,21 +153,21 @@ class GraphedStep:
         """As `Step` says."""
         return self._skipped
 
-    def __call__(self, *given: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor) -> Tensor:
         """Trains on one mini-batch; as `Step` says.
 
         Raises:
             LowcalError: the step cannot be recorded, as when the network reads from the device.
         """
         self._set_rates()
-        key = len(given[0]), self._method.phase
+        key = len(batch[0]), self._method.phase
         if self._has_run[key] < EAGER_STEPS:
-            return self._run_eagerly(key, given)
+            return self._run_eagerly(key, batch)
         is_new = key not in self._recorded
         if is_new:
-            self._recorded[key] = self._record(given)
+            self._recorded[key] = self._record(batch)
         step = self._recorded[key]
-        for fixed, tensor in zip(step.given, given, strict=True):
+        for fixed, tensor in zip(step.batch, batch, strict=True):
             fixed.copy_(tensor)
         step.replay()
         if not is_new:
@@ -175,21 +175,21 @@ class GraphedStep:
         self._skipped = step.skipped
         return step.loss
 
-    def _run_eagerly(self, key: _Kind, given: tuple[Tensor, ...]) -> Tensor:
+    def _run_eagerly(self, key: _Kind, batch: tuple[Tensor, ...]) -> Tensor:
         is_strict = self._has_run[key] > 0
         named = _unrecordable() if is_strict else nullcontext()
         with named, self._graphs.aside(strict=is_strict), self._rates_on_device():
-            loss = self._step(*given)
+            loss = self._step(*batch)
         self._has_run[key] += 1
         self._skipped = self._step.skipped
         return loss
 
-    def _record(self, given: tuple[Tensor, ...]) -> _Recorded:
-        given = tuple(tensor.clone() for tensor in given)
+    def _record(self, batch: tuple[Tensor, ...]) -> _Recorded:
+        batch = tuple(tensor.clone() for tensor in batch)
         losses: list[Tensor] = []
         with _unrecordable(), self._rates_on_device():
-            replay = self._graphs.record(lambda: losses.append(self._step(*given)))
-        return _Recorded(replay, given, losses[0], self._step.skipped)
+            replay = self._graphs.record(lambda: losses.append(self._step(*batch)))
+        return _Recorded(replay, batch, losses[0], self._step.skipped)
 
     def _set_rates(self) -> None:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]

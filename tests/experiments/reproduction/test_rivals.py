@@ -11,7 +11,7 @@ from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rivals import equal_accuracy_rows, equal_time_rows
 from lowcal.experiments.reproduction.rows import boundary_rows, memory_rows, result_rows
 from lowcal.experiments.reproduction.scales import SCALES
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 MACHINE = {"device": "cpu", "device_name": "a processor", "threads": 1, "torch": "2.15"}
 

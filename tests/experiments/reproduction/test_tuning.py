@@ -18,7 +18,7 @@ from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import SCALES
 from lowcal.experiments.reproduction.tuning import plan_search
 from lowcal.experiments.sweep import plan_sweep
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 SHORT = ["epochs=2", "batch=8", "data.train_images=40", "data.test_images=8", "local.schedule.interval=1"]

@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 from lowcal.data import CLASSES, IMAGES
+from lowcal.experiments.backends import cpu_threads
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.threads import cpu_threads
 from lowcal.models import build_model
-from lowcal.training.epoch import now
+from lowcal.training.step import now
 
 SMALL_BATCH = 8  # on a CPU, where a step's time goes with its images
 PATIENCE = 5.0  # seconds after which the steps so far must do

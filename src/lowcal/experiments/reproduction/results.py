@@ -19,7 +19,7 @@ from lowcal.experiments.reproduction.found import Found, read_found
 from lowcal.experiments.reproduction.scales import Scale, image_folder, is_stand_in, scaled
 from lowcal.report.runs import RunData, read_run
 from lowcal.training.files import FORMAT, read_json, write_json
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 MARK = "reproduce.json"
 TURNS = "turns.json"

@@ -9,11 +9,10 @@ import torch
 
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.assemble import check, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.compare import note_skipped, prepare, take_turns
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.results import Results
-from lowcal.experiments.threads import cpu_threads
 
 
 def missing(results: Results, cells: Sequence[Cell], seeds: int) -> list[tuple[Cell, int]]:

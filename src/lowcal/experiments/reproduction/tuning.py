@@ -11,7 +11,7 @@ from lowcal.experiments.arms import Watcher
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.sweep import Sweep, plan_sweep, sweep
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 
 def unsearched(results: Results, cells: Iterable[Cell]) -> list[Cell]:

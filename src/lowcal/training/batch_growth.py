@@ -27,7 +27,7 @@ def next_batch(batch: int, *, peak: int, held: int, limit: int, most: int) -> in
     return 2 * batch if fits else batch
 
 
-class Growth:
+class BatchGrowth:
     """How many images a mini-batch has from epoch to epoch, and whether that was found to fit.
 
     After an epoch that followed a move, the batch doubles if the epoch's peak of memory says that it fits. The first
@@ -121,12 +121,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def kept_apart(state: Mapping[str, Any]) -> dict[str, Any]:
+def cpu_copy(state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `state` on the processor, which nothing that happens to the original changes."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(state))
 
 
-def release(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Gives back what a broken-off step held of `device`, once no error refers to it any more."""
     gc.collect()
     if device.type == "cuda":

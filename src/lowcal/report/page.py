@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..errors import LowcalError
-from ..training.files import FORMAT, atomic_write, read_json, write_json
+from ..files import FORMAT, atomic_write, read_json, write_json
 from ..training.record import RunFolder
 from .figures import FIGURES, colours
 from .intervals import spread_notes

@@ -22,12 +22,12 @@ from lowcal.experiments.reproduction.rows import runs_of
 from lowcal.experiments.reproduction.training import check_data, missing, train_missing
 from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearched
 from lowcal.experiments.sweep import require_optuna
+from lowcal.files import FORMAT, atomic_write, write_json
 from lowcal.report.figures import save
 from lowcal.report.intervals import spread_notes
 from lowcal.report.runs import RunData, code_note
 from lowcal.report.sheet import Column, Sheet
 from lowcal.report.tables import duration
-from lowcal.training.files import FORMAT, atomic_write, write_json
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowcal.data import Share
+from lowcal.data import Shard
 from lowcal.methods import Method
 from lowcal.training.step import PRECISIONS, EagerStep, StepOptions
 
@@ -215,7 +215,7 @@ class CostMeter:
 
     def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
         self._method, self._device, self._precision = method, device, precision
-        self._largest = Share(0, world)
+        self._largest = Shard(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
         # Bytes, in the epochs since `reset`: a step that is replayed on the device allocates only once.
         self._peak = 0

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowcal.data import Share
+from lowcal.data import Shard
 from lowcal.errors import LowcalError
 from lowcal.training.process import ALONE, Launch, LostError, is_lost
 from lowcal.training.random_state import RandomState
@@ -48,7 +48,7 @@ class TrainingGroup:
         self.device = device or torch.device("cpu")
         self.launch = launch
         self.rank, self.world = launch.rank, launch.world
-        self.shard = Share(self.rank, self.world)
+        self.shard = Shard(self.rank, self.world)
 
     @property
     def is_main(self) -> bool:

@@ -134,7 +134,7 @@ class EpochLoop:
         steps, max_skips = epoch.steps, self._options.max_skips
         start = last = shown = now(device)
         self._last_save = monotonic()
-        batches = loader.drawn() if epoch.done < steps else iter(())
+        batches = loader.raw_batches() if epoch.done < steps else iter(())
         while True:
             try:
                 batch = next(batches)
@@ -148,7 +148,7 @@ class EpochLoop:
                 raise
             loss = step(*batch)
             moment = perf_counter()
-            epoch.add(loss, step.skipped, (loader.total, *loader.shape), moment - last)
+            epoch.add(loss, step.skipped, (loader.global_batch, *loader.shape), moment - last)
             last = moment
             if epoch.done % CHECK_EVERY == 0:
                 epoch.check(max_skips)

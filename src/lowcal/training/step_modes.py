@@ -116,10 +116,10 @@ class StepBuilder:
         """
         state, device = self._state, self._state.options.device
         position = state.loader.state_dict()
-        batch = [tensor[:images] for tensor in next(state.loader.drawn())]
+        batch = [tensor[:images] for tensor in next(state.loader.raw_batches())]
         state.loader.load_state_dict(position)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            trial = state.train.copy(state.loader.example(1))
+            trial = state.train.copy(state.loader.sample_input(1))
             trial.model.train()
             if alone:
                 separate(trial.model)
@@ -163,7 +163,7 @@ class StepBuilder:
             train.scaler,
             guard=run.max_skips > 0,
             batch=loader.batch,
-            collate=loader.make,
+            collate=loader.collate,
         )
         if group.world > 1:
             return DistributedStep(train.optimizer, train.method, options, group=group)

@@ -214,7 +214,7 @@ class RunState:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Loads a checkpoint's state after it was loaded into a copy, and cuts the log to its epochs."""
-        trial = self.train.copy(self.loader.example(1))
+        trial = self.train.copy(self.loader.sample_input(1))
         trial.load_state_dict(state)
         trial.method.detach()
         seconds, finished, in_a_row = float(state["seconds"]), int(state["finished"]), int(state["in_a_row"])

@@ -1,8 +1,12 @@
 """What the tests of training share."""
 
 import pytest
+import torch
 
 import lowcal.training.cost as cost
+from lowcal.methods import METHODS
+
+from .runs import make_run, run_on, state, untimed
 
 _costs = {}
 
@@ -20,3 +24,14 @@ def _remembered_costs(monkeypatch):
         return _costs[key]
 
     monkeypatch.setattr(cost, "dry_cost", remember)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """For each method the state of a run that was never interrupted, and its summary."""
+    found = {}
+    for name in METHODS:
+        torch.manual_seed(0)
+        run = run_on(make_run(tmp_path_factory.mktemp(name) / "run", name))
+        found[name] = state(run), untimed(run.finish())
+    return found

@@ -140,6 +140,11 @@ def log(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]
 
 
+def untimed(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's summary without its training time."""
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
 def spoilt(*places: int, spoil: Callable[[Tensor], Any], training: bool = True) -> nn.Module:
     """A network whose scores `spoil` changes in the passes `places`, counted from 1, of training or of evaluation."""
     passes = itertools.count(1)

@@ -11,7 +11,7 @@ from lowcal.methods import METHODS
 from lowcal.training.epoch_state import EpochState
 
 from .runs import log, make_run, network, run_on, settings
-from .test_growth import growing
+from .test_batch_growth import growing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda"

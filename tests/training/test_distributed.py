@@ -71,7 +71,15 @@ def train_all(group, folder, methods):
 
 
 # The batches are of 5 images, the last of 2: shares differ, and with three processes the last one's is empty.
-@pytest.mark.parametrize(("world", "methods"), [(2, tuple(METHODS)), (3, ("sgd", "local"))], ids=("two", "three"))
+@pytest.mark.parametrize(
+    ("world", "methods"),
+    [
+        (2, ("local", "prune", "stochastic-depth")),
+        (3, ("local",)),
+        pytest.param(2, tuple(METHODS), marks=pytest.mark.slow),
+    ],
+    ids=("two", "three", "all"),
+)
 def test_processes_are_alike_and_like_one(tmp_path, world, methods):
     runs = {method: make_run(tmp_path / "alone" / method, method, model=plain()) for method in methods}
     all_alone = {method: state(run_on(run)) for method, run in runs.items()}

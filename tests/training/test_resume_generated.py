@@ -214,7 +214,7 @@ TWICE_DAMAGED = Case(  # found by this test: the damaged one once took the place
 )  # fmt: skip
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @example(TWICE_DAMAGED)
 @given(cases())
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(case):

@@ -86,7 +86,6 @@ def plant(fault: Callable[[], None], at: Point) -> None:
     import lowcal.files as files
     import lowcal.training.checkpoint as checkpoint
     import lowcal.training.epoch as epoch
-    import lowcal.training.finish as finish
     import lowcal.training.run_folder as record
     from lowcal.methods.local import Local
     from lowcal.training.epoch_state import EpochState
@@ -182,7 +181,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
         case "rename":
             around(Path, "replace", after=True, only=lambda path, target: target.name == checkpoint.PREVIOUS)
         case "finish":
-            writing(finish, finish.WEIGHTS, finish.SAFE_WEIGHTS)
+            writing(checkpoint, checkpoint.WEIGHTS, checkpoint.SAFE_WEIGHTS)
             writing(files, "summary.json")
         case _:
             raise ValueError(f"no place {at.place!r}")

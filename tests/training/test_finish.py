@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowcal.training.finish import export_weights
+from lowcal.training.checkpoint import export_weights
 
 from ..networks import convnet
 from ..support import same, weights

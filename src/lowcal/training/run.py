@@ -13,10 +13,9 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.batch_growth import BatchGrowth
-from lowcal.training.checkpoint import settle
+from lowcal.training.checkpoint import export_weights, settle
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.epoch import EpochLoop, Progress
-from lowcal.training.finish import export_weights, write_summary
 from lowcal.training.run_folder import RunFolder
 from lowcal.training.step_modes import StepBuilder
 from lowcal.training.train_state import RunOptions, RunState, TrainState
@@ -164,7 +163,7 @@ class Run:
 
         def write() -> dict[str, Any]:
             export_weights(self.model, self.folder.path)
-            return write_summary(self.folder)  # last: its presence means that the run is finished
+            return self.folder.summarise()  # last: its presence means that the run is finished
 
         return self.group.from_main(write)
 

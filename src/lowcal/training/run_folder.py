@@ -236,6 +236,23 @@ class RunFolder:
         """Write `value` atomically to the file `name` of this folder."""
         write_json(self.path / name, value)
 
+    def summarise(self) -> dict[str, Any]:
+        """Write the `summary.json` of all epochs in the log; return what it holds."""
+        records = self.read_epochs()
+        last = records[-1]
+        return self.write_summary(
+            {
+                **self.read_identity(),
+                "top1_error": last["top1_error"],
+                "best_top1_error": min(record["top1_error"] for record in records),
+                "seconds": last["total_seconds"],
+                "flops": sum(record["flops"] for record in records),
+                "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+                "boundary": last["boundary"],
+                "layers": last["layers"],
+            }
+        )
+
     def write_summary(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write the finished run's `summary.json`; return what it holds: `summary` and the format."""
         value = {"format": FORMAT, **summary}

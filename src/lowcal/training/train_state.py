@@ -207,7 +207,7 @@ class RunState:
             self.folder.truncate(0)
             return None
         self._check_identity(checkpoint.state.get("run"), checkpoint.path)
-        notes, world = checkpoint.passed_over, checkpoint.state.get("ranks", 1)
+        notes, world = checkpoint.skipped, checkpoint.state.get("ranks", 1)
         if world != self.group.world:
             notes += (f"saved by {world} process(es), goes on with {self.group.world}",)
         return checkpoint.state, str(checkpoint.path), notes

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from ..errors import LowcalError
 from ..training.files import atomic_write
 from .runs import RunData, by_method
-from .tables import time_unit
+from .table import time_unit
 
 __all__ = [
     "FIGURES",

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from .figures import INK, colours, style
 from .labels import Label, place_labels
-from .tables import time_unit
+from .table import time_unit
 
 __all__ = ["Spot", "frontier"]
 

@@ -17,9 +17,9 @@ from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.files import write_json
 from lowcal.report.table import with_spread
 from lowcal.training.environment import gather_environment
-from lowcal.training.files import write_json
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # the first is the published one (Sec. 6.1)
 REFERENCES = ("sgd", "freeze")

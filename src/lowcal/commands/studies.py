@@ -59,8 +59,8 @@ def bench(
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.bench import bench as run
     from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
+    from lowcal.files import atomic_write
     from lowcal.models import MODELS
-    from lowcal.training.files import atomic_write
 
     for file in (json_file, plot):  # found now, not after minutes of measuring
         if file and not file.parent.is_dir():

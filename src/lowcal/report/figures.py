@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..errors import LowcalError
-from ..training.files import atomic_write
+from ..files import atomic_write
 from .runs import RunData, by_method
 from .table import time_unit
 

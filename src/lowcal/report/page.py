@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..errors import LowcalError
-from ..training.files import FORMAT, atomic_write, read_json
+from ..files import FORMAT, atomic_write, read_json
 from ..training.record import RunFolder
 from .comparison import Row, comparison_table, make_rows
 from .figures import FIGURES, colours

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..training.files import FORMAT, write_json
+from ..files import FORMAT, write_json
 from .figures import INK, colours, save, style
 from .table import ABSENT, duration, spread_notes, with_spread
 

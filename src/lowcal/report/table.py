@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.files import FORMAT, atomic_write, finite
+from ..files import FORMAT, atomic_write, finite
 
 __all__ = [
     "ABSENT",

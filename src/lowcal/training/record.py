@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LowcalError
-from .files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
+from ..files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
 
 try:
     import fcntl

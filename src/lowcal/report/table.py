@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import FORMAT, atomic_write, finite
+from lowcal.files import FORMAT, atomic_write, finite
 
 __all__ = [
     "ABSENT",

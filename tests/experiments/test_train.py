@@ -135,7 +135,7 @@ def test_an_extension_that_a_crash_breaks_off_can_be_made_again(crash, monkeypat
 
 def test_a_run_that_diverged_before_its_first_epoch_ended_is_replaced(monkeypatch, capsys):
     assert diverge(monkeypatch, "run", 1) == 2
-    refused(capsys, "at step 2 of epoch 1 of 4", "starts anew in this folder")
+    refused(capsys, "at step 2 of epoch 1 of 4", "starts again in this folder")
     assert start("run", "epochs=2", "optimizer.lr=0.01") == 0
     assert start("other", "epochs=2", "optimizer.lr=0.01") == 0
     assert log("run") == log("other")

@@ -116,7 +116,7 @@ def test_a_creation_that_crashed_is_recognised_and_done_anew(tmp_path, monkeypat
     assert not RunFolder.holds_run(path)
     assert RunFolder.is_half_made(path) == (call > 1)
     if call > 1:
-        with pytest.raises(LowcalError, match="start the run anew, without --resume"):
+        with pytest.raises(LowcalError, match="start the run again, without --resume"):
             RunFolder.open(path)
     make_run(path, epochs=1)
     assert files(path) == ["environment.json", "epochs.jsonl", "recipe.yaml"]

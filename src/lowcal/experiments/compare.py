@@ -1,4 +1,4 @@
-"""Methods side by side: trained in turn, epoch by epoch, so that a machine's drift hits all alike."""
+"""Methods side by side: trained in turn, epoch by epoch, so that a drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def compare(
 ) -> Report:
     """Train every method with `seeds` seeds, counted up from the recipe's, and write the report to `out`.
 
-    Each run has a folder of its own in `out`. Runs that are there already are taken up where they stopped, so that
-    an interrupted comparison is finished by calling this again.
+    Each run has its own folder in `out`. Existing runs are resumed, so calling this again finishes an interrupted
+    comparison.
 
     Raises:
         LowcalError: a method is unknown or does not apply, `out` holds something else or another recipe's runs, the
@@ -77,9 +77,9 @@ def train_in_turn(
     watcher: Watcher,
     later: int = 0,
 ) -> None:
-    """Train the arms to their ends, one epoch each in turn; the order goes round, so that none is always first.
+    """Train the arms to their ends, one epoch each in turn; the order rotates, so that none is always first.
 
-    `later` epochs of other arms come after these; the watcher is told.
+    `later` is the number of epochs of other arms that follow; the watcher shows it.
     """
     with cpu_threads(recipe.threads), kernels_of(recipe):
         data = data.to(device)  # once for all arms
@@ -88,7 +88,7 @@ def train_in_turn(
 
 
 def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, epochs: int, later: int = 0) -> None:
-    """Train runs that are prepared to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
+    """Train prepared runs to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
     watcher.begin(arms, [run.finished for run in runs], epochs, later=later)
     for run in runs:
         run.warm_up()
@@ -111,15 +111,15 @@ def prepare(
     device: torch.device,
     watcher: Watcher,
     group: TrainingGroup | None = None,
-    anew: bool = False,
+    replace: bool = False,
 ) -> Run:
-    """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on.
+    """The run of an arm: a new one, or the one in `folder`, resumed from its newest checkpoint.
 
-    One that `RunFolder.may_be_replaced` is replaced if it is to begin `anew`, or has another recipe.
+    A run that `may_be_replaced` is replaced if `replace` is set or its recipe differs.
     """
     group = group or TrainingGroup()
     own = recipe.model_copy(update={"seed": arm.seed})
-    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
+    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), replace=replace))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
     run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, group=group)
@@ -137,16 +137,16 @@ def prepare(
     return run
 
 
-def _clear(folder: Path, recipe: Recipe, classes: int, *, anew: bool) -> tuple[bool, bool]:
-    """Whether the run in `folder` goes on, and whether there was one that is removed now.
+def _clear(folder: Path, recipe: Recipe, classes: int, *, replace: bool) -> tuple[bool, bool]:
+    """Whether the run in `folder` continues, and whether one has been removed.
 
     Raises:
-        LowcalError: it would go on, but was started on images of another number of classes.
+        LowcalError: it would continue, but was started on images of another number of classes.
     """
     if not RunFolder.holds_run(folder):
         return False, False
     files = RunFolder(folder)
-    replaced = files.may_be_replaced() and (anew or recipe_in(folder) != recipe)
+    replaced = files.may_be_replaced() and (replace or recipe_in(folder) != recipe)
     if replaced:
         files.clear()
         return False, True
@@ -182,11 +182,11 @@ def _refuse_wrong_names(methods: Sequence[str]) -> None:
     for method in methods:
         find_method(method)
     if len(set(methods)) < len(methods):
-        raise LowcalError(f"methods {','.join(methods)}: one is named twice; name each once")
+        raise LowcalError(f"methods {','.join(methods)}: one is given twice; give each once")
 
 
 def _refuse_strange(out: Path, recipe: Recipe) -> None:
-    """Refuse a folder with something other than this comparison's runs in it."""
+    """Refuse a folder that holds anything other than runs of this comparison."""
     if RunFolder.holds_run(out):
         raise LowcalError(f"{out} is a single run, not a comparison; choose another --out")
     ours = re.compile(rf"({'|'.join(METHODS)})-seed\d+")

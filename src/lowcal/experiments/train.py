@@ -48,13 +48,13 @@ def train(
     group: TrainingGroup,
     watcher: Watcher,
 ) -> dict[str, Any]:
-    """Train one network by one method in `folder`, or with `resume` go on with the run that is there.
+    """Train one network by one method in `folder`, or with `resume` continue the run there.
 
-    With `extend` it goes on to a larger number of epochs than it was started with, and after it has diverged with other
-    rates. A run in `folder` that has finished no epoch and saved nothing is replaced.
+    With `extend` the run continues to a larger number of epochs, and after it has diverged with other rates. A run in
+    `folder` that has finished no epoch and saved nothing is replaced.
 
-    Each of several processes calls it; all come to the same end. After torchrun has started them anew they go on with
-    the run as if told to resume.
+    Each of several processes calls this function; all end in the same way. After torchrun has restarted them they
+    resume the run.
 
     Args:
         group: the processes, each with its device.
@@ -82,7 +82,7 @@ def train(
     with cpu_threads(recipe.threads), kernels_of(recipe):
         before = group.from_main(lambda: change(folder, recipe) if goes_on else None)
         run = prepare(
-            recipe, arm, folder, data=data, device=group.device, watcher=watcher, group=group, anew=not goes_on
+            recipe, arm, folder, data=data, device=group.device, watcher=watcher, group=group, replace=not goes_on
         )
         if before is not None:
             changed = what_changed(run, parse_recipe(before, str(folder / "recipe.yaml")), recipe)
@@ -96,10 +96,10 @@ def train(
 
 
 def _refuse_for_many(recipe: Recipe, world: int) -> None:
-    """Refuse what does not go with several processes."""
+    """Refuse settings that several processes cannot use."""
     if recipe.batch.size < world:
         raise LowcalError(
-            f"batch.size={recipe.batch.size}: is shared among {world} processes, so it must be as many images or more; "
+            f"batch.size={recipe.batch.size}: is divided among {world} processes, so it must be at least {world}; "
             "--set batch.size=N, or start fewer"
         )
     if recipe.step not in ("auto", "eager"):
@@ -129,9 +129,10 @@ def _look(recipe: Recipe, method: str, folder: Path, *, goes_on: bool, extend: b
 
 
 def refuse_changes(folder: Path, recipe: Recipe, *, extend: bool) -> None:
-    """Refuse to go on with the run in `folder` under `recipe` if more differs than may.
+    """Refuse to continue the run in `folder` under `recipe` if settings differ that must not.
 
-    With `extend` the number of epochs may grow. In a run that has diverged, what may be the reason can be changed.
+    With `extend` the number of epochs may grow. In a run that has diverged, the settings that may be the reason can be
+    changed.
     """
     files, there = RunFolder.open(folder), recipe_in(folder)
     if recipe.epochs != there.epochs and not extend:
@@ -150,7 +151,7 @@ def refuse_changes(folder: Path, recipe: Recipe, *, extend: bool) -> None:
 
 
 def change(folder: Path, recipe: Recipe) -> str | None:
-    """Give the run in `folder` the settings of `recipe`; the recipe that it had, None if nothing differs."""
+    """Give the run in `folder` the settings of `recipe`; returns its recipe before, None if nothing differs."""
     files = RunFolder(folder)
     before = files.recipe
     if not differences(recipe_in(folder), recipe):
@@ -160,7 +161,7 @@ def change(folder: Path, recipe: Recipe) -> str | None:
 
 
 def what_changed(run: Run, before: Recipe, recipe: Recipe) -> str:
-    """One line: the settings, K and the learning rate of the coming epoch, before and after."""
+    """One line: the settings, K and the learning rate of the next epoch, before and after."""
     parts = [line.replace(" there, ", " before, ").replace(" here)", " now)") for line in differences(before, recipe)]
     schedule = recipe.local.schedule
     if before.epochs != recipe.epochs and isinstance(run.method, Local) and schedule.name == "norm-trend":
@@ -177,7 +178,7 @@ def what_changed(run: Run, before: Recipe, recipe: Recipe) -> str:
 
 
 def ways_on(folder: Path) -> str:
-    """How to go on with the run in `folder`."""
+    """How to continue the run in `folder`."""
     files = RunFolder(folder)
     if files.read_summary() is not None:
         return f"it is finished: {EXTEND} goes on for more epochs,"
@@ -190,5 +191,5 @@ def way_out(files: RunFolder) -> str:
     """What can be done with a run that has diverged."""
     rate = parse_recipe(files.recipe, "recipe.yaml").optimizer.lr / 10
     if not files.read_epochs():
-        return f"the same command with --set optimizer.lr={rate:g}, say, starts anew in this folder"
+        return f"the same command with --set optimizer.lr={rate:g}, say, starts again in this folder"
     return f"--resume --out {files.path} --set optimizer.lr={rate:g}, say, goes on from its last checkpoint"

@@ -16,11 +16,11 @@ def faults():
 def step():
     activations = [torch.ones(12_000_000) for n in range(2)]  # 48 MB each
 found = []
-for _ in range(9):
+for _ in range(25):
     before = faults()
     step()
     found.append(faults() - before)
-print(sorted(found)[4])
+print(sorted(found)[12])
 """
 
 

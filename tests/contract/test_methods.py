@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
-from lowcal.methods import METHODS, Method, PruneSettings, StochasticDepthSettings, build_method
+from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSettings, StochasticDepthSettings
+from lowcal.methods import METHODS, Method, build_method
 from lowcal.models import build_model
 from lowcal.strided import slice_inputs
 from lowcal.training.modes import build_step

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch.optim import SGD
 
 from lowcal import LowcalError
 from lowcal.data import Dataset, Images, make_loader
-from lowcal.experiments.recipe import LocalSettings, Recipe, ScheduleSettings, lr_at
-from lowcal.experiments.recipe_files import apply_settings, differences, load_recipe, recipe_names
+from lowcal.experiments.recipe import DataSettings, Recipe, lr_at
+from lowcal.experiments.recipe_text import apply_settings, differences, load_recipe, recipe_names
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, build_method, find_method
 from lowcal.models import build_model
 from lowcal.training.modes import build_step
@@ -50,7 +52,7 @@ def test_settings_are_the_papers(name):
     network, _, data = name.partition("-")
     assert (recipe.model.name, recipe.model.width, recipe.data.name) == (network, None, data)
     assert (recipe.epochs, recipe.batch.size, recipe.precision) == (epochs, 64, "float32")
-    assert recipe.data.model_dump(exclude_unset=True) == {"name": data}
+    assert recipe.data == DataSettings(name=data)
     sgd = recipe.optimizer
     assert (sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov) == (lr, 0.9, weight_decay, False)
     on_imagenet = data == "imagenet"
@@ -58,7 +60,7 @@ def test_settings_are_the_papers(name):
         lr=0.01,
         decay=0.1 if on_imagenet else 0.5,
         decay_every=30,
-        schedule=ScheduleSettings(name="norm-trend", alpha=0.95, max_fraction=0.75),
+        schedule=ScheduleSettings(alpha=0.95, max_fraction=0.75),
     )
     assert recipe.prune.every == (5 if on_imagenet else 10)
 
@@ -136,7 +138,7 @@ def attach(recipe: Recipe, name: str, model: nn.Module) -> tuple[SGD, Method]:
     sgd, example = recipe.optimizer, next(model.parameters()).new_zeros(1, 3, *[IMAGES[recipe.data.name][0]] * 2)
     optimizer = SGD(model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     schedule = ScheduleSettings(name="fixed", epochs={1: 4})
-    recipe = recipe.model_copy(update={"local": recipe.local.model_copy(update={"schedule": schedule})})
+    recipe = replace(recipe, local=replace(recipe.local, schedule=schedule))
     settings = getattr(recipe, find_method(name).section)
     return optimizer, build_method(name, model, optimizer, settings, epochs=recipe.epochs, example_inputs=example)
 

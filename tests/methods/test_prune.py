@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowcal import LowcalError
-from lowcal.methods import PruneSettings, build_method
+from lowcal.method_settings import PruneSettings
+from lowcal.methods import build_method
 from lowcal.models import BasicBlock, SmallResNet
 from lowcal.strided import is_unsafe
 from lowcal.training.cost import dry_cost

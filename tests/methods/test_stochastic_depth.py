@@ -8,7 +8,8 @@ from torch import nn
 from torchvision import models
 
 from lowcal import LowcalError
-from lowcal.methods import StochasticDepthSettings, build_method
+from lowcal.method_settings import StochasticDepthSettings
+from lowcal.methods import build_method
 from lowcal.methods.residual import residual_blocks
 from lowcal.models import SmallResNet, build_model
 from lowcal.training.cost import dry_cost, flop_counter

@@ -167,7 +167,7 @@ def sweep(
     """
     from lowcal.console import Display
     from lowcal.console_sweep import sweep_text
-    from lowcal.experiments.recipe_files import load_recipe
+    from lowcal.experiments.recipe_text import as_dict, load_recipe
     from lowcal.experiments.sweep import plan_sweep
     from lowcal.experiments.sweep import sweep as run
     from lowcal.report.titles import title
@@ -188,7 +188,7 @@ def sweep(
     folder = out or free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
     more = [] if out else ["--out", str(folder)]
     with resumable(context, folder, more, plan.recipe.checkpoint.grace), Display(quiet=quiet) as display:
-        display.note(f"{title(plan.recipe.model_dump())}: {method}, {plan.trials} trials; in {folder}")
+        display.note(f"{title(as_dict(plan.recipe))}: {method}, {plan.trials} trials; in {folder}")
         from lowcal.experiments.assemble import find_device
 
         result = run(plan, folder, data_dir=data_dir, device=find_device(device), watcher=display)

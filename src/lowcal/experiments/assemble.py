@@ -14,7 +14,7 @@ from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
 from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
-from lowcal.experiments.recipe_files import dump_recipe
+from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs
@@ -64,7 +64,7 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
 
 def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> Dataset:
     """The recipe's images; the processes on a machine share its processors for decoding."""
-    settings = recipe.data.model_dump()
+    settings = as_dict(recipe.data)
     if launch.local_world > 1 and recipe.data.name == "imagenet" and recipe.data.workers is None:
         settings["workers"] = max(1, available_workers() // launch.local_world)
     return load(data_dir=data_dir, **settings)

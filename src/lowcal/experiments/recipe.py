@@ -9,28 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from lowcal.errors import LowcalError
+from lowcal.method_settings import LocalSettings, PruneSettings, StochasticDepthSettings
+from lowcal.settings import Count, Fraction, Limits, NonNegative, Positive, Settings, Whole
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Limits(least=1, unit=" character")]
 
 
-class Settings(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions, no infinities.
-
-    A section may have a `short` field: a plain value in the section's place is that field's.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    short: ClassVar[str | None] = None
-
-
+@dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
     """The network; `width` is the channels of the first stage (None: the network's own)."""
 
@@ -38,6 +27,7 @@ class ModelSettings(Settings):
     width: Count | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """The images; `evaluate="validation"` holds out a part of the training images in the test set's place.
 
@@ -50,14 +40,15 @@ class DataSettings(Settings):
     train_images: Count | None = None
     test_images: Count | None = None
     image_size: Count | None = None
-    classes: Annotated[int, Field(ge=2)] | None = None
+    classes: Annotated[int, Limits(least=2)] | None = None
     evaluate: Literal["test", "validation"] = "test"
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_fraction: Annotated[float, Limits(above=0, below=1)] = 0.2
     on_error: Literal["stop", "skip"] = "stop"
     download: bool = True
     workers: Whole | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
     """Images in a mini-batch; with `grow` they double when a move of the boundary has freed the memory for it.
 
@@ -65,45 +56,43 @@ class BatchSettings(Settings):
     epoch). With `scale_lr` SGD's learning rate grows with the batch.
     """
 
-    short: ClassVar[str | None] = "size"
+    short: ClassVar[str] = "size"  # the setting that a plain value instead of the section sets
 
     size: Count
     grow: bool = False
     memory_limit: Count | None = None
     scale_lr: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_a_number(cls, value: Any) -> Any:
-        return value if isinstance(value, dict | BatchSettings) else {"size": value}
-
-    @field_validator("memory_limit", mode="before")
-    @classmethod
-    def _in_bytes(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B", value)
-        if match is None:
-            raise ValueError(f"batch.memory_limit={value}: must be a number of bytes, or one with its unit, as in 8GiB")
-        number, prefix = match.groups(default="")
-        return round(float(number) * (1024 if prefix.endswith("i") else 1000) ** " KMGT".index(prefix[:1] or " "))
+    def __post_init__(self) -> None:
+        if isinstance(self.memory_limit, str):
+            object.__setattr__(self, "memory_limit", _in_bytes(self.memory_limit))
+        super().__post_init__()
 
 
+def _in_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B", text)
+    if match is None:
+        raise LowcalError(f"batch.memory_limit={text}: must be a number of bytes, or one with its unit, as in 8GiB")
+    number, prefix = match.groups(default="")
+    return round(float(number) * (1024 if prefix.endswith("i") else 1000) ** " KMGT".index(prefix[:1] or " "))
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
     """SGD's settings; the paper names no momentum, 0.9 is the usual one."""
 
     lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Limits(least=0, below=1)] = 0.9
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
 
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerSettings:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.nesterov and self.momentum == 0:
-            raise ValueError("optimizer.nesterov=true needs a momentum: set optimizer.momentum above 0")
-        return self
+            raise LowcalError("optimizer.nesterov=true needs a momentum: set optimizer.momentum above 0")
 
 
+@dataclass(frozen=True, kw_only=True)
 class RateSettings(Settings):
     """The learning rate over the epochs; `factor` and `every` (epochs) are those of `step`.
 
@@ -119,67 +108,7 @@ class RateSettings(Settings):
     fit: Literal["compressed", "stopped"] = "compressed"
 
 
-class ScheduleSettings(Settings):
-    """Where the boundary is: Algorithm 1 (`norm-trend`), Eq. 3 (`quadratic`) or a table (`fixed`)."""
-
-    name: Literal["norm-trend", "quadratic", "fixed"] = "norm-trend"
-    alpha: NonNegative = 0.95
-    shift: Count | None = None
-    max_fraction: Fraction = 0.75
-    interval: Count | None = None
-    spacing: Literal["listing", "prose"] = "listing"
-    measure: Literal["epoch", "step"] = "epoch"
-    average: Literal["layer", "run"] = "layer"
-    align: Literal["layer", "block"] = "layer"
-    c1: NonNegative | None = None
-    c2: NonNegative | None = None
-    epochs: dict[Whole, Whole] | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_name(self) -> ScheduleSettings:
-        owners = {"c1": "quadratic", "c2": "quadratic", "epochs": "fixed"}
-        for field, owner in owners.items():
-            given = getattr(self, field) is not None
-            if given and self.name != owner:
-                raise ValueError(
-                    f"local.schedule.{field} belongs to the schedule '{owner}', not to '{self.name}': "
-                    f"set local.schedule.name={owner} or leave it out"
-                )
-            if not given and self.name == owner:
-                raise ValueError(f"local.schedule.{field} is missing: the schedule '{owner}' needs it")
-        return self
-
-
-class LocalSettings(Settings):
-    """Local learning: Eq. 4's step and its decay, weak supervision, and the schedule."""
-
-    lr: Positive = 0.01
-    decay: Fraction = 0.5
-    decay_every: Count = 30
-    scale: Literal["absolute", "relative"] = "absolute"
-    every: Count = 1
-    decay_from: Literal["start", "switch"] = "start"
-    refresh_every: Annotated[int, Field(ge=2)] = 4
-    norm_stats: Literal["batch", "running"] = "batch"
-    supervision: bool = True
-    sign: Literal["recomputed", "kept"] = "recomputed"
-    schedule: ScheduleSettings = ScheduleSettings()
-
-
-class StochasticDepthSettings(Settings):
-    """Stochastic depth: `survival` is p_L, the probability with which the last residual block takes part."""
-
-    survival: Fraction = 0.5
-
-
-class PruneSettings(Settings):
-    """PruneTrain: the penalty's part of the first loss, epochs between removals, and when a weight counts as zero."""
-
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    every: Count = 10
-    threshold: Positive = 1e-4
-
-
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Settings):
     """Within an epoch a run is saved every `minutes` (None: at the ends of epochs alone).
 
@@ -190,12 +119,14 @@ class CheckpointSettings(Settings):
     grace: Positive | None = 30.0
 
 
+@dataclass(frozen=True, kw_only=True)
 class GuardSettings(Settings):
     """Steps skipped in a row, for a NaN or infinite loss or gradient, that a run survives; 0: one such loss ends it."""
 
     max_skips: Whole = 0
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Settings):
     """Every setting of a run.
 
@@ -225,25 +156,19 @@ class Recipe(Settings):
     data: DataSettings
     optimizer: OptimizerSettings
     lr_schedule: RateSettings
-    local: LocalSettings = LocalSettings()
-    stochastic_depth: StochasticDepthSettings = StochasticDepthSettings()
-    prune: PruneSettings = PruneSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    guard: GuardSettings = GuardSettings()
+    local: LocalSettings
+    stochastic_depth: StochasticDepthSettings
+    prune: PruneSettings
+    checkpoint: CheckpointSettings
+    guard: GuardSettings
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Recipe:
-        warmup = self.lr_schedule.warmup_epochs
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        warmup, planned = self.lr_schedule.warmup_epochs, self.lr_schedule.epochs
         if warmup and warmup >= self.epochs:
-            raise ValueError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_is_as_long(self) -> Recipe:
-        planned = self.lr_schedule.epochs
+            raise LowcalError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
         if planned is not None and planned < self.epochs:
-            raise ValueError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
-        return self
+            raise LowcalError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
 
 
 def lr_at(recipe: Recipe) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""What the training loop asks of a method; the base class is plain SGD."""
+"""What the training loop asks of a method, and plain SGD, which every other method is measured against."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError
+from lowcal.settings import Settings
 
 Fact = float | int | None
 
@@ -26,7 +27,7 @@ class Method:
     Args:
         model: the network, on its device.
         optimizer: holds the network's parameters. A method may slice both in place, between epochs.
-        settings: of this method: the section of a recipe that `section` names, or anything with its fields.
+        settings: of this method: the section of a recipe that `section` names.
         epochs: epochs in the whole training.
         example_inputs: one mini-batch's images (N, C, H, W); one image is enough.
         seed: of what the method draws at random.
@@ -46,7 +47,7 @@ class Method:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        settings: Any,
+        settings: Settings,
         *,
         epochs: int,
         example_inputs: Tensor,
@@ -146,3 +147,25 @@ class Method:
 
     def detach(self) -> None:
         """Removes the method's hooks from the network and the optimizer."""
+
+
+class SGD(Method):
+    """The whole network learns by SGD."""
+
+    name: ClassVar[str] = "sgd"
+
+
+def fill_momentum(optimizer: Optimizer) -> None:
+    """Gives a momentum of zero to parameters for which a fused SGD has none yet; its first step stays the same.
+
+    Its kernel takes the momentum of all parameters or of none, and if it skips the first step, as the gradient scaler
+    may ask for, it leaves what it allocated for it unwritten (torch 2.15).
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, optim.SGD) and group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -9,41 +9,18 @@ computes stays what it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError
+from lowcal.method_settings import PruneSettings
 from lowcal.methods.base import Fact, Method
-from lowcal.methods.pruning.groups import Group, find_groups
-from lowcal.methods.pruning.slicing import cut, drop_parameters
+from lowcal.methods.channel_groups import Group, cut, drop_parameters, find_groups
 from lowcal.methods.residual import ResidualBlock, residual_blocks
 from lowcal.strided import slice_inputs
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """Settings of `Prune`.
-
-    Attributes:
-        ratio: the penalty's part of the first mini-batch's whole loss, above 0 and below 1.
-        every: epochs from one removal of channels to the next.
-        threshold: a channel is gone from a layer when none of its weights there is as large.
-    """
-
-    ratio: float = 0.2
-    every: int = 10
-    threshold: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise LowcalError(f"prune: ratio is {self.ratio!r}; give the penalty's part of the loss, above 0, below 1")
-        if self.every < 1:
-            raise LowcalError(f"prune: every is {self.every!r}; give a number of epochs, at least 1")
-        if not self.threshold > 0:
-            raise LowcalError(f"prune: threshold is {self.threshold!r}; give a weight's size, above 0")
 
 
 class Prune(Method):
@@ -55,10 +32,9 @@ class Prune(Method):
 
     name: ClassVar[str] = "prune"
     section: ClassVar[str] = "prune"
+    settings: PruneSettings
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        chosen = self.settings
-        self._chosen = PruneSettings(chosen.ratio, chosen.every, chosen.threshold)
         layers = super()._attach(example_inputs)
         self._groups = {group.name: group for group in find_groups(self.model)}
         self._kept = {group.name: list(range(group.channels)) for group in self._groups.values()}
@@ -77,7 +53,7 @@ class Prune(Method):
             return None
         lasso = self._lasso()
         if self._coefficient is None:
-            ratio = self._chosen.ratio
+            ratio = self.settings.ratio
             self._coefficient = (ratio * loss / ((1 - ratio) * lasso)).detach()
         return self._coefficient * lasso
 
@@ -88,7 +64,7 @@ class Prune(Method):
             LowcalError: nothing would be left of a layer that the network cannot do without.
         """
         self._finished += 1
-        return self._finished % self._chosen.every == 0 and self._reconfigure()
+        return self._finished % self.settings.every == 0 and self._reconfigure()
 
     def facts(self) -> dict[str, Fact]:
         """Also the prunable channels that are left, and the largest |weight| of the one nearest to zero."""
@@ -142,7 +118,7 @@ class Prune(Method):
     def _alive(self, groups: Mapping[str, Group]) -> dict[str, list[bool]]:
         """Which channels of each group a layer still has weights for; reads from the device once."""
         peaks = self._peaks(groups)
-        flags = iter((~(torch.cat(peaks) < self._chosen.threshold)).tolist() if peaks else [])
+        flags = iter((~(torch.cat(peaks) < self.settings.threshold)).tolist() if peaks else [])
         return {name: [next(flags) for _ in range(group.channels)] for name, group in groups.items()}
 
     def _reconfigure(self) -> bool:
@@ -157,7 +133,7 @@ class Prune(Method):
                 if block is None:
                     raise LowcalError(
                         f"prune has no channel left in layer '{group.name}', which the network cannot do without; "
-                        f"lower prune.ratio, which is {self._chosen.ratio:g}, or the learning rate"
+                        f"lower prune.ratio, which is {self.settings.ratio:g}, or the learning rate"
                     )
                 if block.name not in removed:
                     removed.append(block.name)

@@ -8,7 +8,6 @@ Weights of a dropped block have no gradient in that step: neither momentum nor w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,27 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.methods.base import Method
-from lowcal.methods.momentum import fill_momentum
+from lowcal.method_settings import StochasticDepthSettings
+from lowcal.methods.base import Method, fill_momentum
 from lowcal.methods.residual import ResidualBlock, residual_blocks
-
-
-@dataclass(frozen=True)
-class StochasticDepthSettings:
-    """Settings of `StochasticDepth`.
-
-    Attributes:
-        survival: p_L, the probability with which the last block takes part, above 0 and at most 1.
-    """
-
-    survival: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.survival <= 1:
-            raise LowcalError(
-                f"stochastic-depth: survival is {self.survival!r}; give the last block's probability, "
-                "above 0 and at most 1"
-            )
 
 
 class StochasticDepth(Method):
@@ -49,10 +30,10 @@ class StochasticDepth(Method):
 
     name: ClassVar[str] = "stochastic-depth"
     section: ClassVar[str] = "stochastic_depth"
+    settings: StochasticDepthSettings
     unreplayable: ClassVar[str | None] = "other blocks run in each step"
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        settings = StochasticDepthSettings(self.settings.survival)
         self._blocks = residual_blocks(self.model)
         if not self._blocks:
             raise LowcalError(
@@ -61,8 +42,8 @@ class StochasticDepth(Method):
             )
         layers = super()._attach(example_inputs)
         count = len(self._blocks)
-        self.survival = tuple(1 - number / count * (1 - settings.survival) for number in range(1, count + 1))
-        if settings.survival < 1:
+        self.survival = tuple(1 - number / count * (1 - self.settings.survival) for number in range(1, count + 1))
+        if self.settings.survival < 1:
             fill_momentum(self.optimizer)
         # On the processor, whatever the device, so that all ranks draw the same and no step waits.
         self._generator = torch.Generator().manual_seed(self.seed)

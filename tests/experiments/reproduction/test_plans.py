@@ -6,7 +6,7 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.experiments.describe import describe
 from lowcal.experiments.recipe import lr_at
-from lowcal.experiments.recipe_files import differences, load_recipe
+from lowcal.experiments.recipe_text import differences, load_recipe
 from lowcal.experiments.reproduction.cells import Cell, choose
 from lowcal.experiments.reproduction.paper import paper
 from lowcal.experiments.reproduction.plans import LAYERS, make_plan, plan_names

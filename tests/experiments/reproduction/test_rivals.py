@@ -1,10 +1,11 @@
 """Tables 6 and 7 from run folders that are made up, so that what they must say can be worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from lowcal.experiments.recipe_files import dump_recipe
+from lowcal.experiments.recipe_text import dump_recipe
 from lowcal.experiments.reproduce import make_sheet, write
 from lowcal.experiments.reproduction.plans import make_plan
 from lowcal.experiments.reproduction.results import Results
@@ -18,7 +19,7 @@ MACHINE = {"device": "cpu", "device_name": "a processor", "threads": 1, "torch":
 
 def make_run(results, cell, errors, seconds, *, seed=0, boundaries=None, memory=None, batches=None, machine=MACHINE):
     """A finished run whose epochs have these errors and each take `seconds` (one number)."""
-    recipe = results.recipe(cell).model_copy(update={"seed": seed})
+    recipe = replace(results.recipe(cell), seed=seed)
     identity = {
         "method": cell.method,
         "recipe": recipe.name,

@@ -10,7 +10,7 @@ import torch
 
 from lowcal.cli import main
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe_files import load_recipe, parse_recipe
+from lowcal.experiments.recipe_text import load_recipe, parse_recipe
 from lowcal.experiments.reproduce import dry_run, reproduce
 from lowcal.experiments.reproduction.found import choose_trial, read_found
 from lowcal.experiments.reproduction.plans import TUNED, make_plan

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from lowcal import LowcalError
-from lowcal.methods import PruneSettings, build_method
-from lowcal.methods.pruning.groups import find_groups
+from lowcal.method_settings import PruneSettings
+from lowcal.methods import build_method
+from lowcal.methods.channel_groups import find_groups
 from lowcal.models import SmallResNet, build_model
 
 from ...networks import Residual, convnet

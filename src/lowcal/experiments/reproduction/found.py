@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowcal.experiments.recipe_files import show_value
+from lowcal.experiments.recipe_text import show_value
 from lowcal.experiments.search import parse_search
 from lowcal.files import read_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm
 from lowcal.experiments.folders import refuse_another_recipe, refuse_used
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.found import Found, read_found
 from lowcal.experiments.reproduction.scales import Scale, image_folder, is_stand_in, scaled
@@ -166,7 +166,7 @@ class Results:
             for seed in range(recipe.seed, recipe.seed + seeds):
                 folder = self.folder(cell, seed)
                 if RunFolder.holds_run(folder):
-                    refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
+                    refuse_another_recipe(folder, replace(recipe, seed=seed))
 
     def begin(self) -> None:
         """Make the folder a results folder."""

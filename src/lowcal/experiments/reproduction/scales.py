@@ -10,7 +10,7 @@ from pathlib import Path
 from lowcal.data import CLASSES
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings
+from lowcal.experiments.recipe_text import apply_settings
 
 EACH_CLASS = 5  # training images at least, so that a search can hold out a fifth of them
 

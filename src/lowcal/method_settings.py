@@ -1,4 +1,4 @@
-"""The settings of the methods: sections of a recipe. They need no torch, so that a mistake in them shows at once."""
+"""The settings of the methods: sections of a recipe. No torch is loaded, so that a mistake in them shows at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from lowcal.errors import LowcalError
 from lowcal.schedule import SCHEDULES, Schedule
-from lowcal.settings import Count, Fraction, HebbianSettings, Limits, Positive, Settings, annotations_of
+from lowcal.settings import Count, Fraction, Limits, Positive, Settings, annotations_of
 from lowcal.supervision import Sign
 
 _KEYS = {"boundaries": "epochs"}  # fields that a recipe calls otherwise
@@ -52,6 +52,18 @@ class ScheduleSettings(_ScheduleFields):  # type: ignore[misc]
         """The schedule that the settings describe."""
         kind = SCHEDULES[self.name]
         return kind(**{field.name: getattr(self, _KEYS.get(field.name, field.name)) for field in fields(kind)})
+
+
+@dataclass(frozen=True)
+class HebbianSettings(Settings):
+    """The settings of `lowcal.Hebbian`, which explains them."""
+
+    lr: Positive = 0.01
+    decay: Fraction = 0.5
+    decay_every: Count = 30
+    scale: Literal["absolute", "relative"] = "absolute"
+    every: Count = 1
+    decay_from: Literal["start", "switch"] = "start"
 
 
 @dataclass(frozen=True)

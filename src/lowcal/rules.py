@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError
+from lowcal.method_settings import HebbianSettings
 from lowcal.products import has_plain_forward, inner_product
-from lowcal.settings import HebbianSettings, Limits, Settings
+from lowcal.settings import Limits, Settings
 from lowcal.strided import is_unsafe_unpadded, slice_positions
 
 

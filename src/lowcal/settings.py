@@ -128,15 +128,3 @@ def _is_of(kind: Any, value: Any) -> bool:
     if isinstance(kind, str):
         return isinstance(value, str) and value == kind
     return kind not in (bool, str, NoneType) or isinstance(value, kind)
-
-
-@dataclass(frozen=True)
-class HebbianSettings(Settings):
-    """The settings of `lowcal.Hebbian`, which explains them; here, because a recipe has them without loading torch."""
-
-    lr: Positive = 0.01
-    decay: Fraction = 0.5
-    decay_every: Count = 30
-    scale: Literal["absolute", "relative"] = "absolute"
-    every: Count = 1
-    decay_from: Literal["start", "switch"] = "start"

@@ -29,10 +29,10 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
-    """The images; `evaluate="validation"` holds out a part of the training images in the test set's place.
+    """The images; `evaluate="validation"` holds out a part of the training images and evaluates on it.
 
-    `workers` processes decode imagenet's files (None: one per processor, 16 at most); they change no image.
-    `seed` decides subsets and splits, so that runs whose own seeds differ see the same images.
+    `workers` processes decode imagenet's files (None: one per processor, 16 at most); their number changes no image.
+    `seed` decides subsets and splits, so that runs with different seeds see the same images.
     """
 
     name: Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
@@ -50,9 +50,9 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
-    """Images in a mini-batch; with `grow` they double when a move of the boundary has freed the memory for it.
+    """Images in a mini-batch; with `grow` their number doubles when a move of the boundary has freed enough memory.
 
-    `memory_limit`: bytes that a training step may take, or text such as 8GiB (None: what a step took in the first
+    `memory_limit` is the bytes that a training step may take, or text such as 8GiB (None: those of a step in the first
     epoch). With `scale_lr` SGD's learning rate grows with the batch.
     """
 
@@ -79,7 +79,7 @@ def _in_bytes(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
-    """SGD's settings; the paper names no momentum, 0.9 is the usual one."""
+    """SGD's settings; the paper names no momentum, and 0.9 is the usual one."""
 
     lr: Positive
     momentum: Annotated[float, Limits(least=0, below=1)] = 0.9
@@ -94,10 +94,10 @@ class OptimizerSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RateSettings(Settings):
-    """The learning rate over the epochs; `factor` and `every` (epochs) are those of `step`.
+    """The learning rate over the epochs; `factor` and `every` (epochs) belong to `step`.
 
-    `epochs` are those that the schedule is laid out for (None: the run's). A run of fewer has the whole schedule, only
-    faster (`fit="compressed"`), or its beginning (`fit="stopped"`).
+    `epochs` is the length of the schedule (None: that of the run). A shorter run has the whole schedule, only faster
+    (`fit="compressed"`), or its beginning (`fit="stopped"`).
     """
 
     name: Literal["step", "cosine", "constant"]
@@ -110,9 +110,9 @@ class RateSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Settings):
-    """Within an epoch a run is saved every `minutes` (None: at the ends of epochs alone).
+    """Within an epoch a run is saved every `minutes` (None: at the ends of epochs only).
 
-    A run that has not heeded a signal for `grace` seconds is ended from outside (None: never).
+    A run that does not stop within `grace` seconds of a signal is killed (None: never).
     """
 
     minutes: Positive | None = 10.0
@@ -121,7 +121,7 @@ class CheckpointSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings(Settings):
-    """Steps skipped in a row, for a NaN or infinite loss or gradient, that a run survives; 0: one such loss ends it."""
+    """A run skips up to `max_skips` steps in a row whose loss or gradient is NaN or infinite; 0: one ends the run."""
 
     max_skips: Whole = 0
 
@@ -130,14 +130,12 @@ class GuardSettings(Settings):
 class Recipe(Settings):
     """Every setting of a run.
 
-    `label` is a line about it (left out: one is made from the settings).
-    `channels_last` puts the channels of images and weights
-    last in memory (None: where steps are the faster for it: on a CPU, and on a GPU in half precision). `threads` are
-    torch's on the CPU (None: torch's choice). `deterministic` lets torch use no algorithm whose result changes from run
-    to run, which on a GPU costs speed. `tf32` lets float32 products on a GPU round their factors to 10 bits (None:
-    torch's choice, in convolutions alone).
-    `batch` is that of all processes together; with `sync_batch_norm` they normalise by its statistics, not by those of
-    their shares.
+    `label` describes the run in a line (left out: made from the settings). `channels_last` puts the channels of images
+    and weights last in memory (None: where it makes steps faster, which is on a CPU, and on a GPU in half precision).
+    `threads` are torch's on the CPU (None: torch's choice). `deterministic` forbids algorithms whose result differs
+    from run to run, which costs speed on a GPU. `tf32` lets float32 products on a GPU round their factors to 10 bits
+    (None: torch's choice, which is in convolutions only). `batch` is that of all processes together; with
+    `sync_batch_norm` they normalise by its statistics, else each by those of its shard.
     """
 
     name: Name
@@ -174,9 +172,9 @@ class Recipe(Settings):
 def lr_at(recipe: Recipe) -> Callable[[int], float]:
     """SGD's learning rate as a pure function of the epoch (counted from 0).
 
-    `step` decays by `factor` each `every` epochs, counted from epoch 0; `cosine` falls from the full rate to
-    zero at the end of the last epoch. In a warm-up of n epochs, epoch e has (e + 1) / (n + 1) of the rate.
-    Where the schedule is laid out for P epochs and compressed into a run of E, epoch e has the rate of e P / E.
+    `step` decays by `factor` every `every` epochs, counted from epoch 0; `cosine` falls from the full rate to zero at
+    the end of the last epoch. In a warm-up of n epochs, epoch e has (e + 1) / (n + 1) of the rate. If a schedule of P
+    epochs is compressed into a run of E, epoch e has the rate of epoch e P / E.
     """
     base, plan, epochs = recipe.optimizer.lr, recipe.lr_schedule, recipe.epochs
     planned = plan.epochs or epochs

@@ -109,11 +109,6 @@ def as_dict(section: Any) -> dict[str, Any]:
     return {name: as_dict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """The value of every setting by its dotted key."""
-    return dict(_settings_in(as_dict(recipe)))
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every setting spelled out; `parse_recipe` gives the same recipe back.
 
@@ -137,7 +132,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str], values: Mapping[str,
     Raises:
         LowcalError: an unknown key (with the nearest known one), a wrong type, a value out of range.
     """
-    given = flat(recipe)
+    given = _flat(recipe)
     for key, value in [*map(parse_setting, settings), *(values or {}).items()]:
         given |= _settings_in({key: value})
     changed = recipe_of(given)
@@ -189,10 +184,13 @@ def setting_types(key: str) -> frozenset[type]:
     Raises:
         LowcalError: there is no such setting.
     """
-    annotation = _annotation(key)
-    if hasattr(annotation, "short"):
-        return setting_types(f"{key}.{annotation.short}")
+    annotation = _annotation(_full(key))
     return frozenset() if _is_section(annotation) else plain_types(annotation)
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """The value of the setting `key`."""
+    return _flat(recipe)[_full(key)]
 
 
 def setting_meant_by(name: str) -> str | None:
@@ -205,9 +203,14 @@ def setting_meant_by(name: str) -> str | None:
 
 def _changes(old: Recipe, new: Recipe, but_for: tuple[str, ...] = UNSAID) -> dict[str, tuple[Any, Any]]:
     """The settings whose values differ, by their keys as a person would write them, with both values."""
-    before, after = flat(old), flat(new)
+    before, after = _flat(old), _flat(new)
     changed = [key for key in after if key not in but_for and before[key] != after[key]]
     return {_written(key): (before[key], after[key]) for key in changed}
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The value of every setting by its dotted key."""
+    return dict(_settings_in(as_dict(recipe)))
 
 
 def _build(section: Any, given: Mapping[str, Any], prefix: str) -> Any:
@@ -237,8 +240,8 @@ def _settings_in(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield key, value
         elif isinstance(value, Mapping):
             yield from _settings_in(value, f"{key}.")
-        elif hasattr(section, "short"):
-            yield f"{key}.{section.short}", value
+        elif _full(key) != key:
+            yield _full(key), value
         else:
             choices = ", ".join(f"{key}.{inner}" for inner in annotations_of(section))
             raise LowcalError(f"{key}={_show(value)}: is a section; set one of {choices}")
@@ -272,10 +275,16 @@ def _keys() -> list[str]:
     return [key for key, annotation in _known().items() if not _is_section(annotation)]
 
 
+def _full(key: str) -> str:
+    """The key of the setting for which a plain value as the section `key` stands, or `key`."""
+    section = _annotation(key)
+    return f"{key}.{section.short}" if hasattr(section, "short") else key
+
+
 def _written(key: str) -> str:
-    """The key of a setting, or that of its section where a plain value stands for it."""
-    section, _, last = key.rpartition(".")
-    return section if section and getattr(_known()[section], "short", None) == last else key
+    """The key of a setting, or that of the section for which its plain value stands."""
+    section = key.rpartition(".")[0]
+    return section if section and _full(section) == key else key
 
 
 def _nearest_key(key: str) -> str:

@@ -12,7 +12,14 @@ import yaml
 
 from lowcal.errors import LowcalError
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_text import apply_settings, flat, parse_setting, parse_value, setting_types, show_value
+from lowcal.experiments.recipe_text import (
+    apply_settings,
+    parse_setting,
+    parse_value,
+    setting_types,
+    show_value,
+    value_of,
+)
 from lowcal.methods import METHODS, find_method
 
 HOW = "write key=low:high, key=low:high:log or key=value,value,..."
@@ -115,9 +122,9 @@ def variants(base: Recipe, searches: Sequence[Search]) -> Iterator[tuple[str, Re
 
 def own_point(recipe: Recipe, searches: Sequence[Search]) -> dict[str, Any] | None:
     """The values that `recipe` itself has for the searched settings; None if one of them is not among the searched."""
-    point, settings = {}, flat(recipe)
+    point = {}
     for search in searches:
-        value = settings[search.key]
+        value = value_of(recipe, search.key)
         if value not in search:
             return None
         point[search.key] = value

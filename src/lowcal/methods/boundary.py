@@ -37,6 +37,7 @@ class Local(Method):
             norm_stats=self.settings.norm_stats,
             example_inputs=example_inputs,
         )
+        self._layers = self._local._local_layers  # for steps that a CUDA graph replays
         self._parallel: DistributedLoCal | None = None
         self._facts: dict[str, Fact] = super().facts()
         return self._local.layers
@@ -57,34 +58,38 @@ class Local(Method):
         self._local.move_to(boundary)
 
     def parallel(self, **ddp_options: Any) -> nn.Module:
-        """The same at each call, since it follows the boundary by itself."""
+        """The same module at every call: it follows the boundary by itself."""
         if self._parallel is None:
             self._parallel = DistributedLoCal(self.model, self._local, **ddp_options)
         return self._parallel
 
     @property
     def phase(self) -> int:
-        """0 in steps in which the rule acts, 1 in those between."""
-        return int(self.boundary > 0 and not self._local.is_due)
+        """0 if the rule acts in the next step, else 1."""
+        return int(self.boundary > 0 and not self._layers.updates.is_due)
 
     def make_replayable(self, device: torch.device) -> None:
-        """The length and sign of local steps."""
-        self._local.make_replayable(device)
+        """Keeps the length and sign of local steps on `device`."""
+        self._layers.make_replayable(device)
 
     def replayed(self) -> None:
-        """Counts the step, and opens or closes the layers before the boundary for the next one."""
+        """Counts the step, and lets the layers before the boundary learn by SGD in the next one or not."""
         if self.boundary:
-            self._local.count_step()
+            self._layers.count_step(applied=self._layers.updates.is_due)
 
     def end_epoch(self, loss: float) -> bool:
-        """Sets the sign of local updates and moves the boundary, as the schedule says."""
+        """Sets the sign of local updates and moves the boundary as the schedule decides."""
         facts: dict[str, Fact] = {"local_lr": self._local.lr, "sign": self._local.sign}
         moved = self._local.end_epoch(loss)
-        self._facts = {**facts, "transition_change": self._local.change, "skipped_updates": self._local.skipped}
+        self._facts = {
+            **facts,
+            "transition_change": self._local.change,
+            "skipped_updates": self._layers.updates.skipped,
+        }
         return moved
 
     def facts(self) -> dict[str, Fact]:
-        """The local step's length and sign, the transition layer's change, the updates left out so far."""
+        """The local step's length and sign, the transition layer's change, and the updates skipped so far."""
         return dict(self._facts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ class Local(Method):
         return self._local.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the controller to where `state` was taken."""
+        """Restores the controller from `state`."""
         self._local.load_state_dict(state)
 
     def detach(self) -> None:

@@ -1,8 +1,8 @@
 """Groups of channels that can only be removed together, from a symbolic trace of the network, and their removal.
 
-A convolution makes the channels that the layers behind it use; normalisation, activation, pooling and depthwise
-convolution hand them on; a sum ties its operands' channels together. Channels that go through anything else, and those
-of the network's input and output, are left alone.
+A convolution makes the channels that the next layers use. Normalisation, activation, pooling and depthwise convolution
+pass them on. A sum ties its operands' channels together. Channels that pass through anything else, and those of the
+network's input and output, are never removed.
 
 A parameter that loses channels stays the same object and takes a smaller tensor as its data, so that the optimizer's
 groups and the keys of its state stay valid. Its gradient is dropped: the next backward pass makes one of the new size.
@@ -53,8 +53,8 @@ class Group:
     Attributes:
         channels: how many there are.
         makers: layers of which they are the outputs.
-        users: layers of which they are the inputs; a linear layer behind a flattening has several inputs for each.
-        carriers: normalisations and depthwise convolutions, which have them as both.
+        users: layers of which they are the inputs; a linear layer after flattening has several inputs for each.
+        carriers: normalisations and depthwise convolutions, of which they are both.
     """
 
     channels: int
@@ -74,10 +74,10 @@ class Group:
 
 
 def find_groups(model: nn.Module) -> tuple[Group, ...]:
-    """The groups of `model` whose channels can be removed, in the order in which the forward pass makes them.
+    """The groups of `model` whose channels can be removed, in the order of the forward pass.
 
     Raises:
-        LowcalError: the network's forward pass cannot be traced, or all its channels must stay.
+        LowcalError: the network's forward pass cannot be traced, or no channel can be removed.
     """
     try:
         graph = _Tracer().trace(model)
@@ -127,7 +127,7 @@ def cut(model: nn.Module, optimizer: Optimizer, group: Group, kept: Tensor) -> N
 
 
 def drop_parameters(optimizer: Optimizer, parameters: set[nn.Parameter]) -> None:
-    """Takes `parameters` out of the optimizer's groups, and their state with them."""
+    """Removes `parameters` and their state from the optimizer."""
     for group in optimizer.param_groups:
         stays = [parameter not in parameters for parameter in group["params"]]
         for key in ("params", "param_names"):
@@ -138,7 +138,7 @@ def drop_parameters(optimizer: Optimizer, parameters: set[nn.Parameter]) -> None
 
 
 class _Tracer(fx.Tracer):
-    """Takes normalisation that is derived from torch's for a whole, as torch's own."""
+    """Does not look into classes derived from torch's normalisation."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or isinstance(m, nn.BatchNorm2d)
@@ -146,7 +146,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(eq=False)
 class _Channels:
-    """What is known so far of one set of channels; `tied_to` is the set that it has become a part of."""
+    """A set of channels; `tied_to` is the set that it became a part of."""
 
     count: int
     is_fixed: bool = False
@@ -236,7 +236,7 @@ class _Flow:
         output = self._past_weight(name, module, source)
         if output is None:
             return None
-        if name in self._ends:  # it runs twice: both times with the same weights
+        if name in self._ends:  # it runs twice, with the same weights
             for earlier, now in zip(self._ends[name], (source, output), strict=True):
                 self._tie(earlier, now)
         self._ends[name] = source, output
@@ -299,7 +299,7 @@ class _Flow:
 
 
 def _spread(kept: Tensor, positions: int) -> Tensor:
-    """The numbers of the inputs that belong to the channels `kept`, of which each has `positions`."""
+    """The numbers of the inputs that belong to the channels `kept`; each channel has `positions` inputs."""
     if positions == 1:
         return kept
     return (kept.unsqueeze(1) * positions + torch.arange(positions, device=kept.device)).flatten()
@@ -327,7 +327,7 @@ def _taken(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 def _count(layer: nn.Module, **sizes: int) -> None:
-    """Sets the layer's own account of its size: `inputs`, `outputs`, `groups`."""
+    """Sets the layer's attributes for its size: `inputs`, `outputs`, `groups`."""
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     attributes = {"inputs": f"in_{unit}", "outputs": f"out_{unit}", "groups": "groups"}
     for key, size in sizes.items():

@@ -1,8 +1,8 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): residual blocks dropped for a mini-batch at a time.
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): every mini-batch skips some residual blocks.
 
-Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L); one that does not is its shortcut
-alone, and neither its branch's forward nor backward pass runs. In evaluation every branch takes part, scaled by p_l.
-Weights of a dropped block have no gradient in that step: neither momentum nor weight decay moves them.
+Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L). A dropped block is its shortcut alone:
+its branch runs neither forward nor backward. In evaluation every branch takes part, scaled by p_l. Weights of a dropped
+block have no gradient in that step: neither momentum nor weight decay changes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowcal.methods.residual import ResidualBlock, residual_blocks
 
 
 class StochasticDepth(Method):
-    """Plain SGD on a network that is of another, smaller depth in each mini-batch.
+    """SGD on a network of smaller, random depth in every mini-batch.
 
     A pass in training mode is a mini-batch. The network itself is changed only while a pass runs.
     """
@@ -57,11 +57,11 @@ class StochasticDepth(Method):
         return layers
 
     def parallel(self, **ddp_options: Any) -> nn.Module:
-        """DDP that looks in each step for the blocks without gradients, which are the same in all processes."""
+        """DDP that looks in every step for the blocks without gradients, which are the same in all processes."""
         return super().parallel(find_unused_parameters=min(self.survival) < 1, **ddp_options)
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
-        """The expectation over all gates: a step of all blocks, less what each branch takes while it is dropped."""
+        """The expectation over all gates: a step of all blocks, less each branch's FLOPs times its chance to drop."""
         shapes: list[torch.Size] = []
         handles = [
             block.module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
@@ -81,11 +81,11 @@ class StochasticDepth(Method):
         return flops
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks and the state of the generator that gates are drawn from."""
+        """The blocks, and the state of the generator that draws the gates."""
         return {"blocks": [block.name for block in self._blocks], "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on drawing where `state` was taken."""
+        """Restores the generator."""
         names = [block.name for block in self._blocks]
         if state.get("blocks") != names:
             raise LowcalError(
@@ -102,7 +102,7 @@ class StochasticDepth(Method):
         self._generator = generator
 
     def detach(self) -> None:
-        """Removes the hooks; what remains is the plain network, which does not scale its branches."""
+        """Removes the hooks. The plain network remains, whose branches are not scaled."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

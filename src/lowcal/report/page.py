@@ -9,16 +9,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..errors import LowcalError
-from ..files import FORMAT, atomic_write, read_json, write_json
-from ..training.record import RunFolder
-from .figures import FIGURES, colours
-from .intervals import spread_notes
-from .runs import RunData, by_method, code_note, read_runs
-from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, table_cells
-from .titles import common_title
-from .words import batch_changes, comparison_notes, headline
+from lowcal.errors import LowcalError
+from lowcal.files import FORMAT, atomic_write, read_json, write_json
+from lowcal.report.figures import FIGURES, colours
+from lowcal.report.intervals import spread_notes
+from lowcal.report.runs import RunData, by_method, code_note, read_runs
+from lowcal.report.svg import inline_svg
+from lowcal.report.tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, table_cells
+from lowcal.report.titles import common_title
+from lowcal.report.words import batch_changes, comparison_notes, headline
+from lowcal.training.record import RunFolder
 
 __all__ = ["Report", "write_report"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .intervals import ABSENT, with_spread
-from .tables import memory
+from lowcal.report.intervals import ABSENT, with_spread
+from lowcal.report.tables import memory
 
 __all__ = ["Column", "Form", "Sheet"]
 

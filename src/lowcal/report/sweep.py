@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..files import FORMAT, write_json
-from .figures import INK, colours, save, style
-from .intervals import ABSENT, spread_notes, with_spread
-from .tables import duration
+from lowcal.files import FORMAT, write_json
+from lowcal.report.figures import INK, colours, save, style
+from lowcal.report.intervals import ABSENT, spread_notes, with_spread
+from lowcal.report.tables import duration
 
 __all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
 from typing import Any
 
-from .intervals import ABSENT, wilson, with_spread
-from .runs import MOVING, RunData, by_method, differing
+from lowcal.report.intervals import ABSENT, wilson, with_spread
+from lowcal.report.runs import MOVING, RunData, by_method, differing
 
 __all__ = [
     "ABSENT",

@@ -34,7 +34,7 @@ from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
-from lowcal.experiments.reproduction.paper import published
+from lowcal.experiments.reproduce.paper import published
 from lowcal.experiments.threads import cpu_threads
 from lowcal.experiments.timing import take_turns
 from lowcal.experiments.workshop import Arm, Workshop, forward_flops
@@ -264,7 +264,7 @@ def row(
     return {
         "method": method,
         "last_boundary": path[-1],
-        "paper": published("table2" if "cifar" in name else "table1", name, method).speedup,
+        "paper": published(name, method)[1],
         "measured": measured,
         "predicted": predicted,
         "ratio": measured / predicted,

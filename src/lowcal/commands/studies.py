@@ -115,20 +115,19 @@ def reproduce(
     """
     from lowcal.console import Display
     from lowcal.experiments.assemble import find_device
-    from lowcal.experiments.reproduce import dry_run, plan_text
-    from lowcal.experiments.reproduce import reproduce as run
-    from lowcal.experiments.reproduction.results import Results
-    from lowcal.experiments.reproduction.scales import find_scale
+    from lowcal.experiments.reproduce.results import Results
+    from lowcal.experiments.reproduce.run import dry_run, plan_text
+    from lowcal.experiments.reproduce.run import reproduce as run
 
-    results = Results(out, find_scale(scale), settings=settings or [], data_dir=data_dir)
+    results = Results(out, scale, settings=settings or [], data_dir=data_dir)
     where = find_device(device)
     if dry:
         print(plan_text(*dry_run(name, results, seeds=seeds, cells=cells, device=where)))
         return
     with resumable(context, out, []), Display(quiet=quiet) as display:
-        found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
-    print(f"\n{found.table.text()}\n")
-    print(f"written: {', '.join(str(file) for file in found.files)}")
+        table, files = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
+    print(f"\n{table.text()}\n")
+    print(f"written: {', '.join(map(str, files))}")
 
 
 @app.command()

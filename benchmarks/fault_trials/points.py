@@ -87,7 +87,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
     import lowcal.training.checkpoint as checkpoint
     import lowcal.training.epoch as epoch
     import lowcal.training.run_folder as record
-    from lowcal.methods.local import Local
+    from lowcal.methods.boundary import Local
     from lowcal.training.epoch_state import EpochState
     from lowcal.training.run_folder import RunFolder
 

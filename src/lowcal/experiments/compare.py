@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,15 +112,15 @@ def prepare(
     device: torch.device,
     watcher: Watcher,
     group: TrainingGroup | None = None,
-    replace: bool = False,
+    start_over: bool = False,
 ) -> Run:
     """The run of an arm: a new one, or the one in `folder`, resumed from its newest checkpoint.
 
-    A run that `may_be_replaced` is replaced if `replace` is set or its recipe differs.
+    A run that `may_be_replaced` is replaced if `start_over` is set or its recipe differs.
     """
     group = group or TrainingGroup()
-    own = recipe.model_copy(update={"seed": arm.seed})
-    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), replace=replace))
+    own = replace(recipe, seed=arm.seed)
+    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), start_over=start_over))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
     run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, group=group)
@@ -137,7 +138,7 @@ def prepare(
     return run
 
 
-def _clear(folder: Path, recipe: Recipe, classes: int, *, replace: bool) -> tuple[bool, bool]:
+def _clear(folder: Path, recipe: Recipe, classes: int, *, start_over: bool) -> tuple[bool, bool]:
     """Whether the run in `folder` continues, and whether one has been removed.
 
     Raises:
@@ -146,7 +147,7 @@ def _clear(folder: Path, recipe: Recipe, classes: int, *, replace: bool) -> tupl
     if not RunFolder.holds_run(folder):
         return False, False
     files = RunFolder(folder)
-    replaced = files.may_be_replaced() and (replace or recipe_in(folder) != recipe)
+    replaced = files.may_be_replaced() and (start_over or recipe_in(folder) != recipe)
     if replaced:
         files.clear()
         return False, True
@@ -196,7 +197,7 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
     for folder in sorted(arms):
         if RunFolder.holds_run(folder) and not RunFolder(folder).may_be_replaced():
             seed = int(folder.name.rpartition("-seed")[2])
-            refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
+            refuse_another_recipe(folder, replace(recipe, seed=seed))
 
 
 def _is_finished(folder: Path) -> bool:

@@ -12,9 +12,9 @@ from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.compare import advance, note_skipped, prepare
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe, lr_at
-from lowcal.experiments.recipe_files import differences, dump_recipe, parse_recipe
+from lowcal.experiments.recipe_text import differences, dump_recipe, parse_recipe
 from lowcal.layers import recurring_block
-from lowcal.methods.local import Local
+from lowcal.methods.boundary import Local
 from lowcal.schedule import interval
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.run import Run
@@ -82,7 +82,7 @@ def train(
     with cpu_threads(recipe.threads), kernels_of(recipe):
         before = group.from_main(lambda: change(folder, recipe) if goes_on else None)
         run = prepare(
-            recipe, arm, folder, data=data, device=group.device, watcher=watcher, group=group, replace=not goes_on
+            recipe, arm, folder, data=data, device=group.device, watcher=watcher, group=group, start_over=not goes_on
         )
         if before is not None:
             changed = what_changed(run, parse_recipe(before, str(folder / "recipe.yaml")), recipe)

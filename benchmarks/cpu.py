@@ -19,7 +19,7 @@ import memory_formats
 import step_kinds
 import whole_run
 from bench_networks import NETWORKS, measure
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.process import keep_freed_memory
 
 DEVICE = torch.device("cpu")
 TARGETS = {

@@ -20,12 +20,12 @@ import torch
 from bench_networks import NETWORKS
 from bench_table import time
 from lowcal.experiments.assemble import find_device
+from lowcal.experiments.backends import kernels
 from lowcal.experiments.bench_settings import BenchSettings
-from lowcal.experiments.kernels import kernels
 from lowcal.experiments.timing import Work, take_turns
 from lowcal.experiments.workshop import Workshop
-from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.environment import gather_environment
+from lowcal.training.process import keep_freed_memory
 
 KINDS = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "graphed")}
 BOUNDARIES = (0.5,)

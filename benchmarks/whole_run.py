@@ -28,21 +28,20 @@ import whole_run_table
 from lowcal.data import Loader, make_loader
 from lowcal.discovery import trace
 from lowcal.experiments.assemble import find_device, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.compare import compare
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.experiments.reproduce.paper import published
-from lowcal.experiments.threads import cpu_threads
 from lowcal.experiments.timing import take_turns
 from lowcal.experiments.workshop import Arm, Workshop, forward_flops
 from lowcal.layers import recurring_block
 from lowcal.models import build_model
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.batch_growth import release_memory
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import release
+from lowcal.training.process import keep_freed_memory
 
 METHODS = ("local", "freeze")
 LEAST = 0.98  # measured over predicted speed-up
@@ -144,7 +143,7 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     recipe = apply_settings(whole, settings)
     data_dir = None if is_synthetic else data_dir
     runs = train(recipe, data_dir, device)
-    release(device)
+    release_memory(device)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
         shop = Workshop(bench, device, training_images(recipe, data_dir, device))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lowcal.experiments.backends import kernels
 from lowcal.experiments.bench_settings import BenchSettings
-from lowcal.experiments.kernels import kernels
 from lowcal.experiments.layer_times import LayerTime, time_layers
 from lowcal.experiments.predict import fastest_path, known_schedules, predicted_speedup
 from lowcal.experiments.timing import Timing, Work, take_turns

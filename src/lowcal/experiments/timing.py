@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowcal.training.epoch import now
+from lowcal.training.step import now
 
 
 @dataclass(frozen=True)

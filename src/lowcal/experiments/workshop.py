@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 
 from lowcal.data import Loader
 from lowcal.discovery import trace
+from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.limits import Parts
-from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.timing import Work
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
@@ -24,9 +24,8 @@ from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs
 from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
-from lowcal.training.epoch import now
-from lowcal.training.modes import build_step, find_step
-from lowcal.training.step import StepOptions, as_given, autocast, build_scaler
+from lowcal.training.step import StepOptions, autocast, build_scaler, keep_batch, now
+from lowcal.training.step_modes import build_step, find_step
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 
@@ -54,7 +53,7 @@ class Workshop:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         slice_inputs(self.model)
-        self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.collate
+        self.make: Callable[..., tuple[Tensor, Tensor]] = keep_batch if loader is None else loader.collate
         self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.raw_batches())
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
@@ -137,7 +136,7 @@ class Arm:
 
     def _build(self, shop: Workshop) -> None:
         scaler = build_scaler(shop.device, shop.settings.precision)
-        options = StepOptions(shop.device, shop.settings.precision, scaler, make=shop.make)
+        options = StepOptions(shop.device, shop.settings.precision, scaler, collate=shop.make)
         self.step = build_step(shop.settings.step, self.model, self.optimizer, self.method, options)
 
     def _run(self, shop: Workshop, steps: int) -> None:

@@ -18,7 +18,7 @@ from lowcal.report.svg import inline_svg
 from lowcal.report.table import Table, spread_notes
 from lowcal.report.titles import common_title
 from lowcal.report.words import batch_changes, comparison_notes, headline
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 __all__ = ["Report", "write_report"]
 

@@ -10,9 +10,8 @@ from scipy.stats import binom, binomtest
 
 from lowcal.errors import LowcalError
 from lowcal.report.comparison import comparison_table, difference_interval, make_rows, wilson
+from lowcal.report.headline import common_title, comparison_notes, headline
 from lowcal.report.runs import RunData, read_runs
-from lowcal.report.titles import common_title
-from lowcal.report.words import comparison_notes, headline
 
 from .synthetic import MACHINE, write_run
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lowcal.report.titles import common_title, title
+from lowcal.report.headline import common_title, title
 
 ALL = {"train": 50_000, "train_of": 50_000, "test": 10_000, "test_of": 10_000, "classes": 10, "folder": None}
 

@@ -66,7 +66,7 @@ def compare(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
-    from lowcal.report.titles import title
+    from lowcal.report.headline import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or free_folder(Path("runs") / chosen.name)
@@ -117,8 +117,8 @@ def train(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.report.headline import title
     from lowcal.report.table import duration
-    from lowcal.report.titles import title
 
     launch = Launch.read()
     if extend and not resume:

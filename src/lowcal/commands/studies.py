@@ -170,7 +170,7 @@ def sweep(
     from lowcal.experiments.recipe_files import load_recipe
     from lowcal.experiments.sweep import plan_sweep
     from lowcal.experiments.sweep import sweep as run
-    from lowcal.report.titles import title
+    from lowcal.report.headline import title
 
     plan = plan_sweep(
         load_recipe(recipe),

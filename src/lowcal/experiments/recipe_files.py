@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import BatchSettings, Recipe, Settings
 from lowcal.experiments.recipe_keys import allowed_values, as_written, known_keys, nearest_key, section_of, unknown_keys
-from lowcal.report.titles import title
+from lowcal.report.headline import title
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,10 +6,8 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from .runs import MOVING, RunData, by_method, differing
-from .table import ABSENT, Column, Table, time_unit, with_spread
-
-__all__ = ["Row", "comparison_table", "difference_interval", "make_rows", "wilson"]
+from lowcal.report.runs import MOVING, RunData, by_method, differing
+from lowcal.report.table import ABSENT, Column, Table, time_unit, with_spread
 
 _Z = 1.959964  # of a 95 % interval
 

@@ -3,11 +3,14 @@
 Each function takes runs (of `runs.read_runs`) and returns a matplotlib Figure; `save` writes it to a file.
 """
 
+import html
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,23 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ..errors import LowcalError
-from ..files import atomic_write
-from .runs import RunData, by_method
-from .table import time_unit
-
-__all__ = [
-    "FIGURES",
-    "batch",
-    "boundary",
-    "colours",
-    "error_against_time",
-    "peak_memory",
-    "save",
-    "step_time",
-    "test_loss",
-    "train_loss",
-]
+from lowcal.errors import LowcalError
+from lowcal.files import atomic_write
+from lowcal.report.runs import RunData, by_method
+from lowcal.report.table import time_unit
 
 INK = "#24292f"
 # On a light and on a dark page; Okabe and Ito's hues, told apart by colour-blind readers too.
@@ -49,7 +39,7 @@ _OTHERS = (("#6a3fb5", "#b79cf0"), ("#7a6a00", "#cfc04a"), ("#8c2d2d", "#f08a8a"
 # Lines that coincide stay visible: the later one leaves gaps.
 _DASHES: dict[str, Any] = {"freeze": (0, (4, 2)), "refresh": (0, (1, 1.5)), "prune": (0, (6, 2, 1, 2))}
 
-NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _STYLE: dict[Any, Any] = {
     "figure.figsize": (4.9, 3.6),
     "figure.dpi": 72,
@@ -71,6 +61,12 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.hashsalt": "lowcal",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
+
+_LEFT_OUT = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", re.DOTALL)
+_NAMESPACES = re.compile(r' (?:xmlns(?::\w+)?|version)="[^"]*"')
+_SIZE = re.compile(r' (?:width|height)="[^"]*"')
+_FONT = re.compile(r"font: (?:(bold|[0-9]+) )?([0-9.]+px) [^;\"]*")
+_FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 
 Line = list[tuple[float, float]]
 
@@ -127,25 +123,19 @@ def batch(runs: Sequence[RunData]) -> Figure:
     return _epoch_figure(runs, "batch", "Images in a mini-batch", steps=True, from_zero=True)
 
 
-def train_loss(runs: Sequence[RunData]) -> Figure:
-    """The mean loss over each epoch's training images."""
-    return _epoch_figure(runs, "train_loss", "Training loss", logarithmic=True)
+def loss(runs: Sequence[RunData], *, images: str) -> Figure:
+    """The mean loss in each epoch over the training images, or over the test images (`images`: train or test)."""
+    title = "Training loss" if images == "train" else "Test loss"
+    return _epoch_figure(runs, f"{images}_loss", title, logarithmic=True)
 
-
-def test_loss(runs: Sequence[RunData]) -> Figure:
-    """The mean loss over the test images after each epoch."""
-    return _epoch_figure(runs, "test_loss", "Test loss", logarithmic=True)
-
-
-test_loss.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name looks like
 
 FIGURES: dict[str, Callable[[Sequence[RunData]], Figure]] = {
     "error-against-time": error_against_time,
     "boundary": boundary,
     "step-time": step_time,
     "peak-memory": peak_memory,
-    "train-loss": train_loss,
-    "test-loss": test_loss,
+    "train-loss": partial(loss, images="train"),
+    "test-loss": partial(loss, images="test"),
 }
 
 
@@ -155,10 +145,33 @@ def save(figure: Figure, path: Path) -> None:
     if kind not in ("svg", "png"):
         raise LowcalError(f"a figure cannot be written as {path.name!r}; give a name that ends in .svg or .png")
     stream = io.BytesIO()
-    options = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 200}
+    options = {"metadata": _NO_METADATA} if kind == "svg" else {"dpi": 200}
     with style():
         figure.savefig(stream, format=kind, facecolor="white", **options)
     atomic_write(path, stream.getvalue())
+
+
+def inline_svg(figure: Figure, name: str, colours: Sequence[str], label: str) -> str:
+    """Return a figure as an <svg> element; `label` is read out, `name` keeps its ids apart from others'.
+
+    What is drawn in the i-th of `colours` (#rrggbb) gets the colour `var(--series-i)`, which the page
+    defines; axes and text get the page's text colour, and the text its font.
+    """
+    stream = io.StringIO()
+    with style(), mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+    whole = stream.getvalue()
+    opening, rest = whole[whole.index("<svg") :].split(">", 1)
+    opening = _SIZE.sub("", _NAMESPACES.sub("", opening))
+    rest = _LEFT_OUT.sub("", rest).replace("xlink:href", "href")
+    rest = re.sub(r'\bid="', f'id="{name}-', rest)
+    rest = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", rest)
+    rest = _FONT.sub(lambda found: f"font-weight: {found[1] or 400}; font-size: {found[2]}", rest)
+    rest = _FAMILY.sub("", rest)
+    for index, colour in enumerate(colours):
+        if colour != INK:
+            rest = rest.replace(colour, f"var(--series-{index})")
+    return f'{opening} role="img" aria-label="{html.escape(label)}">{rest.replace(INK, "currentColor")}'
 
 
 def style() -> AbstractContextManager[None]:

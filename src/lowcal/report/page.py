@@ -9,18 +9,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..errors import LowcalError
-from ..files import FORMAT, atomic_write, read_json
-from ..training.record import RunFolder
-from .comparison import Row, comparison_table, make_rows
-from .figures import FIGURES, colours
-from .runs import RunData, by_method, code_note, read_runs
-from .svg import inline_svg
-from .table import Table, spread_notes
-from .titles import common_title
-from .words import batch_changes, comparison_notes, headline
-
-__all__ = ["Report", "write_report"]
+from lowcal.errors import LowcalError
+from lowcal.files import FORMAT, atomic_write, read_json
+from lowcal.report.comparison import Row, comparison_table, make_rows
+from lowcal.report.figures import FIGURES, colours, inline_svg
+from lowcal.report.headline import batch_changes, common_title, comparison_notes, headline
+from lowcal.report.runs import RunData, by_method, code_note, read_runs
+from lowcal.report.table import Table, spread_notes
+from lowcal.training.record import RunFolder
 
 _CAPTIONS = {
     "error-against-time": "Lower and further left is better. A line ends with its last epoch.",

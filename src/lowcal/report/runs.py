@@ -8,10 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import LowcalError, is_count
-from ..training.record import RunFolder, code_of
-
-__all__ = ["MOVING", "RunData", "by_method", "code_note", "differing", "method_order", "read_run", "read_runs"]
+from lowcal.errors import LowcalError, is_count
+from lowcal.training.record import RunFolder, code_of
 
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which they are.

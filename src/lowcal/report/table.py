@@ -10,21 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import FORMAT, atomic_write, finite
-
-__all__ = [
-    "ABSENT",
-    "Column",
-    "Table",
-    "amount",
-    "duration",
-    "escaped",
-    "memory",
-    "of_two",
-    "spread_notes",
-    "time_unit",
-    "with_spread",
-]
+from lowcal.files import FORMAT, atomic_write, finite
 
 ABSENT = "–"
 

@@ -18,11 +18,12 @@ ROOT = SOURCE.parent.parent
 LEVELS = [
     {"errors"},
     {"files"},
-    {"claims", "layers", "schedule", "strided", "supervision", "trainable", "unchanged", "window"},
+    {"layers", "schedule", "strided", "supervision", "trainable", "unchanged", "window"},
     {"arguments", "products", "state", "summary"},
-    {"hooks", "rules", "step_norms"},
+    {"hooks", "rules", "transition"},
     {"discovery", "running_norm"},
     {"updates"},
+    {"local_layers"},
     {"local"},
     {"models", "narrow", "data"},
     {"parallel", "synced_norm", "integrations", "methods"},
@@ -104,6 +105,13 @@ def test_importing_lowcal_loads_torch_and_nothing_heavier():
     loaded = set(result.stdout.split())
     assert "lowcal" in loaded
     assert not loaded & OPTIONAL
+
+
+def test_a_controller_has_no_members_but_the_documented_ones():
+    members = {name for name in dir(lowcal.LoCal) if not name.startswith("_")}
+    assert members == {
+        "boundary", "detach", "end_epoch", "layers", "load_state_dict", "move_to", "paused", "state_dict", "summary",
+    }  # fmt: skip
 
 
 def test_metadata():

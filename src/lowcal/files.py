@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import LowcalError
+from lowcal.errors import LowcalError
 
 __all__ = [
     "FORMAT", "DamagedError", "atomic_write", "finite", "first_line", "load_checked", "read_json", "refused",

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..files import FORMAT, write_json
-from .figures import INK, colours, save, style
-from .table import ABSENT, duration, spread_notes, with_spread
+from lowcal.files import FORMAT, write_json
+from lowcal.report.figures import INK, colours, save, style
+from lowcal.report.table import ABSENT, duration, spread_notes, with_spread
 
 __all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
 

@@ -136,7 +136,7 @@ def time_layers(
     return rows
 
 
-def _local_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Callable[[], None]:
+def _local_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Callable[[], object]:
     weight: Tensor = module.weight.detach().clone()  # type: ignore[operator]
     return lambda: apply_updates([weight], [hebbian_update(module, inputs, outputs)], 1e-4)
 

@@ -9,7 +9,7 @@ __all__ = ["Report", "write_report"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first used: the command's first line needs a title, and not matplotlib, which takes a second.
+    # Loaded at first use: matplotlib takes a second, and the command's first line only needs a title.
     if name not in __all__:
         raise AttributeError(f"module 'lowcal.report' has no attribute {name!r}")
     from lowcal.report import page

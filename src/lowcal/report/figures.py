@@ -1,4 +1,4 @@
-"""The report's figures: a mean line for each method, a thin line for each seed.
+"""The report's figures: a mean line for each method and a thin line for each seed.
 
 Each function takes runs (of `runs.read_runs`) and returns a matplotlib Figure; `save` writes it to a file.
 """
@@ -26,7 +26,7 @@ from lowcal.report.runs import RunData, by_method
 from lowcal.report.table import time_unit
 
 INK = "#24292f"
-# On a light and on a dark page; Okabe and Ito's hues, told apart by colour-blind readers too.
+# On a light and on a dark page; Okabe and Ito's hues, which colour-blind readers can tell apart.
 _COLOURS = {
     "sgd": (INK, "#e6edf3"),
     "local": ("#0072b2", "#56b4e9"),
@@ -36,7 +36,7 @@ _COLOURS = {
     "prune": ("#a8487f", "#e79cc6"),
 }
 _OTHERS = (("#6a3fb5", "#b79cf0"), ("#7a6a00", "#cfc04a"), ("#8c2d2d", "#f08a8a"))
-# Lines that coincide stay visible: the later one leaves gaps.
+# Gaps in the later of two lines keep an earlier, equal line visible.
 _DASHES: dict[str, Any] = {"freeze": (0, (4, 2)), "refresh": (0, (1, 1.5)), "prune": (0, (6, 2, 1, 2))}
 
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -81,7 +81,7 @@ def colours(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def error_against_time(runs: Sequence[RunData]) -> Figure:
-    """Top-1 error (percent) after each epoch against the training time until then."""
+    """Draw top-1 error (percent) after each epoch against the training time so far."""
     longest = max(run.results["seconds"] for run in runs)
     unit, scale = time_unit(longest)
     figure = _figure(
@@ -97,7 +97,7 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
 
 
 def boundary(runs: Sequence[RunData]) -> Figure:
-    """The boundary in each epoch: how many leading layers did not back-propagate (the paper's Figure 3)."""
+    """Draw the boundary in each epoch: the leading layers that did not back-propagate (the paper's Figure 3)."""
     layers = max(run.results["layers"] for run in runs)
     figure = _epoch_figure(runs, "boundary", f"Boundary, of {layers} layers", steps=True)
     axes = figure.axes[0]
@@ -107,24 +107,24 @@ def boundary(runs: Sequence[RunData]) -> Figure:
 
 
 def step_time(runs: Sequence[RunData]) -> Figure:
-    """The time of one training step (ms) in each epoch (the paper's Figure 4)."""
+    """Draw the time of a training step (ms) in each epoch (the paper's Figure 4)."""
     return _epoch_figure(runs, "step_ms", "Time of a training step, ms", from_zero=True)
 
 
 def peak_memory(runs: Sequence[RunData]) -> Figure:
-    """The peak memory of training in each epoch (the paper's Figure 4)."""
+    """Draw the peak memory of training in each epoch (the paper's Figure 4)."""
     highest = max(record["peak_memory_bytes"] for run in runs for record in run.records)
     power, unit = (3, "GiB") if highest >= 1024**3 else (2, "MiB")
     return _epoch_figure(runs, "peak_memory_bytes", f"Peak memory, {unit}", scale=1024**power, from_zero=True)
 
 
 def batch(runs: Sequence[RunData]) -> Figure:
-    """The images in a mini-batch in each epoch (the paper's Figure 4)."""
+    """Draw the images in a mini-batch in each epoch (the paper's Figure 4)."""
     return _epoch_figure(runs, "batch", "Images in a mini-batch", steps=True, from_zero=True)
 
 
 def loss(runs: Sequence[RunData], *, images: str) -> Figure:
-    """The mean loss in each epoch over the training images, or over the test images (`images`: train or test)."""
+    """Draw the mean loss in each epoch on the training or test images (`images`: "train" or "test")."""
     title = "Training loss" if images == "train" else "Test loss"
     return _epoch_figure(runs, f"{images}_loss", title, logarithmic=True)
 
@@ -140,7 +140,7 @@ FIGURES: dict[str, Callable[[Sequence[RunData]], Figure]] = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to `path`, on white, as its suffix says: .svg or .png; LowcalError for another."""
+    """Write a figure on white to `path`, an .svg or .png; LowcalError for another suffix."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise LowcalError(f"a figure cannot be written as {path.name!r}; give a name that ends in .svg or .png")
@@ -175,7 +175,7 @@ def inline_svg(figure: Figure, name: str, colours: Sequence[str], label: str) ->
 
 
 def style() -> AbstractContextManager[None]:
-    """Return the context in which figures are made and written."""
+    """Return the context for making and writing figures."""
     return mpl.rc_context(_STYLE)
 
 
@@ -244,7 +244,7 @@ def _columns(line: Line) -> tuple[list[float], list[float]]:
 
 
 def _average(lines: Sequence[Line]) -> Line:
-    """The mean of x and of y over the epochs that all lines have."""
+    """Return the mean of x and of y over the epochs that all lines have."""
     return [(mean(x for x, _ in points), mean(y for _, y in points)) for points in zip(*lines, strict=False)]
 
 

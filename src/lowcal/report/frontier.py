@@ -1,4 +1,4 @@
-"""Top-1 error against training time of whole trainings, one point each, and the line that they must beat."""
+"""Draw whole trainings as points of error against time, beside the line of SGD that they must beat."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from lowcal.report.table import time_unit
 
 
 class Spot(NamedTuple):
-    """A whole training: its time, its top-1 error in percent, and what stands beside the point.
+    """A whole training: its time, its top-1 error in percent, and the label of its point.
 
-    `is_apart`: it did not take turns with SGD's, so that a drift of the machine may be in its time.
+    `is_apart`: it was not trained in turn with SGD, so its time may include a drift of the machine.
     """
 
     seconds: float
@@ -34,7 +34,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
 def frontier(line: Sequence[tuple[float, float]], spots: Mapping[str, Sequence[Spot]], *, title: str) -> Figure:
-    """Draw `line`, SGD with its schedule compressed into less and less time, and each method's settings as points.
+    """Draw `line`, SGD with its schedule compressed into less and less time, and each training as a point.
 
     Args:
         line: (seconds of training, top-1 error in percent) in the order of time; nothing is drawn with less than two.
@@ -81,7 +81,7 @@ def frontier(line: Sequence[tuple[float, float]], spots: Mapping[str, Sequence[S
 
 @dataclass(frozen=True)
 class Label:
-    """What stands beside the point (x, y), in the data's units."""
+    """The text beside the point (x, y), in the data's units."""
 
     x: float
     y: float
@@ -90,9 +90,9 @@ class Label:
 
 
 def place_labels(axes: Axes, labels: Iterable[Label], marks: Sequence[tuple[float, float]], *, size: float = 8) -> None:
-    """Write each label as near to its point as it covers nothing, in the order of x; `marks` are all that is marked.
+    """Write each label at the nearest place to its point where it covers no mark and no other label.
 
-    To be called when all else is drawn, since places are tried against the axes as they are.
+    Call it after everything else is drawn. `marks` are the points of all marks.
     """
     figure = axes.get_figure(root=True)
     canvas = FigureCanvasAgg(figure)

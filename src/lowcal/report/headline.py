@@ -21,13 +21,13 @@ def title(settings: Mapping[str, Any], images: Mapping[str, Any] | None = None) 
 
     Args:
         settings: a recipe as a mapping.
-        images: what was read, as a run's `environment.json` has it in `run.images`; None if that is not known yet.
+        images: the counts in `run.images` of a run's `environment.json`; None if they are not known yet.
     """
     return _join(_parts(settings, images))
 
 
 def common_title(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> str:
-    """Return the title of runs side by side, given as `title` takes them: what they do not share is left out."""
+    """Return the common title of runs, given as `title` takes them, without the parts in which they differ."""
     first, *others = (_parts(settings, images) for settings, images in runs)
     return _join({name: part for name, part in first.items() if all(other[name] == part for other in others)})
 
@@ -38,7 +38,7 @@ def _join(parts: Parts) -> str:
 
 
 def _parts(settings: Mapping[str, Any], images: Mapping[str, Any] | None) -> Parts:
-    """The title's parts by name; "" where there is nothing to say."""
+    """Return the title's parts by name; "" for a part that is left out."""
     model, data = _section(settings, "model"), _section(settings, "data")
     epochs = settings.get("epochs")
     return {
@@ -56,7 +56,7 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _network(name: str) -> str:
-    """A network's name as its authors write it, where that is known."""
+    """Return a network's name as its authors write it, if that is known."""
     if re.fullmatch(r"(resnet|vgg)\d+", name):
         return name.replace("resnet", "ResNet").replace("vgg", "VGG")
     return "MobileNetV2" if name == "mobilenet_v2" else name
@@ -79,7 +79,7 @@ def _data(data: Mapping[str, Any], images: Mapping[str, Any]) -> str:
 
 
 def _images(data: Mapping[str, Any], images: Mapping[str, Any]) -> str:
-    """How many images are drawn, where those are not all of a set whose number is known."""
+    """Return how many images are used, if they are not all of a known data set."""
     held_out = "tested on held-out training images" if data.get("evaluate") == "validation" else ""
     if not images:
         count = data.get("train_images")
@@ -94,7 +94,7 @@ def _images(data: Mapping[str, Any], images: Mapping[str, Any]) -> str:
 
 
 def _of(images: Mapping[str, Any], split: str) -> str:
-    """'300 of 50,000' images of a split; "" for all of them."""
+    """Return '300 of 50,000' for the images of a split; "" for all of them."""
     there, whole = images[split], images[f"{split}_of"]
     return f"{_number(there)} of {_number(whole)}" if there < whole else ""
 
@@ -104,7 +104,7 @@ def _number(value: Any) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Return one sentence on what the finished methods cost and reach, against sgd where it is among them."""
+    """Return one sentence on the time and error of the finished methods, against sgd if there is an sgd run."""
     finished = {row.method: row for row in rows if row.finished}
     baseline = finished.pop("sgd", None)
     others = list(finished.values())
@@ -122,7 +122,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
-    """Return what the table's figures cannot say: of what else runs are, and how little some of them tell."""
+    """Return notes on the table: runs that differ in more than the method, and figures within the noise."""
     notes = []
     if still := [row for row in rows if row.never_moved]:
         notes.append(f"{_never_moved(still, capital=True)}: differences from sgd are chance.")
@@ -143,7 +143,7 @@ def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
 
 
 def batch_changes(run: RunData) -> str | None:
-    """How the batch of a run changed, as '64, from epoch 34 on 128'; None if it did not."""
+    """Return how the batch of a run changed, as '64, from epoch 34 on 128'; None if it did not."""
     batches = [record.get("batch") for record in run.records]
     parts = [str(batches[0])]
     parts += [f"from epoch {e} on {new}" for e, (old, new) in enumerate(pairwise(batches), 2) if new != old]
@@ -194,7 +194,7 @@ def _times(speedup: float) -> str:
 
 
 def _points(row: Row, baseline: Row, *, full: bool) -> str:
-    """The difference of error, and whether the seeds' spread or the number of test images hides it."""
+    """Return the difference of error, and whether it is within the spread of the seeds or the noise of few images."""
     if row.top1_error is None or baseline.top1_error is None:
         return "with no top-1 error recorded"
     difference = row.top1_error - baseline.top1_error

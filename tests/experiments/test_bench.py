@@ -14,11 +14,11 @@ from lowcal.discovery import trace
 from lowcal.errors import LowcalError
 from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
+from lowcal.experiments.bench.program import record
 from lowcal.experiments.bench.run import bench
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, parse_boundaries
 from lowcal.experiments.bench.show import targets_text
 from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
-from lowcal.experiments.program import record
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic

@@ -11,7 +11,7 @@ import pytest
 
 import lowcal
 from lowcal.errors import LowcalError
-from lowcal.report import write_report
+from lowcal.report.page import write_report
 from lowcal.report.runs import code_note, read_runs
 
 from .synthetic import MACHINE, write_run
@@ -237,7 +237,7 @@ def test_the_report_needs_no_torch(tmp_path):
         "import sys, types; from pathlib import Path\n"
         "package = types.ModuleType('lowcal'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules.update({'lowcal': package, 'torch': None, 'torchvision': None, 'pydantic': None})\n"
-        "from lowcal.report import write_report; write_report(Path(sys.argv[2]))\n"
+        "from lowcal.report.page import write_report; write_report(Path(sys.argv[2]))\n"
     )
     source = Path(lowcal.__file__).parent
     done = subprocess.run(

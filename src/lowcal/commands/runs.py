@@ -23,7 +23,7 @@ from lowcal.errors import LowcalError
 from lowcal.training.launch import Launch
 
 if TYPE_CHECKING:
-    from lowcal.report import Report
+    from lowcal.report.page import Report
 
 
 @app.callback(invoke_without_command=True)
@@ -208,7 +208,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
 ) -> None:
     """Make a table and an HTML page from run folders."""
-    from lowcal.report import write_report
+    from lowcal.report.page import write_report
 
     _show(write_report(runs, out))
 

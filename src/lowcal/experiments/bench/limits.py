@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.discovery import trace
+from lowcal.experiments.bench.program import record
 from lowcal.experiments.bench.timing import Work
-from lowcal.experiments.program import record
 from lowcal.layers import own_parameters
 from lowcal.rules import hebbian_update
 from lowcal.training.graphed import Graphs

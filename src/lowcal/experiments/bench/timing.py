@@ -21,11 +21,11 @@ from lowcal.training.step import PRECISIONS, autocast
 
 @dataclass(frozen=True)
 class Work:
-    """Something to be timed.
+    """A piece of work to be timed.
 
     Attributes:
         run: does it once.
-        prepare: called before each sample, outside the time, with the number of runs to come.
+        prepare: called before each sample with its number of runs; not timed.
         period: runs after which the work repeats; a sample is a whole number of periods.
     """
 
@@ -54,17 +54,16 @@ def time_in_turn(
 
     Args:
         rounds: samples of each.
-        warm_up: samples of each before those, which do not count.
-        runs: runs in a sample, at least; None: 1 on CPU, 10 on a device that works on its own, so that the host runs
-            ahead.
-        device: waited for before and after each sample.
+        warm_up: samples of each before them, which do not count.
+        runs: runs in a sample, at least; None: 1 on a CPU, 10 on an asynchronous device, so that the host runs ahead.
+        device: synchronised before and after each sample.
     """
     if runs is None:
         runs = 1 if device.type == "cpu" else 10
     samples: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     was_enabled = gc.isenabled()
-    gc.disable()  # a collection would fall into some sample or other
+    gc.disable()  # a collection would fall into one of the samples
     try:
         for turn in range(-warm_up, rounds):
             start = turn % len(names)

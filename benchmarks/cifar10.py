@@ -26,7 +26,7 @@ from lowcal.experiments.reproduction.training import missing, train_missing
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
-from lowcal.report.table import ABSENT, Column, Table, with_spread
+from lowcal.report.table import ABSENT, Column, Table
 from lowcal.training.allocator import keep_freed_memory
 from steady_speedup import kind_of, steady_times
 
@@ -119,9 +119,13 @@ def _last_boundary(row: Mapping[str, Any]) -> str:
 
 
 def of_seeds(value: float, by_seed: Sequence[float], unit: str = "") -> str:
-    """Return `value` with the spread of the seeds, unless they all agree."""
-    deviation = statistics.stdev(by_seed) if len(set(by_seed)) > 1 else None
-    return with_spread(value, deviation, len(by_seed), unit=unit)
+    """Return `value` with the spread of the seeds; of two seeds both values, whose mean `value` need not be."""
+    text = f"{value:.2f}{unit}"
+    if len(set(by_seed)) < 2:
+        return text
+    if len(by_seed) > 2:
+        return f"{text} ± {statistics.stdev(by_seed):.2f}"
+    return f"{text} ({min(by_seed):.2f} to {max(by_seed):.2f})"
 
 
 def draw(recipe: str, rows: list[dict[str, Any]], path: Path) -> None:

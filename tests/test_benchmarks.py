@@ -140,6 +140,7 @@ def script(graphs, monkeypatch, tmp_path):
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(performance.NETWORKS, kind, dict.fromkeys(performance.NETWORKS[kind], tiny))
     monkeypatch.setattr(steps, "FORMAT_ROUNDS", 1)
+    monkeypatch.setitem(steps.KINDS, "cpu", ("eager", "graphed"))
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["performance.py", "--out", str(tmp_path), *arguments])

@@ -445,13 +445,13 @@ def test_a_real_ctrl_c_in_a_process(here):
 
 
 def test_a_schedulers_signal_in_a_process_saves_and_the_line_goes_on(here):
-    data = "data={name: synthetic, train_images: 2000, test_images: 32, image_size: 8, classes: 4}"
-    options = [*small("epochs=3"), "--set", data, "--out", "out"]
+    data = "data={name: synthetic, train_images: 1000, test_images: 32, image_size: 8, classes: 4}"
+    options = [*small("epochs=2"), "--set", data, "--out", "out"]
     arguments = [sys.executable, "-m", "lowcal", "compare", "--methods", "sgd,local", *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if " 1/3 " in line:
+            if " 1/2 " in line:
                 break
         process.send_signal(signal.SIGUSR1)
         _, error = process.communicate(timeout=120)

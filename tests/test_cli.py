@@ -164,17 +164,6 @@ def test_titles_say_what_ran_and_not_what_the_recipe_is_called(here, capsys):
     assert "The boundary of local never moved" in output
 
 
-def test_runs_of_other_images_beside_one_another_are_told(here, capsys):
-    images = "data={name: synthetic, train_images: %s, test_images: 32, image_size: 8, classes: 4}"
-    for method, count in (("sgd", 64), ("local", 32)):
-        assert main(["train", "--method", method, *small(images % count), "--out", method, "--quiet"]) == 0
-    assert main(["report", "sgd", "local", "--out", "both"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "errors and times are not compared: sgd images.train=64, " in shown
-    sgd, local = json.loads((here / "both" / "summary.json").read_text())["rows"]
-    assert (sgd["speedup"], local["speedup"]) == (1.0, None)
-
-
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["compare", "--help"], ["--version"]])
 def test_help_and_version(arguments, capsys):
     assert main(arguments) == 0
@@ -194,9 +183,9 @@ def test_no_line_of_the_help_is_cut_at_80_columns(monkeypatch, capsys):
 # Mistakes
 
 
-def folders(root: Path, classes: dict[str, int], test_classes: dict[str, int] | None = None) -> Path:
-    for part, counts in (("train", classes), ("test", test_classes or classes)):
-        for label, count in counts.items():
+def folders(root: Path, classes: dict[str, int]) -> Path:
+    for part in ("train", "test"):
+        for label, count in classes.items():
             (root / part / label).mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (8, 8), (index * 10, 40, 90)).save(root / part / label / f"{index}.png")
@@ -221,9 +210,6 @@ WRONG = {
     "value for a shell": (["train", "--precision", "a b"], "use --set 'precision=a b'"),
     "option of a section": (["train", "--decay-every", "3"], "no option '--decay-every'; use --set local"),
     "command without settings": (["layers", "--lr", "1"], "no option '--lr'; "),
-    "option without value": (["compare", "--recipe"], "--recipe"),
-    "missing option": (["layers"], "'--model'"),
-    "extra argument": (["compare", "digits"], "digits"),
     "seeds 0": (["compare", "--seeds", "0"], "'--seeds'"),
     "recipe": (["compare", "--recipe", "digit"], "did you mean 'digits'"),
     "method": (["compare", "--methods", "sgd,lokal"], "did you mean 'local'"),
@@ -245,22 +231,15 @@ WRONG = {
     "model": (["compare", "--set", "model.name=resnet9"], "did you mean"),
     "model and channels": (["compare", "--set", "model.name=mobilenet_v2"], "3 channels"),
     "model and width": (["layers", "--model", "alexnet", "--width", "8"], "width"),
-    "model and size": (["layers", "--model", "vgg13", "--image-size", "8"], "vgg13"),
     "key": (["compare", "--set", "schedule.alpha=1"], "did you mean 'local.schedule.alpha'"),
-    "type": (["compare", "--set", "epochs=ten"], "epochs=ten: must be a whole number"),
     "epochs": (["compare", "--set", "epochs=0"], "epochs=0"),
     "too many layers": (["compare", *small("local.schedule.epochs={1: 10}")], "10 layers at epoch 1"),
     "data folder": (["compare", *IMAGES, "--data-dir", "none"], "none"),
     "no data folder": (["compare", *IMAGES], "--data-dir"),
-    "empty folder": (["compare", *IMAGES, "--data-dir", "empty"], "empty"),
-    "one class": (["compare", *IMAGES, "--data-dir", "one"], "cat"),
-    "classes differ": (["compare", *IMAGES, "--data-dir", "differ"], "bird"),
-    "zero-byte image": (["compare", *IMAGES, "--data-dir", "zero"], "2.png"),
     "no image": (["compare", *IMAGES, "--data-dir", "text"], "2.png"),
     "device": (["compare", "--device", "gpu"], "unknown device 'gpu'"),
     "absent device": (["compare", "--device", "cuda:99"], "--device cpu"),
     "resume without folder": (["train", "--resume"], "--out"),
-    "resume nothing": (["train", "--resume", "--out", "out"], "out"),
     "report of nothing": (["report", "none", "--out", "out"], "none"),
     "report without folder": (["report", "empty"], "--out"),
 }
@@ -269,10 +248,6 @@ WRONG = {
 @pytest.mark.parametrize(("arguments", "expected"), WRONG.values(), ids=list(WRONG))
 def test_a_mistake_ends_in_one_line_that_names_it_and_writes_nothing(here, arguments, expected, capsys):
     if "--data-dir" in arguments:
-        (here / "empty").mkdir()
-        folders(here / "one", {"cat": 4})
-        folders(here / "differ", {"cat": 4, "dog": 4}, {"cat": 4, "bird": 4})
-        broken(here / "zero", b"")
         broken(here / "text", b"not an image at all")
     elif "empty" in arguments:
         (here / "empty").mkdir()

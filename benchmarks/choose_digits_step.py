@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from common import RESULTS, script
 from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
 from lowcal.report.table import Column, Table, with_spread
 from lowcal.training.environment import gather_environment
 
@@ -39,10 +40,7 @@ def last_epoch(recipe: Recipe, method: str, data: Dataset) -> dict[str, Any]:
 
 def measure(recipe: Recipe, method: str, seeds: int, data: Dataset) -> dict[str, Any]:
     """The errors of all seeds, their mean, deviation and standard error."""
-    records = [
-        last_epoch(recipe.model_copy(update={"seed": seed}), method, data)
-        for seed in range(recipe.seed, recipe.seed + seeds)
-    ]
+    records = [last_epoch(replace(recipe, seed=seed), method, data) for seed in range(recipe.seed, recipe.seed + seeds)]
     errors = [record["top1_error"] for record in records]
     deviation = statistics.stdev(errors)
     return {
@@ -86,7 +84,7 @@ def main() -> None:
     )
     table = Table(columns, rows)
     print(table.text(), f"chosen: {chosen:g} = {RULE}", sep="\n\n")
-    facts = {"recipe": recipe.model_dump(), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
+    facts = {"recipe": as_dict(recipe), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
     table.write(arguments.out / "digits-local-step", ("json",), environment=environment, **facts)
 
 

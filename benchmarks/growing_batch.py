@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common import BOUNDARY, METHOD, RESULTS, write
-from lowcal.experiments.recipe import LocalSettings
+from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 from lowcal.models import build_model
 from lowcal.report.table import Column, Table

@@ -33,11 +33,10 @@ from lowcal.experiments.bench.timing import time_in_turn
 from lowcal.experiments.compare import compare
 from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
-from lowcal.experiments.reproduction.paper import published
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
+from lowcal.experiments.reproduce.paper import published
 from lowcal.experiments.threads import cpu_threads
 from lowcal.layers import recurring_block
-from lowcal.methods.settings import build_schedule
 from lowcal.models import build_model
 from lowcal.report.table import Column, Table
 from lowcal.training.allocator import keep_freed_memory
@@ -205,7 +204,7 @@ def fastest_published_path(whole: Recipe, setup: BenchSetup) -> list[int]:
     """The boundary in each epoch of the published run if Algorithm 1 always moves as soon as it may."""
     layers = setup.order.layers
     return fastest_path(
-        build_schedule(whole.local.schedule),
+        whole.local.schedule.build(),
         layers=len(layers),
         block=recurring_block(setup.model, layers),
         epochs=whole.epochs,
@@ -247,7 +246,7 @@ def row(
     return {
         "method": method,
         "last_boundary": path[-1],
-        "paper": published("table2" if "cifar" in name else "table1", name, method).speedup,
+        "paper": published(name, method)[1],
         "measured": measured,
         "predicted": predicted,
         "ratio": measured / predicted,

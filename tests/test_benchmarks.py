@@ -16,7 +16,7 @@ import steady_speedup
 import steps
 import whole_run
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.models import build_model
 from lowcal.training import graphed
 

@@ -18,7 +18,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.timing import Work
 from lowcal.experiments.memory_format import puts_channels_last
-from lowcal.experiments.recipe import LocalSettings
+from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs

@@ -23,7 +23,7 @@ from lowcal.experiments.folders import (
 )
 from lowcal.experiments.recipe import Recipe
 from lowcal.methods import METHODS, find_method
-from lowcal.report import Report, write_report
+from lowcal.report.page import Report, write_report
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import code_digest
 from lowcal.training.run import Run

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fault_trials.pictures import KINDS, LOADERS, check
 from lowcal.data.images import decode_files, fit_cropped, fit_exact, read_rgb, unreadable_files
 from lowcal.errors import LowcalError
+
+from ..faults.pictures import KINDS, LOADERS, check
 
 
 def images():

@@ -232,10 +232,13 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor
     stride: tuple[int, ...] = module.stride
     if is_unsafe_unpadded(module) and not any(before):
         a, stride = slice_positions(a, stride), (1, 1)
+    weight = module.weight
+    if weight.dtype != a.dtype:  # CUDA wants one type; the product reads only the shape and the memory format
+        weight = torch.empty_like(weight, dtype=a.dtype)
     return torch.ops.aten.convolution_backward(
         z,
         a,
-        module.weight,
+        weight,
         None,
         stride,
         before,

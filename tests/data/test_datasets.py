@@ -16,7 +16,7 @@ from lowcal.data.dataset import split, subset
 from lowcal.data.datasets import make_synthetic, read_cifar, read_digits
 from lowcal.errors import LowcalError
 from lowcal.experiments.assemble import load_data
-from lowcal.experiments.recipe_files import apply_settings, load_recipe, recipe_names
+from lowcal.experiments.recipe_text import apply_settings, load_recipe, recipe_names
 
 
 def rows(images):

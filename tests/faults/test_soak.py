@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.experiments.assemble import build_run, load_data
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 
 from .runs import WORKERS, image_files
 

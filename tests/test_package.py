@@ -30,7 +30,7 @@ LEVELS = [
     {"training"},
     {"report"},
     {"experiments"},
-    {"console", "console_bench", "console_sweep"},
+    {"console", "console_sweep"},
     {"commands"},
     {"cli", "__main__"},
 ]

@@ -23,7 +23,7 @@ from lowcal.errors import LowcalError
 from lowcal.training.launch import Launch
 
 if TYPE_CHECKING:
-    from lowcal.report import Report
+    from lowcal.report.page import Report
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +66,7 @@ def compare(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
-    from lowcal.report.titles import title
+    from lowcal.report.headline import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or free_folder(Path("runs") / chosen.name)
@@ -117,8 +117,8 @@ def train(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
+    from lowcal.report.headline import title
     from lowcal.report.table import duration
-    from lowcal.report.titles import title
 
     launch = Launch.read()
     if extend and not resume:
@@ -208,7 +208,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
 ) -> None:
     """Make a table and an HTML page from run folders."""
-    from lowcal.report import write_report
+    from lowcal.report.page import write_report
 
     _show(write_report(runs, out))
 

@@ -24,7 +24,7 @@ from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
-from lowcal.report import Report, write_report
+from lowcal.report.page import Report, write_report
 from lowcal.training.environment import code_digest
 from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder

@@ -1,4 +1,4 @@
-"""What a boundary's path makes of a whole run's time: from step times measured at a few boundaries, or from FLOPs."""
+"""Predict the speed-up of a whole run from its boundary's path: by step times at a few boundaries, or by FLOPs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ WORK = {"local": 2.0, "freeze": 1.0}  # products of a layer before the boundary;
 
 
 def fastest_path(schedule: Schedule, *, layers: int, block: int, epochs: int, ends: tuple[int, ...] = ()) -> list[int]:
-    """The boundary in each epoch if the transition layer's change halves from epoch to epoch.
+    """Return the boundary in each epoch if the transition layer's change halves every epoch.
 
-    That lets Algorithm 1 move as soon as it may: every K + 1 epochs, or K with ``spacing="prose"``.
+    Algorithm 1 then moves as early as it can: every K + 1 epochs, or K with ``spacing="prose"``.
 
     Args:
         ends: as in `Progress`.
@@ -33,16 +33,16 @@ def fastest_path(schedule: Schedule, *, layers: int, block: int, epochs: int, en
 
 
 def known_schedules(layers: int, epochs: int) -> dict[str, Schedule]:
-    """The published dynamic schedule, and a quadratic one that rises from 0 to L_max L over the run.
+    """Return the published dynamic schedule, and a quadratic one that rises from 0 to L_max L over the run.
 
-    The paper gives no c1 and c2 of Eq. 3.
+    The paper does not give c1 and c2 of Eq. 3.
     """
     most = cap(layers, 0.75)
     return {"norm-trend": NormTrend(), "quadratic": Quadratic(c1=most, c2=most / epochs**2)}
 
 
 def step_work(method: str, boundary: int, forward_flops: Sequence[float]) -> float:
-    """Work of a step in forward passes' FLOPs: SGD 3 per layer, 2 for the first; local 2; frozen 1 (docs/method.md)."""
+    """Return the FLOPs of a step: per layer 3 forward passes for SGD (first: 2), 2 for local, 1 for frozen."""
     sgd = [2.0, *[3.0] * (len(forward_flops) - 1)]
     factors = [WORK[method] if index < boundary else factor for index, factor in enumerate(sgd)]
     return sum(factor * flops for factor, flops in zip(factors, forward_flops, strict=True))
@@ -56,16 +56,16 @@ def predicted_speedup(
     step_ms: Mapping[int, float],
     forward_flops: Sequence[float],
 ) -> float:
-    """Time of an SGD run over that of a run whose boundary takes `path`.
+    """Return the time of an SGD run over that of a run whose boundary takes `path`.
 
-    A measured boundary has its own time. Between measured ones a step's time goes in a straight line with its work;
-    beyond the last it stays.
+    A measured boundary has its own time. Between measured boundaries the time is interpolated linearly in the work of
+    a step; beyond the last one it is constant.
 
     Args:
         step_ms: the method's step time by boundary; boundary 0 is among them.
         forward_flops: of each layer in execution order.
     """
-    # Of two boundaries of equal work the later one is a neighbour of those beyond.
+    # Of two boundaries with equal work, the later one is used for interpolation beyond it.
     known = sorted({step_work(method, each, forward_flops): step_ms[each] for each in sorted(step_ms)}.items())
     times = {boundary: _interpolate(step_work(method, boundary, forward_flops), known) for boundary in set(path)}
     times |= step_ms  # work alone cannot tell boundary 0 from 1: a local first layer has SGD's two products
@@ -73,7 +73,7 @@ def predicted_speedup(
 
 
 def flops_speedup(method: str, path: Sequence[int], forward_flops: Sequence[float]) -> float:
-    """FLOPs of an SGD run over those of a run whose boundary takes `path`; `forward_flops`: of each layer in order."""
+    """Return the FLOPs of an SGD run over those of a run whose boundary takes `path`."""
     work = {boundary: step_work(method, boundary, forward_flops) for boundary in {0, *path}}
     return len(path) * work[0] / sum(work[boundary] for boundary in path)
 

@@ -1,19 +1,110 @@
-"""What came out, in words: the sentence at the top of the page, and what it takes to read the table."""
+"""What runs and what came out, in words: titles, the headline of a report, and notes on its table."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from lowcal.report.comparison import Row, difference_interval
 from lowcal.report.runs import RunData, by_method, differing
 from lowcal.report.table import duration
 
-__all__ = ["batch_changes", "comparison_notes", "headline"]
+FEW_IMAGES = 1000  # below it, the notes give the interval of an error
+_DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "8x8 digits", "imagenet": "ImageNet"}
+_CLASSES = {"ImageNet": 1000}  # those that need no word
 
-FEW_IMAGES = 1000  # below it, the interval of an error is wide enough to be said
+Parts = dict[str, str]
+
+
+def title(settings: Mapping[str, Any], images: Mapping[str, Any] | None = None) -> str:
+    """Return a title such as 'ResNet18 of width 8 on CIFAR-10, 2 epochs, 300 of 50,000 images'.
+
+    Args:
+        settings: a recipe as a mapping.
+        images: the counts in `run.images` of a run's `environment.json`; None if they are not known yet.
+    """
+    return _join(_parts(settings, images))
+
+
+def common_title(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) -> str:
+    """Return the common title of runs, given as `title` takes them, without the parts in which they differ."""
+    first, *others = (_parts(settings, images) for settings, images in runs)
+    return _join({name: part for name, part in first.items() if all(other[name] == part for other in others)})
+
+
+def _join(parts: Parts) -> str:
+    subject = " ".join(parts[name] for name in ("network", "width", "data") if parts.get(name))
+    return ", ".join(filter(None, [subject, parts.get("epochs"), parts.get("images")]))
+
+
+def _parts(settings: Mapping[str, Any], images: Mapping[str, Any] | None) -> Parts:
+    """Return the title's parts by name; "" for a part that is left out."""
+    model, data = _section(settings, "model"), _section(settings, "data")
+    epochs = settings.get("epochs")
+    return {
+        "network": _network(str(model.get("name", ""))),
+        "width": f"of width {model['width']}" if model.get("width") else "",
+        "data": f"on {_data(data, images or {})}",
+        "epochs": f"{epochs} epoch{'s' * (epochs != 1)}" if epochs else "",
+        "images": _images(data, images or {}),
+    }
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = settings.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _network(name: str) -> str:
+    """Return a network's name as its authors write it, if that is known."""
+    if re.fullmatch(r"(resnet|vgg)\d+", name):
+        return name.replace("resnet", "ResNet").replace("vgg", "VGG")
+    return "MobileNetV2" if name == "mobilenet_v2" else name
+
+
+def _data(data: Mapping[str, Any], images: Mapping[str, Any]) -> str:
+    name = str(data.get("name", ""))
+    word = _DATA.get(name, name)
+    if name == "image-folder":
+        word = f"the image folder '{images['folder']}'" if images.get("folder") else "an image folder"
+    elif name == "synthetic":
+        word = "synthetic images"
+    details = []
+    classes = images.get("classes") or data.get("classes")
+    if classes and (name not in _DATA or classes != _CLASSES.get(word, classes)):
+        details.append(f"{classes} classes")
+    if data.get("image_size"):
+        details.append(f"{data['image_size']}x{data['image_size']}")
+    return f"{word} ({', '.join(details)})" if details else word
+
+
+def _images(data: Mapping[str, Any], images: Mapping[str, Any]) -> str:
+    """Return how many images are used, if they are not all of a known data set."""
+    held_out = "tested on held-out training images" if data.get("evaluate") == "validation" else ""
+    if not images:
+        count = data.get("train_images")
+        return ", ".join(filter(None, [f"{_number(count)} images" if count else "", held_out]))
+    train = _of(images, "train") or (_number(images["train"]) if data.get("name") not in _DATA else "")
+    test = "" if held_out else _of(images, "test")
+    if train and test:
+        count = f"{train} training and {test} test images"
+    else:
+        count = f"{train} images" if train else f"{test} test images" if test else ""
+    return ", ".join(filter(None, [count, held_out]))
+
+
+def _of(images: Mapping[str, Any], split: str) -> str:
+    """Return '300 of 50,000' for the images of a split; "" for all of them."""
+    there, whole = images[split], images[f"{split}_of"]
+    return f"{_number(there)} of {_number(whole)}" if there < whole else ""
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Return one sentence on what the finished methods cost and reach, against sgd where it is among them."""
+    """Return one sentence on the time and error of the finished methods, against sgd if there is an sgd run."""
     finished = {row.method: row for row in rows if row.finished}
     baseline = finished.pop("sgd", None)
     others = list(finished.values())
@@ -31,7 +122,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 
 def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
-    """Return what the table's figures cannot say: of what else runs are, and how little some of them tell."""
+    """Return notes on the table: runs that differ in more than the method, and figures within the noise."""
     notes = []
     if still := [row for row in rows if row.never_moved]:
         notes.append(f"{_never_moved(still, capital=True)}: differences from sgd are chance.")
@@ -52,7 +143,7 @@ def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
 
 
 def batch_changes(run: RunData) -> str | None:
-    """How the batch of a run changed, as '64, from epoch 34 on 128'; None if it did not."""
+    """Return how the batch of a run changed, as '64, from epoch 34 on 128'; None if it did not."""
     batches = [record.get("batch") for record in run.records]
     parts = [str(batches[0])]
     parts += [f"from epoch {e} on {new}" for e, (old, new) in enumerate(pairwise(batches), 2) if new != old]
@@ -103,7 +194,7 @@ def _times(speedup: float) -> str:
 
 
 def _points(row: Row, baseline: Row, *, full: bool) -> str:
-    """The difference of error, and whether the seeds' spread or the number of test images hides it."""
+    """Return the difference of error, and whether it is within the spread of the seeds or the noise of few images."""
     if row.top1_error is None or baseline.top1_error is None:
         return "with no top-1 error recorded"
     difference = row.top1_error - baseline.top1_error

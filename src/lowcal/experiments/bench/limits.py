@@ -1,4 +1,4 @@
-"""The least time that a step at a boundary can take: its unavoidable parts, each by itself (docs/method.md)."""
+"""The least time of a step at a boundary: its unavoidable parts, each timed by itself (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.discovery import trace
-from lowcal.experiments.program import record
-from lowcal.experiments.timing import Work
+from lowcal.experiments.bench.program import record
+from lowcal.experiments.bench.timing import Work
 from lowcal.layers import own_parameters
 from lowcal.rules import hebbian_update
 from lowcal.training.graphed import Graphs
@@ -23,15 +23,15 @@ class Parts:
 
     Attributes:
         prefix: the prefix's forward pass without a graph.
-        suffix: the full step of the suffix, fed with what the prefix gave.
+        suffix: the full step of the suffix, on the prefix's output.
         products: the weight-gradient products of the layers before the boundary.
 
     Args:
-        model: the network, in training mode; this object's alone from now on.
-        build_optimizer: makes the optimizer of the suffix's parameters.
+        model: the network, in training mode; this object changes it.
+        build_optimizer: builds the optimizer of the suffix's parameters.
         images: one mini-batch, (N, C, H, W).
         labels: its class numbers, (N,).
-        graphs: records each part, as steps are recorded that are held beside them; None: the parts run eagerly.
+        graphs: records each part, for comparison with recorded steps; None: the parts run eagerly.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Parts:
 
         self.prefix = Work(recorded(self._run_prefix))
         self._feed(2)
-        given = self._fed[0]  # what the recorded run takes, the second one
+        given = self._fed[0]  # the input of the recorded run, which is the second one
 
         def restore(runs: int) -> None:
-            # Within a sample a tensor that is changed in place goes on from what the run before has left in it.
+            # Within a sample, a tensor that is changed in place keeps the value of the previous run.
             for slot in self._program.suffix.overwrites:
                 given[slot].copy_(self._crossing[slot])
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lowcal
-from lowcal.synced_norm import synchronise
+from lowcal.norms import synchronise
 
 from .networks import Residual, convnet, images
 from .ranks import on_two_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowcal.synced_norm import separate, synchronise
+from lowcal.norms import separate, synchronise
 
 from .world import together
 

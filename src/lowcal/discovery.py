@@ -17,9 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.layers import Order, weight_layers, weight_of
+from lowcal.layers import Order, unchanged, weight_layers, weight_of
 from lowcal.products import has_plain_forward, product_of
-from lowcal.unchanged import unchanged
 
 
 class Discovery:

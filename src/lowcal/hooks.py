@@ -59,7 +59,7 @@ class TraceableHook(_OfOneModule):
         return self._function(*args)
 
 
-class Tap(_OfOneModule):
+class UpdateHook(_OfOneModule):
     """What makes the update of a local layer in the pass that runs it, from the input and output of its product.
 
     In a plain pass it hands the update to `keep`. A compiled pass cannot, so there the update is computed as a part of
@@ -105,12 +105,12 @@ class Tap(_OfOneModule):
 class LayerHook(_OfOneModule):
     """The forward hook of a layer with torch's own forward; register it with keyword arguments."""
 
-    def __init__(self, tap: Tap) -> None:
-        self._tap = tap
+    def __init__(self, hook: UpdateHook) -> None:
+        self._hook = hook
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
         """Hands the layer's input and output on."""
-        self._tap(module, args[0] if args else kwargs["input"], outputs)
+        self._hook(module, args[0] if args else kwargs["input"], outputs)
 
 
 class CaptureHook(_OfOneModule):

@@ -8,10 +8,14 @@ pass ran last before it first used that parameter.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -157,3 +161,25 @@ def _recurring_class(model: nn.Module, layers: tuple[str, ...]) -> tuple[type, i
         return None
     kind = max(coverage, key=coverage.__getitem__)
     return kind, coverage[kind][1]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Within it, modes, buffers and random generators may change; they are put back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

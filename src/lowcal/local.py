@@ -18,7 +18,6 @@ from lowcal.local_layers import LocalLayers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule, reach
 from lowcal.state import check_state, completed
-from lowcal.summary import summary
 from lowcal.supervision import LossTrend, Supervision
 
 
@@ -273,7 +272,14 @@ class LoCal:
 
     def summary(self) -> str:
         """A few lines: which layers learn how, which parameters follow, what is left out and why."""
-        return summary(self)
+        name, depth = type(self.model).__name__, len(self.layers)
+        if not self.layers:
+            return f"{name}: the order of layers is not known yet; it shows in the next forward pass"
+        head = (
+            f"{name}: boundary {self.boundary} of {depth} layers after {self.epoch} of {self.epochs} epochs; "
+            f"the schedule can move it to {reach(self.schedule, depth)}"
+        )
+        return "\n".join([head, *self._local_layers.summary()])
 
     def detach(self) -> None:
         """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""

@@ -17,8 +17,8 @@ from lowcal.discovery import Discovery, trace
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.layers import Order, own_parameters, weight_layers, weight_of
+from lowcal.norms import RunningNorms
 from lowcal.rules import Rule
-from lowcal.running_norm import RunningNorms
 from lowcal.trainable import TrainableParameters
 from lowcal.transition import TransitionChange
 from lowcal.updates import LocalUpdates
@@ -152,6 +152,27 @@ class LocalLayers:
         self._leader = next((optimizer for optimizer in holders if optimizer is not None), self._optimizers[0])
         if order.layers[self.boundary] != transition:
             self.change.begin(self._transition(order.layers), self._optimizers)
+
+    def summary(self) -> list[str]:
+        """One line each for the layers of each kind, the parameters that follow them, and what is left out and why."""
+        order, names = self.discovery.order, self.names
+        local, others = names[: self.boundary], names[self.boundary :]
+        weights = {layer: weight_of(self._model.get_submodule(layer)) for layer in local}
+        kept = [layer for layer, weight in weights.items() if weight is not None and not self.trainable.wants(weight)]
+        lines = [f"local, by {self._rule}: {_span(local)}"] if local else []
+        lines.append(f"by the optimizer: {_span(others)}")
+        if kept:
+            lines.append(f"local, but with a weight that you froze: {', '.join(kept)}")
+        followers = sum(layer in local for layer in order.followers.values())
+        lines.append(
+            f"other parameters: {followers} of {len(order.followers)} follow local layers and keep their values; "
+            f"normalisation before the boundary uses {self._norm_stats} statistics"
+        )
+        lines += [f"cannot become local: {reason}" for reason in order.limits.values()]
+        absent = [layer for layer in weight_layers(self._model) if layer not in names]
+        if absent:
+            lines.append(f"not run so far, so not numbered: {', '.join(absent)}")
+        return lines
 
     # The boundary
 
@@ -294,6 +315,16 @@ class LocalLayers:
                 f"{dist.get_world_size()} processes train, and nothing sums their local updates, so that their weights "
                 "would part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
             )
+
+
+def _span(layers: tuple[str, ...]) -> str:
+    """The first and the last of `layers`, and how many there are.
+
+    >>> _span(("a", "b", "c")), _span(("a",))
+    ('a to c (3 layers)', 'a (1 layer)')
+    """
+    ends = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+    return f"{ends} ({len(layers)} layer{'s' * (len(layers) > 1)})"
 
 
 def _remove(*lists: list[RemovableHandle]) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowcal.errors import LowcalError
-from lowcal.layers import LAYER_TYPES, weight_of
-from lowcal.unchanged import unchanged
+from lowcal.layers import LAYER_TYPES, unchanged, weight_of
 
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -13,7 +13,7 @@ from lowcal.data import Augmentation, Batches, Images
 from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
 from lowcal.methods import PruneSettings, StochasticDepthSettings, build_method, find_method
 from lowcal.models import BasicBlock
-from lowcal.synced_norm import synchronise
+from lowcal.norms import synchronise
 from lowcal.training.ranks import Ranks
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run

@@ -17,8 +17,8 @@ from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_files import dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.norms import synchronise
 from lowcal.strided import slice_inputs
-from lowcal.synced_norm import synchronise
 from lowcal.training.environment import gather_environment
 from lowcal.training.growth import Growth
 from lowcal.training.launch import ALONE, Launch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowcal.data import Loader
-from lowcal.synced_norm import separate
+from lowcal.norms import separate
 from lowcal.training.epoch import now
 from lowcal.training.growth import is_out_of_memory
 from lowcal.training.learner import Learner

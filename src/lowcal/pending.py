@@ -1,4 +1,4 @@
-"""What the forward passes between two optimizer steps leave for the local layers."""
+"""The local updates that wait for the next optimizer step."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _Pass:
         self.is_closed = False  # whether they have been counted
 
 
-class Window:
-    """The local updates kept for the next optimizer step; they accumulate, and go, as gradients do.
+class PendingUpdates:
+    """The local updates that wait for the next optimizer step; they add up, and are dropped, as gradients are.
 
     A forward pass counts once its outputs are back-propagated: a pass for logging, or one whose loss was thrown away,
     counts for nothing. Gradients add up over backward passes until they are zeroed. A forward pass's updates share the
@@ -58,10 +58,10 @@ class Window:
 
     def watch(self, weight: nn.Parameter) -> RemovableHandle:
         """Watches the gradient of `weight`; returns the hook's handle."""
-        window = weakref.ref(self)
+        pending = weakref.ref(self)
 
         def after_backward(weight: Tensor) -> None:
-            if (alive := window()) is not None:
+            if (alive := pending()) is not None:
                 alive._end_backward(weight)
 
         self._weight = weakref.ref(weight)

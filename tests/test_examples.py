@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "window"]
+MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "pending"]
 
 
 @pytest.mark.parametrize("name", MODULES)

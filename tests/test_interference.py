@@ -306,7 +306,7 @@ def test_a_group_of_optimizers_that_is_none_itself(kind):
         def __init__(self, parameters):
             self.param_groups = kind[1](parameters).param_groups
 
-    with pytest.raises(lowcal.LowcalError, match=r"Group is no torch optimizer.*\[first, second\]"):
+    with pytest.raises(lowcal.LowcalError, match=r"Group is not a torch optimizer.*\[first, second\]"):
         Setup((kind[0], Group, kind[2]))
 
 
@@ -315,7 +315,7 @@ def test_a_group_of_optimizers_that_is_none_itself(kind):
     [
         (lambda m, o: lowcal.LoCal(o, m, epochs=9), "give the network first"),
         (lambda m, o: lowcal.LoCal(m, [], epochs=9), "list of optimizers is empty"),
-        (lambda m, o: lowcal.LoCal(m, None, epochs=9), "NoneType is no torch optimizer"),
+        (lambda m, o: lowcal.LoCal(m, None, epochs=9), "NoneType is not a torch optimizer"),
         (lambda m, o: lowcal.LoCal(m, o, epochs=9, rule=lowcal.Frozen), "rule is <class"),
         (lambda m, o: lowcal.LoCal(m, o, epochs=9, schedule=lowcal.NormTrend), "schedule is <class"),
         (lambda m, o: lowcal.LoCal(m, o, epochs=9, supervision=lowcal.LossTrend), "supervision is <class"),

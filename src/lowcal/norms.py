@@ -16,32 +16,32 @@ from lowcal.hooks import TraceableHook
 
 
 class RunningNorms:
-    """Normalisation layers that in training too use their running statistics, and leave them as they are.
+    """Makes normalisation layers use their running statistics in training, without updating them.
 
-    A normalisation layer does so in evaluation mode, which ``model.train()`` ends. So a hook puts them back into that
-    mode before each forward pass of the network.
+    A normalisation layer does so in evaluation mode, but ``model.train()`` ends that mode. So a hook sets it again
+    before each forward pass of the network.
 
     Args:
         model: the network.
 
     Attributes:
-        handles: of the hook.
+        handles: the hook's handle.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: list[RemovableHandle] = []
         self._model = model
         self._norms: Sequence[nn.Module] = ()
-        self._stilled: set[nn.Module] = set()  # those found in training mode; the others are as the user set them
+        self._stilled: set[nn.Module] = set()  # those that were in training mode; the user set the others
 
     def take(self, norms: Sequence[nn.Module]) -> None:
-        """Lets `norms`, those taken before among them, use their running statistics from the next pass on."""
+        """Sets the layers that use running statistics from the next pass on; `norms` includes earlier ones."""
         if not self.handles:
             self.handles.append(self._model.register_forward_pre_hook(TraceableHook(self._still)))
         self._norms = norms
 
     def restore(self) -> None:
-        """Gives the layers the network's own mode back; the hook is to be removed first."""
+        """Sets the layers to the network's mode again; remove the hook first."""
         for norm in self._stilled:
             norm.training = self._model.training
         self._stilled.clear()
@@ -54,10 +54,10 @@ class RunningNorms:
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` over the mini-batch of all ranks, whose parts may differ in size and be empty.
+    """`nn.BatchNorm2d` over the mini-batch of all ranks, whose shards may differ in size and be empty.
 
-    It takes two small all-reduces, one in each direction. torch's own `SyncBatchNorm` runs on GPUs only, and reads from
-    the device in its forward pass, for which the step would have to wait.
+    It needs two small all-reduces per step. torch's own `SyncBatchNorm` runs on GPUs only, and its forward
+    pass waits for the device.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(model: nn.Module) -> None:
-    """Lets every `nn.BatchNorm2d` of `model` normalise over all ranks; parameters, names and hooks stay."""
+    """Makes every `nn.BatchNorm2d` of `model` normalise over all ranks; parameters, names and hooks stay."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncedBatchNorm2d
 
 
 def separate(model: nn.Module) -> None:
-    """Takes back what `synchronise` did."""
+    """Undoes `synchronise`."""
     for module in model.modules():
         if type(module) is SyncedBatchNorm2d:
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

@@ -127,7 +127,7 @@ def reproduce(
         return
     with resumable(context, out, []), Display(quiet=quiet) as display:
         found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
-    print(f"\n{found.sheet.text()}\n")
+    print(f"\n{found.table.text()}\n")
     print(f"written: {', '.join(str(file) for file in found.files)}")
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from lowcal.errors import LowcalError
 from lowcal.files import atomic_write
 from lowcal.report.runs import RunData, by_method
-from lowcal.report.tables import time_unit
+from lowcal.report.table import time_unit
 
 __all__ = [
     "FIGURES",

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lowcal.report.figures import INK, colours, style
 from lowcal.report.labels import Label, place_labels
-from lowcal.report.tables import time_unit
+from lowcal.report.table import time_unit
 
 __all__ = ["Spot", "frontier"]
 

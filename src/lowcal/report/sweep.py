@@ -16,8 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lowcal.files import FORMAT, write_json
 from lowcal.report.figures import INK, colours, save, style
-from lowcal.report.intervals import ABSENT, spread_notes, with_spread
-from lowcal.report.tables import duration
+from lowcal.report.table import ABSENT, duration, spread_notes, with_spread
 
 __all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
 
@@ -93,7 +92,7 @@ def sweep_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         if row["reason"] is not None:
             line += [ABSENT] * (3 + len(more)) + [row["reason"]]
         else:
-            error = with_spread(row["top1_error"], row["top1_error_std"], summary["seeds"], 2)
+            error = with_spread(row["top1_error"], row["top1_error_std"], summary["seeds"])
             boundary = f"{round(row['boundary'], 1):g}/{row['layers']:g}"
             line += [error, *(f"{row[name]:.4g}" for name in more), duration(row["seconds"]), boundary]
             line.append("*" if row["trial"] in summary["best"] else "")

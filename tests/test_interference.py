@@ -235,25 +235,6 @@ def test_a_pass_that_is_not_back_propagated_counts_for_nothing(kind, extra):
     assert meddled.local._local_layers.updates.skipped == 0
 
 
-def test_two_passes_before_one_backward_pass_both_count(kind):
-    setup = Setup(kind)
-    setup.epoch()
-    first, second = setup.data(2, seed=6)
-    twin = Setup(kind)
-    twin.epoch()
-    for one in (setup, twin):
-        one.optimizer.zero_grad()
-        losses = [F.cross_entropy(one.model(inputs), labels) for inputs, labels in (first, second)]
-        if one is setup:
-            (losses[0] + losses[1]).backward()
-        else:
-            losses[0].backward()
-            losses[1].backward()
-        one.optimizer.step()
-    for a, b in zip(setup.prefix, twin.prefix, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_paused_passes_count_for_nothing_even_with_a_backward_pass(kind):
     plain, paused = Setup(kind), Setup(kind)
     for setup in (plain, paused):

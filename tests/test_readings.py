@@ -245,33 +245,6 @@ def test_a_schedule_of_ones_own_sees_steps_and_earlier_layers():
     assert listed[-1] == local.change
 
 
-def test_a_schedule_of_ones_own_expresses_norm_trends_readings():
-    @dataclasses.dataclass(frozen=True)
-    class Mine(Schedule):
-        """NormTrend(1.2, 2, interval=2, spacing="prose", measure="step", average="run", align="block")."""
-
-        @property
-        def measure(self):
-            return "step"
-
-        @property
-        def remembers(self):
-            return True
-
-        def __call__(self, progress):
-            before = [norm for _, norm in progress.earlier] + list(progress.changes[:-1])
-            last = before[-2:]
-            if len(progress.changes) < 2 or progress.changes[-1] > 1.2 * sum(last) / len(last):
-                return progress.boundary
-            return min(end for end in progress.ends if end >= progress.boundary + 2)
-
-    readings = {"spacing": "prose", "measure": "step", "average": "run", "align": "block"}
-    built_in = NormTrend(1.2, 2, 1.0, interval=2, **readings)
-    own, theirs = (path(schedule, epochs=4)[:2] for schedule in (Mine(), built_in))
-    assert same(own, theirs)
-    assert max(own[0]) == 2
-
-
 def test_a_schedule_that_asks_for_nothing_is_told_nothing():
     seen = []
 
@@ -365,17 +338,6 @@ def test_a_state_of_other_norms_is_refused(saved, loading, answer):
     local = LoCal(model, optimizer, epochs=9, schedule=NormTrend(**MOVING, **loading), example_inputs=EXAMPLE)
     with refused(answer, model=model, optimizer=optimizer, local=local):
         local.load_state_dict(state)
-
-
-def test_an_older_state_without_a_move_lacks_nothing_for_the_mean_across_moves():
-    old = state_of(NormTrend(**MOVING), epochs=1)
-    model = mlp()
-    local = LoCal(model, sgd(model), epochs=9, schedule=NormTrend(**MOVING, average="run"), example_inputs=EXAMPLE)
-    local.load_state_dict(old)
-    assert {key: value for key, value in local.state_dict().items() if key != "start"} == {
-        **{key: value for key, value in old.items() if key != "start"},
-        "earlier": [],
-    }
 
 
 @pytest.mark.parametrize(

@@ -226,11 +226,6 @@ def test_published_decay_counts_from_epoch_0(decay, expected):
     assert {epoch: rule.step_size(epoch) for epoch in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_defaults_are_the_published_ones_for_cifar():
-    assert Hebbian() == Hebbian(lr=0.01, decay=0.5, decay_every=30, scale="absolute", every=1)
-    assert Hebbian().step_size(30) == 0.005
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lr", -0.1), ("lr", math.nan), ("lr", math.inf), ("lr", "0.1"),

@@ -88,11 +88,11 @@ for options in ({{}}, {{"padding": 1, "padding_mode": "reflect"}}):  # reflected
     module = torch.nn.Conv2d(4, 8, 1, stride=2, **options).to(memory_format=torch.channels_last)
     inputs = torch.randn(8, 4, 32, 32).contiguous(memory_format=torch.channels_last)
     outputs = module(inputs)
-    for _ in range(20):
+    for _ in range(10):
         lowcal.hebbian_update(module, inputs, outputs)
 model = build_model("resnet8", classes=4, width=4).to(memory_format=torch.channels_last)
 slice_inputs(model)
-for _ in range(20):
+for _ in range(6):
     images = torch.randn(50, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     model(images).square().sum().backward()
 """

@@ -3,8 +3,7 @@ import math
 import pytest
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe_files import load_recipe
-from lowcal.experiments.recipe_keys import setting_types
+from lowcal.experiments.recipe_text import load_recipe, setting_types
 from lowcal.experiments.search import Range, Values, base_recipe, decode, grid, own_point, parse_search, refuse_unused
 
 

@@ -11,9 +11,15 @@ from typing import Any
 import yaml
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe import Recipe, Settings
-from lowcal.experiments.recipe_files import apply_settings, parse_setting, parse_value, show_value
-from lowcal.experiments.recipe_keys import setting_types
+from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe_text import (
+    apply_settings,
+    parse_setting,
+    parse_value,
+    setting_types,
+    show_value,
+    value_of,
+)
 from lowcal.methods import METHODS, find_method
 
 HOW = "write key=low:high, key=low:high:log or key=value,value,..."
@@ -118,11 +124,7 @@ def own_point(recipe: Recipe, searches: Sequence[Search]) -> dict[str, Any] | No
     """The values that `recipe` itself has for the searched settings; None if one of them is not among the searched."""
     point = {}
     for search in searches:
-        value: Any = recipe
-        for part in search.key.split("."):
-            value = getattr(value, part)
-        if isinstance(value, Settings) and value.short:
-            value = getattr(value, value.short)
+        value = value_of(recipe, search.key)
         if value not in search:
             return None
         point[search.key] = value

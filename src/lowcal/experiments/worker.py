@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from lowcal.experiments.folders import refuse_another_recipe
 from lowcal.experiments.lease import Lease, LostTrialError
 from lowcal.experiments.ledger import MOST_DEATHS, Entry, Ledger
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, show_value
+from lowcal.experiments.recipe_text import apply_settings, show_value
 from lowcal.experiments.sampling import Study
 from lowcal.experiments.search import decode
 from lowcal.training.record import RunFolder
@@ -160,7 +160,7 @@ class Worker:
         lease.has_begun = False
         is_there = RunFolder.holds_run(folder)
         if is_there:
-            refuse_another_recipe(folder, recipe.model_copy(update={"seed": arm.seed}))
+            refuse_another_recipe(folder, replace(recipe, seed=arm.seed))
             if RunFolder(folder).read_summary() is not None:
                 return
         try:

@@ -16,8 +16,8 @@ from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.norms import synchronise
 from lowcal.strided import slice_inputs
-from lowcal.synced_norm import synchronise
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import gather_environment

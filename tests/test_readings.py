@@ -184,7 +184,7 @@ def test_a_new_layer_has_its_own_step_right_after_a_move_by_hand():
 
 @pytest.mark.parametrize("value", ["epoch", None])
 def test_another_start_of_the_decay_is_refused(value):
-    with pytest.raises(LowcalError, match=f"decay_from is {value!r}; choose 'start' or 'switch'"):
+    with pytest.raises(LowcalError, match=f"decay_from is {value!r}; give 'start' or 'switch'"):
         Hebbian(decay_from=value)
 
 

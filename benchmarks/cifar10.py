@@ -24,7 +24,7 @@ from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
 from lowcal.report.table import ABSENT, Column, Table
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.process import keep_freed_memory
 from steady_speedup import kind_of, steady_times
 
 METHODS = {

@@ -14,9 +14,9 @@ from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 from lowcal.models import build_model
 from lowcal.report.table import Column, Table
+from lowcal.training.batch_growth import next_batch, predicted_peak
 from lowcal.training.cost import dry_cost, held_bytes
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import next_batch, predicted_peak
 
 MODELS = {"resnet18": (10, 32), "vgg13": (10, 32), "resnet50": (1000, 224), "mobilenet_v2": (1000, 224)}
 BATCH = 64  # images, the paper's for one GPU

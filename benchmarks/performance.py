@@ -28,7 +28,7 @@ import whole_run
 from common import script
 from lowcal.experiments.assemble import find_device
 from lowcal.experiments.bench.setup import BenchSettings
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.process import keep_freed_memory
 
 Pieces = dict[str, Callable[[Path], None]]
 

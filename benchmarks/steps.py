@@ -15,11 +15,11 @@ from unittest.mock import patch
 import torch
 
 from common import BOUNDARY, METHOD, STEP, digits, write
+from lowcal.experiments.backends import kernels
 from lowcal.experiments.bench.run import bench
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod
 from lowcal.experiments.bench.show import bench_text, plot, targets_text
 from lowcal.experiments.bench.timing import Timing, Work, time_in_turn
-from lowcal.experiments.kernels import kernels
 from lowcal.report.table import Column, Table
 from lowcal.training.environment import gather_environment
 

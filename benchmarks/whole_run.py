@@ -27,21 +27,20 @@ from common import METHOD, Log, script
 from lowcal.data import Loader, make_loader
 from lowcal.discovery import trace
 from lowcal.experiments.assemble import find_device, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.bench.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod, forward_flops
 from lowcal.experiments.bench.timing import time_in_turn
 from lowcal.experiments.compare import compare
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.experiments.reproduce.paper import published
-from lowcal.experiments.threads import cpu_threads
 from lowcal.layers import recurring_block
 from lowcal.models import build_model
 from lowcal.report.table import Column, Table
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.batch_growth import release_memory
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import release
+from lowcal.training.process import keep_freed_memory
 
 METHODS = ("local", "freeze")
 LEAST = 0.98  # measured over predicted speed-up
@@ -133,7 +132,7 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     recipe = apply_settings(whole, settings)
     data_dir = None if is_synthetic else data_dir
     runs = train(recipe, data_dir, device)
-    release(device)
+    release_memory(device)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
         setup = BenchSetup(bench, device, training_images(recipe, data_dir, device))

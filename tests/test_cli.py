@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lowcal.cli import main
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
 
 # A network and images small enough for a test: 64 images, 2 epochs, four steps each.
 SMALL = [

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lowcal.training.watchdog import INTERRUPTED, PREEMPTED, SIGNALS
+from lowcal.training.signals import INTERRUPTED, PREEMPTED, SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _exit_on_signal():  # imports take seconds
             from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to `app`)
-            from lowcal.training.allocator import keep_freed_memory
+            from lowcal.training.process import keep_freed_memory
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # without UTF-8, '±' becomes '?'
@@ -99,9 +99,9 @@ def _exit_on_signal() -> Iterator[None]:
 
 
 def _end(message: str, code: int) -> int:
-    from lowcal.training.launch import is_spokesman
+    from lowcal.training.process import reports_end
 
-    if is_spokesman():
+    if reports_end():
         print("lowcal:", " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 

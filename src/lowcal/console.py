@@ -21,7 +21,7 @@ from lowcal.report.runs import MOVING
 from lowcal.report.table import ABSENT, Column, Table, memory, of_two, with_spread
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 @dataclass

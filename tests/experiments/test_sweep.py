@@ -21,7 +21,7 @@ from lowcal.experiments import ledger as ledger_module
 from lowcal.experiments.recipe_text import load_recipe
 from lowcal.experiments.search import variants
 from lowcal.experiments.sweep import plan_sweep, sweep
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
 
 CPU = torch.device("cpu")
 SMALL = [

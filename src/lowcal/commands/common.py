@@ -14,9 +14,8 @@ from typing import Annotated
 
 import typer
 
-from lowcal.training.interrupt import Interrupted, catch_signals, end
-from lowcal.training.launch import Launch, is_lost
-from lowcal.training.watchdog import INTERRUPTED, PREEMPTED
+from lowcal.training.process import Launch, is_lost
+from lowcal.training.signals import INTERRUPTED, PREEMPTED, Interrupted, catch_signals, ignore_signals
 
 app = typer.Typer(
     name="lowcal",
@@ -68,7 +67,7 @@ def resumable(context: typer.Context, folder: Path, more: Sequence[str], grace: 
                 yield
             except RuntimeError as error:
                 if is_lost(error):
-                    end()  # so that torchrun's SIGTERM does not come before the error line
+                    ignore_signals()  # torchrun sends SIGTERM, which must not suppress the last message
                 raise
         return
     except KeyboardInterrupt as error:

@@ -20,7 +20,7 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
-from lowcal.training.launch import Launch
+from lowcal.training.process import Launch
 
 if TYPE_CHECKING:
     from lowcal.report.page import Report
@@ -135,19 +135,19 @@ def train(
     from lowcal.experiments.train import started_with
     from lowcal.experiments.train import train as run
     from lowcal.methods import find_method
-    from lowcal.training.joining import joined
+    from lowcal.training.distributed import joined
 
-    with joined(find_device(device, launch)) as ranks:
+    with joined(find_device(device, launch)) as group:
         if resume and out is not None:
-            kept, kept_method = started_with(out, ranks)
+            kept, kept_method = started_with(out, group)
             chosen, method = (chosen if recipe else apply_settings(kept, changes)), method or kept_method
         method = method or "local"
         find_method(method)  # refuses an unknown one before anything is said of the run
-        folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
+        folder = out or Path(group.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
         grace = chosen.checkpoint.grace
-        with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
-            among = f" by {ranks.world} processes" if ranks.world > 1 else ""
+        with resumable(context, folder, more, grace), Display(quiet=quiet or not group.is_main) as display:
+            among = f" by {group.world} processes" if group.world > 1 else ""
             display.note(f"{title(as_dict(chosen))}: {method}{among}; in {folder}")
             summary = run(
                 chosen,
@@ -156,10 +156,10 @@ def train(
                 resume=resume,
                 extend=extend,
                 data_dir=data_dir,
-                ranks=ranks,
+                group=group,
                 watcher=display,
             )
-    if not ranks.is_main:
+    if not group.is_main:
         return
     print(
         f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "

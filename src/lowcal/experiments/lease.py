@@ -13,7 +13,7 @@ from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.ledger import Ledger
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 class LostTrialError(Exception):

@@ -26,7 +26,7 @@ from lowcal.experiments.search import Search, base_recipe, grid, own_point, pars
 from lowcal.methods import find_method
 from lowcal.report.headline import title
 from lowcal.report.sweep import SweepReport, write_sweep
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lowcal.experiments.ledger import Ledger

@@ -24,7 +24,7 @@ from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, show_value
 from lowcal.experiments.sampling import Study
 from lowcal.experiments.search import decode
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lowcal.experiments.sweep import Sweep

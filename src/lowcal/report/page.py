@@ -16,7 +16,7 @@ from lowcal.report.figures import FIGURES, colours, inline_svg
 from lowcal.report.headline import batch_changes, common_title, comparison_notes, headline
 from lowcal.report.runs import RunData, by_method, code_note, read_runs
 from lowcal.report.table import Table, spread_notes
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 _CAPTIONS = {
     "error-against-time": "Lower and further left is better. A line ends with its last epoch.",

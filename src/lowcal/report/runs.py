@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lowcal.errors import LowcalError, is_count
-from lowcal.training.record import RunFolder, code_of
+from lowcal.training.run_folder import RunFolder, code_of
 
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which images.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from lowcal.experiments.backends import kernels
 from lowcal.experiments.bench.predict import fastest_path, known_schedules, predicted_speedup
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod
 from lowcal.experiments.bench.timing import Timing, Work, time_in_turn, time_layers
-from lowcal.experiments.kernels import kernels
 from lowcal.files import FORMAT
 from lowcal.layers import recurring_block
 from lowcal.training.cost import Cost

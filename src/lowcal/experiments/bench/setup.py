@@ -15,18 +15,17 @@ from torch.optim import SGD, Optimizer
 from lowcal.data import Loader
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError
+from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.timing import Work
-from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs
 from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
-from lowcal.training.epoch import now
-from lowcal.training.modes import build_step, find_step
-from lowcal.training.step import StepOptions, as_given, autocast, build_scaler
+from lowcal.training.step import StepOptions, autocast, build_scaler, keep_batch, now
+from lowcal.training.step_modes import build_step, find_step
 
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 
@@ -115,7 +114,7 @@ class BenchSetup:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         slice_inputs(self.model)
-        self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.collate
+        self.collate: Callable[..., tuple[Tensor, Tensor]] = keep_batch if loader is None else loader.collate
         self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.raw_batches())
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
@@ -199,7 +198,7 @@ class TimedMethod:
     def _build(self) -> None:
         device, settings = self._setup.device, self._setup.settings
         scaler = build_scaler(device, settings.precision)
-        options = StepOptions(device, settings.precision, scaler, make=self._setup.make)
+        options = StepOptions(device, settings.precision, scaler, collate=self._setup.collate)
         self.step = build_step(settings.step, self.model, self.optimizer, self.method, options)
 
     def _run(self, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Which kernels a GPU runs: the fastest, or those that give the same figures bit for bit; TF32 where asked."""
+"""How torch computes: which kernels a GPU runs, the CPU threads, and where images have their channels in memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def kernels_of(recipe: Recipe) -> AbstractContextManager[None]:
 
 @contextmanager
 def kernels(*, deterministic: bool = False, tf32: bool | None = None) -> Iterator[None]:
-    """Within it cuDNN tries its algorithms for each size of convolution and keeps the fastest; then all is as before.
+    """Within it cuDNN tries its algorithms for each size of convolution and keeps the fastest.
 
     Args:
-        deterministic: torch uses no algorithm whose result changes from run to run instead.
+        deterministic: torch instead uses only algorithms whose result does not change from run to run.
         tf32: whether products of float32 numbers may round their factors to 10 bits of fraction, which newer GPUs
             multiply many times faster; None: torch's own choice, which is yes in convolutions and no in linear layers.
 
@@ -49,3 +49,26 @@ def kernels(*, deterministic: bool = False, tf32: bool | None = None) -> Iterato
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within it torch computes with `count` CPU threads (None: its own choice)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def puts_channels_last(asked: bool | None, device: torch.device, precision: str) -> bool:
+    """Whether the channels of images and weights come last in memory: as `asked`, or with None where steps are faster.
+
+    Channels last is faster on a CPU, as measured (docs/performance.md, "Memory format"), and on a GPU in half
+    precision, whose matrix units need this order. On a GPU in single precision, which was not measured, they come
+    first, which is torch's default.
+    """
+    if asked is not None:
+        return asked
+    return device.type != "cuda" or precision != "float32"

@@ -1,9 +1,8 @@
-"""What the steps of an epoch have given so far."""
+"""The steps of an epoch so far."""
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,36 +15,37 @@ Shape = tuple[int, ...]
 
 
 class DivergedError(Exception):
-    """Losses or gradients are NaN or infinite; its text says what, `step`, counted from 1, is the last one."""
+    """Losses or gradients are NaN or infinite, up to `step`, counted from 1."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what)
         self.step = step
 
 
-class Part:
-    """The part of an epoch that is done: what its record, and the checks of the steps to come, depend on.
+class EpochState:
+    """The steps of an epoch so far, on which its record and the checks of later steps depend.
 
     Args:
         steps: in the whole epoch.
-        device: where losses are; nothing but `check` and what comes after the steps waits for it.
-        in_a_row: skipped steps with which the epoch before ended.
+        device: of the losses; only `check` and what comes after the last step wait for it.
+        in_a_row: skipped steps at the end of the epoch before.
 
     Attributes:
         losses: of each step, (steps,).
-        skipped: whether that step was skipped, (steps,).
+        skipped: whether each step was skipped, (steps,).
         shapes: of each step's images.
+        images: in the steps so far.
         seconds: training time.
-        peak: most bytes of memory, where that is measured.
+        peak: most bytes of memory, where the device measures them.
     """
 
     def __init__(self, steps: int, device: torch.device, *, in_a_row: int = 0) -> None:
         self.losses = torch.zeros(steps, device=device)
         self.skipped = torch.zeros(steps, dtype=torch.bool, device=device)
         self.shapes: list[Shape] = []
+        self.images = 0
         self.seconds = 0.0
         self.peak = 0
-        self.images = 0
         self._times: list[float] = []
         self._in_a_row = in_a_row
 
@@ -56,11 +56,11 @@ class Part:
 
     @property
     def done(self) -> int:
-        """Steps that are done."""
+        """Finished steps."""
         return len(self.shapes)
 
     def add(self, loss: Tensor, skipped: Tensor | None, shape: Shape, seconds: float) -> None:
-        """Takes in a step; `skipped` is a 0-d truth value on the device, None where no step ever is."""
+        """Adds a step. `skipped` is a 0-d bool on the device, or None if no step is ever skipped."""
         self.losses[self.done] = loss
         if skipped is not None:
             self.skipped[self.done] = skipped
@@ -69,10 +69,11 @@ class Part:
         self._times.append(seconds)
 
     def check(self, max_skips: int) -> None:
-        """Looks at all steps so far; waits for the device.
+        """Checks all steps so far; waits for the device.
 
         Raises:
-            DivergedError: `max_skips` is 0 and a loss is not finite, or more steps in a row were skipped.
+            DivergedError: `max_skips` is 0 and a loss is not finite, or more than `max_skips` steps in a row were
+                skipped.
         """
         if not max_skips:
             losses = self.losses[: self.done]
@@ -82,7 +83,7 @@ class Part:
             return
         if not bool(self.skipped[: self.done].any()):
             return
-        for step, in_a_row in enumerate(self._runs(), start=1):
+        for step, in_a_row in enumerate(self._skips_in_a_row(), start=1):
             if in_a_row > max_skips:
                 raise DivergedError(
                     f"{in_a_row} steps in a row were skipped, since their loss or gradient was NaN or infinite "
@@ -91,27 +92,25 @@ class Part:
                 )
 
     def loss_so_far(self) -> float:
-        """The mean over the steps whose loss is finite; waits for the device."""
+        """The mean over the steps with a finite loss; waits for the device."""
         losses = self.losses[: self.done]
         return float(losses.where(losses.isfinite(), torch.nan).nanmean())
 
-    # Once all steps are done
+    # After the last step
 
     def mean_loss(self) -> float:
-        """The mean over the epoch's images, those left out whose loss is not finite; NaN if that is all."""
+        """The mean over the images of all steps with a finite loss; NaN if there is none."""
         losses = self.losses.double().cpu()
         sizes = torch.tensor([shape[0] for shape in self.shapes], dtype=torch.float64)
-        good = losses.isfinite()
-        return float(losses[good] @ sizes[good]) / float(sizes[good].sum()) if bool(good.any()) else float("nan")
-
-    def shape_counts(self) -> Counter[Shape]:
-        """How many mini-batches of images there were of which shape."""
-        return Counter(self.shapes)
+        finite = losses.isfinite()
+        return (
+            float(losses[finite] @ sizes[finite]) / float(sizes[finite].sum()) if bool(finite.any()) else float("nan")
+        )
 
     def facts(self) -> dict[str, float | int]:
-        """What the run's log says of the epoch's steps.
+        """The fields of the epoch's record that depend on its steps alone.
 
-        The time of one is the median, or on CUDA, where the host runs ahead of the device, the mean.
+        The time of a step is the median; on CUDA, where the host runs ahead of the device, the mean.
         """
         is_cuda = self.losses.device.type == "cuda"
         return {
@@ -122,14 +121,12 @@ class Part:
             "skipped_steps": int(self.skipped.sum()),
         }
 
-    def in_a_row(self) -> int:
-        """Skipped steps with which the epoch ends."""
-        return self._runs()[-1]
-
-    # Checkpoints
+    def final_skips(self) -> int:
+        """Skipped steps at the end of the epoch."""
+        return self._skips_in_a_row()[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it: tensors and plain values."""
+        """The state as tensors and plain values."""
         return {
             "losses": self.losses.clone(),
             "skipped": self.skipped.clone(),
@@ -141,10 +138,10 @@ class Part:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
-            LowcalError: it is of an epoch of another number of steps.
+            LowcalError: it has another number of steps.
         """
         shapes: list[list[int]] = state["shapes"].tolist()
         if len(state["losses"]) != self.steps or not 0 < len(shapes) <= self.steps:
@@ -156,10 +153,10 @@ class Part:
         self._times = state["times"].tolist()
         self.seconds, self.peak, self._in_a_row = state["seconds"], state["peak"], state["in_a_row"]
 
-    def _runs(self) -> list[int]:
-        """After each step so far, how many were skipped in a row."""
-        runs, run = [], self._in_a_row
+    def _skips_in_a_row(self) -> list[int]:
+        """For each step so far, the number of skipped steps in a row that end with it."""
+        counts, count = [], self._in_a_row
         for skipped in self.skipped[: self.done].tolist():
-            run = run + 1 if skipped else 0
-            runs.append(run)
-        return runs
+            count = count + 1 if skipped else 0
+            counts.append(count)
+        return counts

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.training.process import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def faults():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lowcal import LowcalError
-from lowcal.training import compiled, graphed, modes, workbench
-from lowcal.training.modes import candidates, fastest
+from lowcal.training import compiled, graphed, step_modes
+from lowcal.training.step_modes import candidates, fastest
 
 from ..support import same
 from .runs import log, make_run, run_on, state
@@ -49,13 +49,13 @@ def all_modes(monkeypatch):
     """All modes apply; the one named in the list is the fastest."""
     monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
     monkeypatch.setattr(compiled, "BACKEND", "eager")
-    monkeypatch.setattr(workbench, "candidates", lambda device: tuple(modes.STEPS))
+    monkeypatch.setattr(step_modes, "candidates", lambda device: tuple(step_modes.STEPS))
     winner = ["graphed"]
 
     def choose(names, seconds):
         return fastest(names, lambda name: seconds(name) * (0.0 if name == winner[0] else 1.0) + (name != winner[0]))
 
-    monkeypatch.setattr(workbench, "fastest", choose)
+    monkeypatch.setattr(step_modes, "fastest", choose)
     return winner
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lowcal.cli import main
-from lowcal.training import trainer
-from lowcal.training.record import RunFolder
+from lowcal.training import epoch as epoch_module
+from lowcal.training.run_folder import RunFolder
 
 SMALL = [
     "batch=16",
@@ -60,9 +60,9 @@ def diverge(monkeypatch, folder: str, epoch: int, *settings: str) -> int:
         calls.append(1)
         return (float("nan"), 0.0) if len(calls) == epoch else whole(*args, **kwargs)
 
-    whole = trainer.evaluate
+    whole = epoch_module.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", evaluate)
+        patch.setattr(epoch_module, "evaluate", evaluate)
         return start(folder, "epochs=4", *settings)
 
 
@@ -135,7 +135,7 @@ def test_an_extension_that_a_crash_breaks_off_can_be_made_again(crash, monkeypat
 
 def test_a_run_that_diverged_before_its_first_epoch_ended_is_replaced(monkeypatch, capsys):
     assert diverge(monkeypatch, "run", 1) == 2
-    refused(capsys, "at step 2 of epoch 1 of 4", "starts anew in this folder")
+    refused(capsys, "at step 2 of epoch 1 of 4", "starts again in this folder")
     assert start("run", "epochs=2", "optimizer.lr=0.01") == 0
     assert start("other", "epochs=2", "optimizer.lr=0.01") == 0
     assert log("run") == log("other")

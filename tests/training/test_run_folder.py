@@ -1,8 +1,7 @@
 import json
 import os
+import resource
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
 from lowcal.files import atomic_write, read_json, write_json
-from lowcal.training.record import RunFolder, code_of
+from lowcal.training.run_folder import RunFolder, code_of
 
 IDENTITY = {
     "method": "local",
@@ -116,7 +115,7 @@ def test_a_creation_that_crashed_is_recognised_and_done_anew(tmp_path, monkeypat
     assert not RunFolder.holds_run(path)
     assert RunFolder.is_half_made(path) == (call > 1)
     if call > 1:
-        with pytest.raises(LowcalError, match="start the run anew, without --resume"):
+        with pytest.raises(LowcalError, match="start the run again, without --resume"):
             RunFolder.open(path)
     make_run(path, epochs=1)
     assert files(path) == ["environment.json", "epochs.jsonl", "recipe.yaml"]
@@ -157,16 +156,6 @@ def test_create_leaves_nothing_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(LowcalError, match="No space left on device"):
         make_run(tmp_path / "a" / "b")
     assert files(tmp_path) == []
-
-
-def test_create_refuses_a_folder_that_is_not_writable(tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir()
-    closed.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    if os.access(closed, os.W_OK):
-        pytest.skip("this user may write everywhere")
-    with pytest.raises(LowcalError, match="Permission denied"):
-        make_run(closed / "run")
 
 
 def test_create_wants_the_whole_identity(tmp_path):
@@ -280,39 +269,16 @@ def test_atomic_write_names_a_folder_that_is_gone(tmp_path):
         atomic_write(tmp_path / "gone" / "x", b"")
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from lowcal.errors import LowcalError
-from lowcal.files import atomic_write
-from lowcal.training.record import RunFolder
-folder = RunFolder.open(Path(sys.argv[1]))
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-for write in (
-    lambda: atomic_write(folder.path / "checkpoint.pt", bytes(100_000)),
-    lambda: folder.append({"filler": "x" * 5000}),
-):
-    try:
-        write()
-    except LowcalError as error:
-        assert "File too large" in str(error) and str(folder.path) in str(error), error
-    else:
-        sys.exit("nothing was raised")
-"""
-
-
-def test_a_full_disk_leaves_the_old_files_and_no_debris(tmp_path):
+def test_a_full_disk_leaves_the_log_as_it_was(tmp_path):
     folder = make_run(tmp_path / "run", epochs=2)
-    atomic_write(folder.path / "checkpoint.pt", b"the last good one")
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, folder.path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(LowcalError, match="File too large"):
+            folder.append({"filler": "x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
@@ -331,23 +297,3 @@ def test_a_run_without_a_digest_is_known_by_its_commit():
     assert code_of({"commit": "0123456789abcdef"}) == "0123456789ab"
     assert code_of({"commit": None}) == code_of({}) == "unknown"
     assert code_of({"code": "aaaa00000000", "commit": "0123456789abcdef"}) == "aaaa00000000"
-
-
-def test_environment_says_what_ran():
-    from lowcal.training.environment import gather_environment
-
-    environment = gather_environment("cpu")
-    assert environment["device"] == "cpu"
-    assert environment["threads"] >= 1
-    assert set(environment) == {
-        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "code", "commit",
-        "started",
-    }  # fmt: skip
-    head = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if head.returncode == 0 and environment["commit"]:
-        assert environment["commit"].removesuffix("-dirty") == head.stdout.strip()

@@ -1,4 +1,4 @@
-"""Run folders: the files that a run writes, and the only thing that the report reads."""
+"""Run folders: the files that a run writes, which are all that the report reads."""
 
 import hashlib
 import json
@@ -38,9 +38,9 @@ _MAY_BE_NULL = frozenset({"label", "train_loss", "test_loss", "top1_error"})
 class RunFolder:
     """The folder of one training run.
 
-    `recipe.yaml` is the recipe's text, `environment.json` where it runs and which run it is, `epochs.jsonl`
-    one JSON object an epoch, `summary.json` the results once it is finished. Checkpoints lie beside them, and
-    `diverged.json` says how a run that diverged ended.
+    `recipe.yaml` is the recipe's text, `environment.json` the environment and the identity of the run, `epochs.jsonl`
+    one JSON object per epoch, `summary.json` the results of a finished run. Checkpoints lie beside them, and
+    `diverged.json` says how a run diverged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class RunFolder:
     def create(
         cls, path: Path, *, recipe: str, environment: Mapping[str, Any], identity: Mapping[str, Any]
     ) -> "RunFolder":
-        """Make a run's folder; `path` must not exist yet, be empty or half made, and its parents are made if need be.
+        """Make a run's folder; `path` must not exist, or be empty or half made. Missing parents are made.
 
         `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed,
         epochs (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if
@@ -81,7 +81,7 @@ class RunFolder:
         if not path.is_dir():
             raise LowcalError(f"{path} is not a folder; give the folder of a run")
         if cls.is_half_made(path):
-            raise LowcalError(f"{path} was being made when its run was killed; start the run anew, without --resume")
+            raise LowcalError(f"{path} was being made when its run was killed; start the run again, without --resume")
         if not cls.holds_run(path):
             raise LowcalError(f"{path} is not a run folder: it has no {RECIPE}; give the folder of a run")
         return cls(path)
@@ -104,7 +104,7 @@ class RunFolder:
             raise refused(path, error) from error
 
     def occupy(self) -> None:
-        """Shows `may_be_replaced` that a run is at work here: until this process ends, or the run diverges."""
+        """Lock the folder: `may_be_replaced` is then False until this process ends or the run diverges."""
         if fcntl is not None:
             descriptor = os.open(self.path / EPOCHS, os.O_RDONLY)
             self._leave = weakref.finalize(self, os.close, descriptor)
@@ -112,7 +112,7 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def may_be_replaced(self) -> bool:
-        """Whether the run here has finished no epoch, is not at work, and has diverged or has no checkpoint."""
+        """Whether the run has finished no epoch, is not occupied, and has diverged or has no checkpoint."""
         if self._lines() or (self.divergence() is None and any(self.path.glob(CHECKPOINTS))):
             return False
         if fcntl is None:
@@ -127,7 +127,7 @@ class RunFolder:
         return True
 
     def clear(self) -> None:
-        """Removes the run. After a crash on the way the folder still `may_be_replaced`, or is half made."""
+        """Remove the run. After a crash in between the folder still `may_be_replaced`, or is half made."""
         last = (SUMMARY, DIVERGED, RECIPE, ENVIRONMENT, EPOCHS)
         try:
             for path in (*self.path.glob(CHECKPOINTS), *self.path.glob(".*.tmp"), *(self.path / name for name in last)):
@@ -136,9 +136,9 @@ class RunFolder:
             raise refused(self.path, error) from error
 
     def change(self, recipe: str, *, epochs: int) -> None:
-        """Gives the run another recipe, and takes it for unfinished; checkpoints made under the present one stay valid.
+        """Give the run another recipe and mark it as unfinished; its checkpoints stay valid.
 
-        A crash on the way leaves the old recipe or the new one, and a run that can go on with either.
+        A crash in between leaves the old recipe or the new one, and a run that can continue with either.
         """
         value = read_json(self.path / ENVIRONMENT)
         earlier = [*self.earlier_recipes(), {"recipe": digest(self.recipe), "until_epoch": len(self._lines())}]
@@ -151,17 +151,17 @@ class RunFolder:
         atomic_write(self.path / RECIPE, recipe.encode())
 
     def earlier_recipes(self) -> list[dict[str, Any]]:
-        """The recipes that the run had before `change`: `recipe` is a digest, `until_epoch` a number of epochs."""
+        """Return the recipes before each `change`: `recipe` is a digest, `until_epoch` a number of epochs."""
         return list(self.read_identity().get("earlier", []))
 
     def note_divergence(self, what: str) -> None:
-        """Keeps, until an epoch more is finished, that the run has diverged and how."""
+        """Record how the run diverged; the next finished epoch removes the record."""
         write_json(self.path / DIVERGED, {"format": FORMAT, "what": what})
         if self._leave is not None:
             self._leave()
 
     def divergence(self) -> str | None:
-        """How the run diverged; None if it did not."""
+        """Return how the run diverged; None if it did not."""
         path = self.path / DIVERGED
         return str(read_json(path).get("what")) if path.exists() else None
 
@@ -174,7 +174,7 @@ class RunFolder:
             raise LowcalError(f"cannot read {self.path / RECIPE} ({first_line(error)}); restore it") from None
 
     def read_environment(self) -> dict[str, Any]:
-        """Return where the run runs: device, versions, commit, start; without the run's identity."""
+        """Return the environment of the run (device, versions, commit, start) without its identity."""
         value = read_json(self.path / ENVIRONMENT)
         return {name: entry for name, entry in value.items() if name not in ("format", "run")}
 
@@ -188,7 +188,7 @@ class RunFolder:
         return identity
 
     def note_code(self, code: str) -> None:
-        """Add to `environment.json` that the run goes on under `code`, a digest; `code` is then "FIRST+NEXT"."""
+        """Add to `environment.json` that the run continues with `code`, a digest; it then holds "FIRST+NEXT"."""
         value = read_json(self.path / ENVIRONMENT)
         made_by = code_of(value)
         if made_by.rpartition("+")[2] != code:
@@ -222,7 +222,7 @@ class RunFolder:
         path = self.path / EPOCHS
         lines = self._lines()
         if epochs > len(lines):
-            raise LowcalError(f"{path} has {len(lines)} epochs, not {epochs}; start the run anew")
+            raise LowcalError(f"{path} has {len(lines)} epochs, not {epochs}; start a new run in another folder")
         try:
             if epochs < len(lines):
                 (self.path / SUMMARY).unlink(missing_ok=True)
@@ -235,6 +235,23 @@ class RunFolder:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` atomically to the file `name` of this folder."""
         write_json(self.path / name, value)
+
+    def summarise(self) -> dict[str, Any]:
+        """Write the `summary.json` of all epochs in the log; return what it holds."""
+        records = self.read_epochs()
+        last = records[-1]
+        return self.write_summary(
+            {
+                **self.read_identity(),
+                "top1_error": last["top1_error"],
+                "best_top1_error": min(record["top1_error"] for record in records),
+                "seconds": last["total_seconds"],
+                "flops": sum(record["flops"] for record in records),
+                "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+                "boundary": last["boundary"],
+                "layers": last["layers"],
+            }
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write the finished run's `summary.json`; return what it holds: `summary` and the format."""
@@ -276,12 +293,12 @@ class RunFolder:
 
 
 def digest(recipe: str) -> str:
-    """By what a recipe's text is known."""
+    """The digest that identifies a recipe's text."""
     return hashlib.sha256(recipe.encode()).hexdigest()
 
 
 def code_of(environment: Mapping[str, Any]) -> str:
-    """What made a run: the code's digest, before there was one the commit's first twelve digits, else "unknown"."""
+    """The code that made a run: its digest, in older runs the first twelve digits of the commit, else "unknown"."""
     return environment.get("code") or (environment.get("commit") or "unknown")[:12]
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from lowcal.training.interrupt import Interrupted, catch_signals, deferred, renew_grace, requested
+from lowcal.training.signals import Interrupted, catch_signals, deferred, renew_grace, requested
 
 def hang(library):
     # A mutex that is locked already: no signal ends the waiting for it.
@@ -48,31 +48,32 @@ def gone(pids: list[int]) -> bool:
     return True
 
 
+# In "CDLL" the GIL is released, in "PyDLL" it is held.
 HANGING = """
 with catch_signals({grace}, folder="/", advice="{advice}"), deferred():
     say("ready")
     hang(ctypes.{library})
 """
-LIBRARIES = ("CDLL", "PyDLL")  # the GIL is released, or held
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("library", "number", "code"),
+    [("CDLL", "SIGTERM", 75), ("CDLL", "SIGUSR1", 75), ("CDLL", "SIGINT", 130), ("PyDLL", "SIGTERM", -signal.SIGKILL)],
+)
 def test_a_signal_that_waits_longer_than_the_grace_ends_the_process(library, number, code):
     process = start(HANGING.format(grace=0.2, advice="go on", library=library))
     watching = watchdogs(process)
     assert len(watching) == 1
     process.send_signal(getattr(signal, number))
     _, said = process.communicate()
-    assert process.returncode == (code if library == "CDLL" else -signal.SIGKILL)
+    assert process.returncode == code
     by = "" if number == "SIGINT" else f" by {number}"
     why = "since the step took longer than checkpoint.grace, 0.2 s"
     assert said == f"lowcal: stopped{by} without saving, {why}; go on\n"
     assert gone(watching)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("library", "first"), [("CDLL", "SIGINT"), ("PyDLL", "SIGTERM")])
 def test_a_second_ctrl_c_does_not_wait_for_the_grace(library, first):
     process = start(HANGING.format(grace=1e6, advice="go on", library=library))
     process.send_signal(getattr(signal, first))

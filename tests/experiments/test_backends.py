@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lowcal import LowcalError
-from lowcal.experiments.kernels import kernels, kernels_of
+from lowcal.experiments.backends import kernels, kernels_of
 from lowcal.experiments.recipe_text import load_recipe
 
 

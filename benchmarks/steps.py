@@ -121,7 +121,7 @@ def _in_turn(
     with kernels(tf32=first.tf32):
         setups = {key: BenchSetup(settings, device) for key, settings in variants.items()}
         methods = {(key, name): timed for key, setup in setups.items() for name, timed in setup.methods().items()}
-        works = {f"{key} {name}": timed.work(setups[key]) for (key, name), timed in methods.items()}
+        works = {f"{key} {name}": timed.work() for (key, name), timed in methods.items()}
         works["plain"] = Work(next(iter(setups.values())).plain_step())
         times = time_in_turn(works, rounds=rounds, warm_up=first.warm_up, runs=first.runs, device=device)
     return methods, times

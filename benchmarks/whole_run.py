@@ -214,7 +214,7 @@ def step_times(setup: BenchSetup, boundaries: Sequence[int]) -> dict[tuple[str, 
     """The step of sgd, and of each of `METHODS` at 0 and at `boundaries`, in ms; `ready_ms` is what the move took."""
     places = [("sgd", 0), ("local", 0), *((method, boundary) for boundary in boundaries for method in METHODS)]
     methods = {place: TimedMethod(setup, *place) for place in places}
-    works = {f"{method} {boundary}": timed.work(setup) for (method, boundary), timed in methods.items()}
+    works = {f"{method} {boundary}": timed.work() for (method, boundary), timed in methods.items()}
     taken = time_in_turn(works, rounds=ROUNDS, warm_up=WARM_UP, device=setup.device)
     times = {}
     for (method, boundary), timed in methods.items():

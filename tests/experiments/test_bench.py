@@ -178,7 +178,7 @@ def test_steps_can_make_their_mini_batch_as_a_run_does():
     )
     methods = setup.methods().values()
     for timed in methods:
-        timed.work(setup).run()
+        timed.work().run()
     assert len(made) == len(methods) == 4
     assert all(torch.equal(batch, made[0]) and len(batch) == 4 for batch in made)
 

@@ -49,13 +49,13 @@ def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], 
     note(f"{settings.model}: {depth} layers; building")
     methods = setup.methods()
     parts = {boundary: setup.parts(boundary) for boundary in setup.boundaries}
-    costs = {name: timed.cost(setup.images, settings.precision) for name, timed in methods.items()}
-    works = {"plain": Work(setup.plain_step()), **{name: timed.work(setup) for name, timed in methods.items()}}
+    costs = {name: timed.cost() for name, timed in methods.items()}
+    works = {"plain": Work(setup.plain_step()), **{name: timed.work() for name, timed in methods.items()}}
     for boundary, part in parts.items():
         works |= {f"{name} {boundary}": work for name, work in part.items()}
     note(f"timing {len(works)} pieces of work in turn, {settings.warm_up} + {settings.rounds} rounds")
     times = time_in_turn(works, rounds=settings.rounds, warm_up=settings.warm_up, runs=settings.runs, device=device)
-    peaks = {name: timed.peak(setup, costs[name].peak_bytes) for name, timed in methods.items()}
+    peaks = {name: timed.peak(costs[name].peak_bytes) for name, timed in methods.items()}
     part_ms = {
         boundary: {name: times[f"{name} {boundary}"].median for name in part} for boundary, part in parts.items()
     }

@@ -174,7 +174,7 @@ class TimedMethod:
     """A method at a boundary, with its own copy of the network."""
 
     def __init__(self, setup: BenchSetup, method: str, boundary: int, every: int = 1) -> None:
-        settings = setup.settings
+        self._setup, settings = setup, setup.settings
         self.label = method if every == 1 else f"{method}/{every}"
         self.model = copy.deepcopy(setup.model)
         self.optimizer = setup.optimizer(list(self.model.parameters()))
@@ -189,48 +189,50 @@ class TimedMethod:
         # Steps other than the eager one are built when they first run; that time belongs to the move.
         first = 0 if settings.step == "eager" else (graphed.EAGER_STEPS + 1) * self.method.period
         if boundary:
-            self._build(setup)
-            self._run(setup, first)
-        self.move_ms = self._milliseconds(setup, first, lambda: self.method.move_to(boundary))
+            self._build()
+            self._run(first)
+        self.move_ms = self._milliseconds(first, lambda: self.method.move_to(boundary))
         if first:
-            self.move_ms -= self._milliseconds(setup, first)
+            self.move_ms -= self._milliseconds(first)
 
-    def _build(self, setup: BenchSetup) -> None:
-        scaler = build_scaler(setup.device, setup.settings.precision)
-        options = StepOptions(setup.device, setup.settings.precision, scaler, collate=setup.collate)
-        self.step = build_step(setup.settings.step, self.model, self.optimizer, self.method, options)
+    def _build(self) -> None:
+        device, settings = self._setup.device, self._setup.settings
+        scaler = build_scaler(device, settings.precision)
+        options = StepOptions(device, settings.precision, scaler, collate=self._setup.collate)
+        self.step = build_step(settings.step, self.model, self.optimizer, self.method, options)
 
-    def _run(self, setup: BenchSetup, steps: int) -> None:
+    def _run(self, steps: int) -> None:
         for _ in range(steps):
-            self.step(*setup.given)
+            self.step(*self._setup.given)
 
-    def _milliseconds(self, setup: BenchSetup, steps: int, move: Callable[[], None] | None = None) -> float:
+    def _milliseconds(self, steps: int, move: Callable[[], None] | None = None) -> float:
         """Time so many steps; with `move`, the move and the rebuilding of the step are part of it."""
-        start = now(setup.device)
+        start = now(self._setup.device)
         if move is not None:
             move()
-            self._build(setup)
-        self._run(setup, steps)
-        return 1000.0 * (now(setup.device) - start)
+            self._build()
+        self._run(steps)
+        return 1000.0 * (now(self._setup.device) - start)
 
-    def work(self, setup: BenchSetup) -> Work:
+    def work(self) -> Work:
         """Return its step, to be timed."""
-        return Work(lambda: self.step(*setup.given), period=self.method.period)
+        return Work(lambda: self.step(*self._setup.given), period=self.method.period)
 
-    def cost(self, images: Tensor, precision: str) -> Cost:
+    def cost(self) -> Cost:
         """Count the FLOPs and bytes of its step."""
-        return dry_cost(self.method, images.shape, precision=precision)
+        return dry_cost(self.method, self._setup.images.shape, precision=self._setup.settings.precision)
 
-    def peak(self, setup: BenchSetup, counted: int) -> int:
+    def peak(self, counted: int) -> int:
         """Measure the peak memory of a step on CUDA; elsewhere return `counted`."""
-        if setup.device.type != "cuda":
+        device = self._setup.device
+        if device.type != "cuda":
             return counted
         del self.step  # and its graphs, whose memory the next step uses
-        others = torch.cuda.memory_allocated(setup.device) - held_bytes(self.model, self.optimizer)
-        torch.cuda.reset_peak_memory_stats(setup.device)
-        self._build(setup)  # a replayed step allocates only while it is recorded
-        self._run(setup, (graphed.EAGER_STEPS + 1) * self.method.period)
-        return torch.cuda.max_memory_allocated(setup.device) - others
+        others = torch.cuda.memory_allocated(device) - held_bytes(self.model, self.optimizer)
+        torch.cuda.reset_peak_memory_stats(device)
+        self._build()  # a replayed step allocates only while it is recorded
+        self._run((graphed.EAGER_STEPS + 1) * self.method.period)
+        return torch.cuda.max_memory_allocated(device) - others
 
 
 def forward_flops(model: nn.Module, images: Tensor, layers: Sequence[str]) -> list[float]:

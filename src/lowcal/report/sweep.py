@@ -19,7 +19,7 @@ from .figures import INK, colours, save, style
 from .intervals import ABSENT, spread_notes, with_spread
 from .tables import duration
 
-__all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
+__all__ = ["SweepReport", "short_names", "sweep_cells", "write_sweep"]
 
 _RESULTS = ("top1_error", "best_top1_error", "seconds", "flops")
 _TITLES = {
@@ -43,9 +43,10 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], heading: Mapping[str, Any], o
 
     Args:
         rows: the trials, each with `trial`, `settings` (by key), its results, and `reason` where there are none.
-        heading: what the sweep is; `objectives` are the names of the results that were minimised.
+        heading: what the sweep is; `objectives` are the names of the results that were minimised, `best` the numbers of
+            the trials that no other beats.
     """
-    summary = {"format": FORMAT, **heading, "best": best_trials(rows, heading["objectives"]), "rows": list(rows)}
+    summary = {"format": FORMAT, **heading, "rows": list(rows)}
     with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as made:  # several workers may write at once
         folder = Path(made)
         write_json(folder / "sweep.json", summary)
@@ -55,16 +56,6 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], heading: Mapping[str, Any], o
             save(sweep_figure(summary), folder / "sweep.svg")
         files = [file.replace(out / file.name) for file in sorted(folder.iterdir())]
     return SweepReport(summary, tuple(files))
-
-
-def best_trials(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> list[int]:
-    """Return the trials that no other beats: lower in one objective and no higher in the others."""
-    points = {row["trial"]: [row[name] for name in objectives] for row in rows if row["reason"] is None}
-    return [
-        trial
-        for trial, point in points.items()
-        if not any(other != point and all(map(float.__le__, *_floats(other, point))) for other in points.values())
-    ]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -188,7 +179,3 @@ def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _floats(left: Sequence[float], right: Sequence[float]) -> tuple[list[float], list[float]]:
-    return [float(value) for value in left], [float(value) for value in right]

@@ -17,7 +17,7 @@ from lowcal.experiments.reproduction.plans import TUNED, make_plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import SCALES
 from lowcal.experiments.reproduction.tuning import plan_search
-from lowcal.experiments.sweep import plan_sweep
+from lowcal.experiments.sweep import Sweep
 from lowcal.training.record import RunFolder
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_a_search_begins_with_the_common_settings_and_any_worker_may_join_it(tmp
     command = (Path(__file__).parents[3] / "docs" / "reproduce.md").read_text().partition("lowcal sweep --recipe")[2]
     assert tuple(re.findall(r"--search (\S+)", command.partition("```")[0])) == TUNED
     assert str(results.search_folder(cell_of("table4", CELL, results)).relative_to(tmp_path)) in command
-    by_hand = plan_sweep(recipe, "local", TUNED, trials=plan.trials, objective=objective)
+    by_hand = Sweep(recipe, "local", TUNED, trials=plan.trials, objective=objective)
     assert by_hand.definition() == plan.definition()
     assert by_hand.study == plan.study
 

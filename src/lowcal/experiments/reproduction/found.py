@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowcal.experiments.recipe_files import show_value
-from lowcal.experiments.search import parse_search
+from lowcal.experiments.search_space import parse_search
 from lowcal.training.files import read_json
 
 

@@ -10,7 +10,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.results import Results
-from lowcal.experiments.sweep import Sweep, plan_sweep, sweep
+from lowcal.experiments.sweep import Sweep, sweep
 from lowcal.training.record import RunFolder
 
 
@@ -21,7 +21,7 @@ def unsearched(results: Results, cells: Iterable[Cell]) -> list[Cell]:
 
 def plan_search(results: Results, cell: Cell) -> Sweep:
     """The sweep that finds a cell's settings on held-out training images, by error and FLOPs."""
-    return plan_sweep(
+    return Sweep(
         results.recipe(cell),
         cell.method,
         results.searches(cell),

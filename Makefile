@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # An environment that happens to be active must not lend its packages to ours.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test test-lower-bounds test-library lint types format clean
 
 help:
 	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
@@ -32,6 +32,13 @@ demo: $(STAMP)
 # One process a core, each of one thread: threads that wait for one another on busy cores cost more than they give.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+# The oldest release of each dependency that pyproject.toml admits, in an environment of its own.
+test-lower-bounds:
+	@test -x .venv-lower/bin/python || $(PYTHON) -m venv .venv-lower
+	.venv-lower/bin/python -m pip install --disable-pip-version-check --quiet uv
+	VIRTUAL_ENV=$(CURDIR)/.venv-lower .venv-lower/bin/uv pip install --quiet --resolution lowest-direct -e '.[cli,dev]'
+	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n auto $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

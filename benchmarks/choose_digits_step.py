@@ -17,9 +17,9 @@ from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_files import apply_settings, load_recipe
-from lowcal.report.intervals import with_spread
+from lowcal.files import write_json
+from lowcal.report.table import with_spread
 from lowcal.training.environment import gather_environment
-from lowcal.training.files import write_json
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # the first is the published one (Sec. 6.1)
 REFERENCES = ("sgd", "freeze")
@@ -80,7 +80,7 @@ def main() -> None:
         own = recipe if lr is None else apply_settings(recipe, [f"local.lr={lr}"])
         row = measure(own, method, arguments.seeds, data)
         rows.append(row)
-        error = with_spread(row["top1_error"], row["top1_error_std"], row["n"], 2)
+        error = with_spread(row["top1_error"], row["top1_error_std"], row["n"])
         print(
             f"{method:6}  {'' if lr is None else lr:<7}  {error} %  ({row['n']} seeds)",
             flush=True,

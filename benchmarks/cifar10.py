@@ -24,11 +24,11 @@ from lowcal.experiments.reproduction.plans import STRATEGIES, compressed, short_
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.scales import find_scale
 from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.files import write_json
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
 from lowcal.training.allocator import keep_freed_memory
-from lowcal.training.files import write_json
 from steady_speedup import kind_of, steady_times
 
 METHODS = {

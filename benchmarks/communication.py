@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowcal
+from lowcal.files import write_json
 from lowcal.models import build_model
 from lowcal.training.environment import gather_environment
-from lowcal.training.files import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "communication.json"
 MODELS = {"resnet18": (10, 32), "resnet50": (1000, 64)}  # classes, image size

@@ -22,7 +22,7 @@ from fault_trials.checkpoints import damage
 from fault_trials.points import FILES, LONG, PLACES, Point
 from fault_trials.runs import WORKERS, image_files, options
 from fault_trials.trials import Tally, Trials
-from lowcal.training.files import write_json
+from lowcal.files import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "faults.json"
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from lowcal.experiments.recipe import LocalSettings
+from lowcal.files import write_json
 from lowcal.methods import build_method
 from lowcal.models import build_model
 from lowcal.training.cost import dry_cost, held_bytes
 from lowcal.training.environment import gather_environment
-from lowcal.training.files import write_json
 from lowcal.training.growth import next_batch, predicted_peak
 
 RESULT = Path(__file__).parents[1] / "results" / "growing-batch.json"

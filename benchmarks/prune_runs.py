@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowcal.files import write_json
 from lowcal.report.runs import RunData, read_runs
-from lowcal.training.files import write_json
 
 RESULT = Path(__file__).parents[1] / "results" / "prune.json"
 

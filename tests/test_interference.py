@@ -244,7 +244,7 @@ def test_a_pass_that_is_not_back_propagated_counts_for_nothing(kind, extra):
                 float(loss.detach())
             setup.step(seed)
     assert same(weights(plain.model), weights(meddled.model))
-    assert meddled.local.skipped == 0
+    assert meddled.local._local_layers.updates.skipped == 0
 
 
 def test_two_passes_before_one_backward_pass_both_count(kind):
@@ -374,7 +374,7 @@ def test_two_optimizers_of_one_network(kind, given, order):
         moved.append(float((first - before[f"{local.layers[0]}.weight"]).norm()))
         local.end_epoch(1.0)
     assert moved[2:] == pytest.approx([0.01, 0.01], rel=1e-4)
-    assert local._updates.steps == 3
+    assert local._local_layers.updates.steps == 3
 
 
 def test_an_optimizer_of_layers_that_a_boundary_reaches_is_missing(kind):

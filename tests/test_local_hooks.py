@@ -212,7 +212,7 @@ def test_a_copied_pair_of_model_and_optimizer_leaves_the_original_alone():
     loss.backward()
     optimizer.step()
     assert {"conv1.weight", "conv2.weight"} <= changed(before, model)  # its own updates were still there
-    assert int(local.skipped) == 0
+    assert int(local._local_layers.updates.skipped) == 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

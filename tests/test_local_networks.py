@@ -154,7 +154,7 @@ def test_network_with_values(name):
             assert float((value.detach() - before[key]).norm()) == pytest.approx(0.01, rel=1e-3)
         else:
             assert torch.equal(value, before[key]) is (boundary >= follows[key]), key
-    assert int(local.skipped) == 0
+    assert int(local._local_layers.updates.skipped) == 0
 
 
 def test_the_shortcut_of_a_residual_block_runs_last():

@@ -158,7 +158,7 @@ def test_a_zero_or_non_finite_norm_leaves_the_weight_and_is_counted(value):
     before = weights(model)
     for count in (1, 2):
         train_step(model, optimizer, vectors(1)[0])
-        assert int(local.skipped) == count
+        assert int(local._local_layers.updates.skipped) == count
     assert torch.equal(model.two.weight, before["two.weight"])
     assert "one.weight" in changed(before, model)
     assert model.one.weight.isfinite().all()
@@ -169,7 +169,7 @@ def test_nothing_is_skipped_in_a_healthy_run():
     local, optimizer = controller(model, 2)
     for batch in images(3):
         train_step(model, optimizer, batch)
-    assert int(local.skipped) == 0
+    assert int(local._local_layers.updates.skipped) == 0
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -196,7 +196,7 @@ def test_frozen_layers_keep_their_weights():
         train_step(model, optimizer, batch)
     moved = {name for name in changed(before, model) if "running" not in name and "num_batches" not in name}
     assert moved == {f"{n}.{k}" for n in ("conv3", "norm3", "head") for k in ("weight", "bias")}
-    assert int(local.skipped) == 0
+    assert int(local._local_layers.updates.skipped) == 0
 
 
 def test_a_layer_that_a_step_does_not_run_makes_no_update():

@@ -143,7 +143,7 @@ def test_each_layer_decays_from_its_own_switch(frozen, replayable):
     losses = [1.0, 0.9, 0.8, 0.9, 0.7, 0.8, 0.6]  # signs - in epochs 4 and 6
     for epoch in range(7):
         if replayable:
-            local.make_replayable(torch.device("cpu"))
+            local._local_layers.make_replayable(torch.device("cpu"))
         assert local.lr == newest[epoch]
         for batch in batches(epoch, 2):
             before = {name: model.get_submodule(name).weight.detach().clone() for name in expected}

@@ -60,7 +60,7 @@ def test_the_weights_move_by_the_rule_after_the_step(ranks, replayable):
     updates = local_updates(model, names=names, step=0.5)
     seen = watched(model, names)
     if ranks:
-        updates.over_ranks(Ranks([]))
+        updates.use_ranks(Ranks([]))
     if replayable:
         updates.make_replayable(torch.device("cpu"))
     updates.set_step(-0.25)
@@ -88,7 +88,7 @@ def test_sums_begin_when_the_last_layer_that_learns_has_run(left_out, expected):
     model = mlp()
     updates = local_updates(model, names=[name for name in ("one", "two") if name != left_out])
     log = []
-    updates.over_ranks(Ranks(log))
+    updates.use_ranks(Ranks(log))
     for name in ("one", "two", "three"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: log.append(name))
     updates.begin_forward()

@@ -29,7 +29,7 @@ class Trap:
 
 def damage(trials: Trials, *, truncations: int, flips: int) -> list[Tally]:
     """Damages the newest checkpoint of a killed run; the one before must be taken, and nothing of the damaged one."""
-    from lowcal.training.checkpoint import MAGIC, PRESENT, PREVIOUS, load_checkpoint
+    from lowcal.training.checkpoint import PRESENT, PREVIOUS, load_checkpoint
 
     run = trials.broken(Point("step", 10), kill, -signal.SIGKILL)
     whole = (run / PRESENT).read_bytes()
@@ -53,7 +53,7 @@ def damage(trials: Trials, *, truncations: int, flips: int) -> list[Tally]:
     saved = io.BytesIO()
     torch.save({"format": 2, "model": Trap(trap)}, saved)
     for content in (pickle.dumps(Trap(trap)), saved.getvalue()):
-        header = b"%s %s %d\n" % (MAGIC, hashlib.sha256(content).hexdigest().encode(), len(content))
+        header = b"lowcal-checkpoint %s %d\n" % (hashlib.sha256(content).hexdigest().encode(), len(content))
         for file in (content, header + content):
             hostile.note(is_passed_over(file) and not trap.exists())
     strange = Tally("checkpoint of another network", "in place of both")

@@ -83,8 +83,8 @@ def limit_files() -> None:
 
 def plant(fault: Callable[[], None], at: Point) -> None:
     """Lets `fault` come in this process at the point `at`."""
+    import lowcal.files as files
     import lowcal.training.checkpoint as checkpoint
-    import lowcal.training.files as files
     import lowcal.training.finish as finish
     import lowcal.training.record as record
     import lowcal.training.trainer as trainer
@@ -117,13 +117,14 @@ def plant(fault: Callable[[], None], at: Point) -> None:
         """With half of one of these files written; the next point is with all of it in its place."""
         write = owner.atomic_write
 
-        def half(path: Path, data: bytes) -> None:
+        def half(path: Path, *parts: bytes, **options: Any) -> None:
             is_here = path.name in names
             if is_here and count():
                 if fault is kill:
-                    path.with_name(f".{path.name}.tmp").write_bytes(bytes(data)[: len(data) // 2])
+                    data = b"".join(parts)
+                    path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
                 fault()
-            write(path, data)
+            write(path, *parts, **options)
             if is_here and not only_half and count():
                 fault()
 
@@ -177,7 +178,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
         case "record":
             around(RunFolder, "append", after=True)
         case "half":
-            writing(checkpoint, checkpoint.NEXT, only_half=True)
+            writing(files, checkpoint.NEXT, only_half=True)
         case "rename":
             around(Path, "replace", after=True, only=lambda path, target: target.name == checkpoint.PREVIOUS)
         case "finish":

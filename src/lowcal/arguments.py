@@ -1,8 +1,9 @@
-"""The networks and optimizers that a user may hand over: with whole parameters, and with steps that can be seen."""
+"""Checks the networks and optimizers that a user passes; each layer has at most one controller."""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.layers import weight_of
+
+# The controller of each layer that has one; neither is kept alive by it.
+_controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
 
 
 def bare_network(given: Any) -> nn.Module:
@@ -106,3 +110,31 @@ def check_held(
                 "as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed, "
                 "or give LoCal all of several optimizers as a list"
             )
+
+
+def check_free(layers: Mapping[str, nn.Module]) -> None:
+    """Checks that no controller has one of `layers`.
+
+    Raises:
+        LowcalError: one has.
+    """
+    for name, module in layers.items():
+        other = _controllers.get(module)
+        if other is not None and other() is not None:
+            raise LowcalError(
+                f"layer '{name}' already learns under another LoCal; call its detach() first, or use that one"
+            )
+
+
+def claim(layers: Mapping[str, nn.Module], controller: object) -> None:
+    """Gives `layers` to `controller`, until it releases them or is gone."""
+    for module in layers.values():
+        _controllers[module] = weakref.ref(controller)
+
+
+def release(layers: Mapping[str, nn.Module], controller: object) -> None:
+    """Takes `layers` from `controller`; those that another has meanwhile stay with it."""
+    for module in layers.values():
+        holder = _controllers.get(module)
+        if holder is not None and holder() is controller:
+            del _controllers[module]

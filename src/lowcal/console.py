@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from lowcal.experiments.arms import Arm
-from lowcal.report.intervals import of_two
 from lowcal.report.runs import MOVING
-from lowcal.report.tables import duration, memory
+from lowcal.report.table import ABSENT, Column, Table, memory, of_two, with_spread
 
 if TYPE_CHECKING:
     from lowcal.training.trainer import Progress
@@ -115,7 +114,7 @@ class Display:
         return (now - self._started) * (total - done) / (done - self._before)
 
     def _draw(self) -> Group:
-        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid = Grid.grid(padding=(0, 2, 0, 0))
         for column in range(6):
             grid.add_column(justify="right" if column in {1, 5} else "left", no_wrap=True)
         longest = max((len(arm.folder) for arm in self._lines), default=0)
@@ -134,24 +133,18 @@ class Display:
         return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be taken up again"))
 
 
-def comparison_table(rows: Iterable[Mapping[str, Any]]) -> str:
+def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
-    return table(
-        ("method", "top-1 error %", "time", "speed-up", "FLOPs", "memory", "boundary"),
-        [
-            (
-                row["method"],
-                _error(row),
-                duration(row["seconds"]),
-                _ratio(row["speedup"]),
-                _ratio(row["flops_ratio"]),
-                _memory(row["peak_memory_bytes"], row["last_memory_bytes"]),
-                f"{row['boundary']:.0f}/{row['layers']}" if row["method"] in MOVING or row["boundary"] else "-",
-            )
-            for row in rows
-        ],
-        left=(0,),
+    columns = (
+        Column("method", "method"),
+        Column("top1_error", "top-1 error %", _error),
+        Column("seconds", "time", "duration"),
+        Column("speedup", "speed-up", _speedup),
+        Column("flops_ratio", "FLOPs", ".2f", "×"),
+        Column("peak_memory_bytes", "memory", _memory),
+        Column("boundary", "boundary", _boundary),
     )
+    return Table(columns, rows).text()
 
 
 def paragraph(text: str) -> str:
@@ -159,24 +152,18 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
-def layers_table(rows: Iterable[Mapping[str, Any]]) -> str:
+def layers_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of a network's layers in execution order."""
-    return table(
-        ("#", "layer", "kind", "weight", "parameters", "FLOPs", "followers"),
-        [
-            (
-                str(row["index"]),
-                row["name"],
-                row["kind"],
-                "x".join(str(n) for n in row["weight"]),
-                f"{row['parameters']:,}",
-                amount(row["flops"]).rstrip(),
-                str(len(row["followers"])),
-            )
-            for row in rows
-        ],
-        left=(1, 2, 3),
+    columns = (
+        Column("index", "#", "number"),
+        Column("name", "layer"),
+        Column("kind", "kind"),
+        Column("weight", "weight", lambda row: "x".join(map(str, row["weight"])), left=True),
+        Column("parameters", "parameters", lambda row: f"{row['parameters']:,}"),
+        Column("flops", "FLOPs", "amount"),
+        Column("followers", "followers", lambda row: str(len(row["followers"]))),
     )
+    return Table(columns, rows).text()
 
 
 def clock(seconds: float | None) -> str:
@@ -186,15 +173,6 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def amount(number: float) -> str:
-    """A large number with a decimal prefix and three digits: 1.82 G."""
-    unit, prefixes = 0, ("", "k", "M", "G", "T", "P")
-    while number >= 1000 and unit < len(prefixes) - 1:
-        number, unit = number / 1000, unit + 1
-    digits = 0 if unit == 0 else max(0, 3 - len(str(int(number))))
-    return f"{number:.{digits}f} {prefixes[unit]}"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
@@ -211,10 +189,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Seque
     return "\n".join([line(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
-
-
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -222,19 +196,26 @@ def _number(value: float | None, digits: int) -> str:
 def _error(row: Mapping[str, Any]) -> str:
     """A mean, of two seeds the two values themselves, so that the table stays within its width."""
     error, deviation = row["top1_error"], row["top1_error_std"]
-    if error is None or deviation is None:
-        return _number(error, 2)
-    if row["seeds"] == 2:
+    if row["seeds"] == 2 and error is not None and deviation is not None:
         low, high = of_two(error, deviation)
         return f"{low:.2f} to {high:.2f}"
-    return f"{error:.2f} ± {deviation:.2f}"
+    return with_spread(error, deviation, row["seeds"])
 
 
-def _memory(peak: float, last: float) -> str:
+def _speedup(row: Mapping[str, Any]) -> str:
+    return with_spread(row["speedup"], None, None, unit="×")
+
+
+def _memory(row: Mapping[str, Any]) -> str:
     """The peak of all epochs and that of the last one, in one unit: 16.6→9.02MiB."""
+    peak, last = row["peak_memory_bytes"], row["last_memory_bytes"]
     if last == peak:
         return memory(peak)
     return f"{memory(peak).split()[0]}→{memory(last, of=peak).replace(' ', '')}"
+
+
+def _boundary(row: Mapping[str, Any]) -> str:
+    return f"{row['boundary']:.0f}/{row['layers']}" if row["method"] in MOVING or row["boundary"] else ABSENT
 
 
 def _speed(images_per_second: float | None) -> str:

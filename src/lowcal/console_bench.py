@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowcal.console import amount, table
-from lowcal.report.tables import memory
+from lowcal.console import table
+from lowcal.report.table import amount, memory
 
 MOST_LAYERS = 10  # whose times are printed; all of them are in the JSON
 

@@ -62,20 +62,21 @@ class DistributedLoCal(nn.Module):
                 "give its ranks as process_group=mesh.get_group()"
             )
         self.module = model
-        self._local = local
+        self._controller = local
+        self._local = local._local_layers
         self._options = ddp_options
         self._exchange = Exchange(ddp_options.get("process_group"))
-        local.over_ranks(self._exchange)
+        self._local.use_ranks(self._exchange)
         # A list hides DDP from nn.Module, which would register the network a second time.
         self._ddp = self._build(ddp_options)
-        self._generation = local.generation
+        self._generation = self._local.generation
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The model's forward pass."""
         wrapped = self._reducers()[-1 if self._local.is_open else 0]
-        self._local.begin_forward()
+        self._local.updates.begin_forward()
         outputs = wrapped(*inputs, **keywords)
-        self._local.end_forward()
+        self._local.updates.end_forward()
         return outputs
 
     @contextmanager
@@ -94,7 +95,7 @@ class DistributedLoCal(nn.Module):
         """Bytes that each rank hands over for reduction in gradients and local updates, a step's on average."""
         opened = set(self._local.opened())
         each_step = (p for p in self.module.parameters() if p.requires_grad and p not in opened)
-        return _bytes(each_step) + _bytes(opened) // self._local.rule.every + self._local.update_bytes()
+        return _bytes(each_step) + _bytes(opened) // self._controller.rule.every + self._local.updates.bytes_per_step()
 
     def _reducers(self) -> list[DistributedDataParallel]:
         """DDP for the present boundary: of what learns in each step, then of what learns in open steps alone."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def summary(local: LoCal) -> str:
     """Which layers of `local` learn how, which parameters follow them, and what is left out and why."""
-    order, boundary = local._discovery.order, local.boundary
+    order, boundary = local._local_layers.discovery.order, local.boundary
     name = type(local.model).__name__
     if not order.layers:
         return f"{name}: the order of layers is not known yet; it shows in the next forward pass"
@@ -22,7 +22,7 @@ def summary(local: LoCal) -> str:
         f"{name}: boundary {boundary} of {depth} layers after {local.epoch} of {local.epochs} epochs; "
         f"the schedule can move it to {reach(local.schedule, depth)}"
     ]
-    wants = local._trainable.wants
+    wants = local._local_layers.trainable.wants
     weights = {layer: weight_of(local.model.get_submodule(layer)) for layer in order.layers[:boundary]}
     kept = [layer for layer, weight in weights.items() if weight is not None and not wants(weight)]
     if boundary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from lowcal.errors import LowcalError
 from lowcal.hooks import CaptureHook, Hook, LayerHook, Tap
 from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
-from lowcal.window import Exchange, Window
+from lowcal.window import Window
+
+if TYPE_CHECKING:
+    from lowcal.parallel import Exchange
 
 
 class _Learner(NamedTuple):
@@ -212,7 +215,7 @@ class LocalUpdates:
 
     # The ranks
 
-    def over_ranks(self, exchange: Exchange) -> None:
+    def use_ranks(self, exchange: Exchange) -> None:
         """Sums updates over the ranks of `exchange` from now on."""
         self._window.exchange = exchange
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-
-class Exchange(Protocol):
-    """What training on several ranks asks of them; `lowcal.parallel` has it."""
-
-    open: bool  # whether a forward pass's updates are summed at once; False while gradients accumulate
-
-    def start(self, updates: Mapping[int, Tensor], shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Starts to sum `updates` over the ranks; gives the sums, which are there after `wait`."""
-        ...
-
-    def wait(self) -> None:
-        """Waits for the sums."""
-        ...
-
-    def mean(self, *values: float) -> list[float]:
-        """The means of `values` over the ranks."""
-        ...
+if TYPE_CHECKING:
+    from lowcal.parallel import Exchange
 
 
 class _Pass:

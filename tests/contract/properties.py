@@ -57,7 +57,7 @@ def trains(epochs=6, **options):
         assert local.sign in (-1, 1)
         assert local.change >= 0
     assert all(value.isfinite().all() for value in weights(model).values())
-    assert int(local.skipped) == 0
+    assert int(local._local_layers.updates.skipped) == 0
     state = local.state_dict()
     local.detach()
     return boundaries, weights(model), state

@@ -128,10 +128,10 @@ def test_what_an_image_gets_does_not_depend_on_the_batch(images):
 
 def test_a_drawn_batch_can_be_made_again_and_later(images):
     batches, other = (make(images, shuffle=True, augmentation=CROP) for _ in range(2))
-    drawn = list(batches.drawn())
+    drawn = list(batches.raw_batches())
     before = batches.state_dict()
-    made = [batches.make(*given) for given in drawn]
-    assert same(made, [batches.make(*given) for given in drawn])
+    made = [batches.collate(*given) for given in drawn]
+    assert same(made, [batches.collate(*given) for given in drawn])
     assert same(made, list(other))
     assert torch.equal(before["random"], batches.state_dict()["random"])
     assert all(x.shape[1:] == batches.shape for x, _ in made)
@@ -197,12 +197,12 @@ def test_abandoned_epoch_is_not_continued(images):
 def test_example_moves_nothing(images):
     batches = make(images, shuffle=True, augmentation=CROP)
     before = batches.state_dict()
-    x = batches.example(4)
+    x = batches.sample_input(4)
     assert x.shape == (4, 3, 8, 6)
     torch.testing.assert_close(grey_levels(x), images.pixels[:4].double(), atol=1e-3, rtol=0)
     after = batches.state_dict()
     assert torch.equal(before["random"], after["random"])
-    assert len(batches.example(100)) == 23
+    assert len(batches.sample_input(100)) == 23
 
 
 def test_channels_last_is_only_a_layout(images):

@@ -1,7 +1,8 @@
+import os
+
 import pytest
 import torch
 
-from lowcal.data import cache as module
 from lowcal.data.cache import cache_folder, read_cache, write_cache
 
 CONTENT = {"pixels": torch.arange(200, dtype=torch.uint8), "skipped": [("a.jpg", "the file is empty")]}
@@ -12,44 +13,27 @@ def stored():
     return path
 
 
-def test_round_trip():
-    write_cache("place", "key", CONTENT)
-    content = read_cache("place", "key")
+def test_what_was_written_is_read_under_the_same_place_and_key_only():
+    write_cache("place", "old", CONTENT)
+    content = read_cache("place", "old")
     assert torch.equal(content["pixels"], CONTENT["pixels"])
     assert content["skipped"] == CONTENT["skipped"]
-
-
-def test_other_place_or_key_is_absent():
-    write_cache("place", "key", CONTENT)
-    assert read_cache("place", "other") is None
-    assert read_cache("elsewhere", "key") is None
-
-
-def test_a_place_holds_one_file_and_no_debris():
-    write_cache("place", "old", CONTENT)
     write_cache("place", "new", CONTENT)
     assert stored().suffix == ".pt"
-    assert read_cache("place", "old") is None
     assert read_cache("place", "new") is not None
+    assert read_cache("place", "old") is None
+    assert read_cache("elsewhere", "new") is None
 
 
-def test_truncation_at_any_length_is_found():
+def test_truncation_and_flipped_bits_are_found():
     write_cache("place", "key", CONTENT)
     whole = stored().read_bytes()
-    for length in range(0, len(whole), 37):
-        stored().write_bytes(whole[:length])
-        assert read_cache("place", "key") is None
-
-
-def test_flipped_bits_are_found():
-    write_cache("place", "key", CONTENT)
-    whole = stored().read_bytes()
-    start = whole.index(b"\n")  # in the payload; a damaged header no longer matches
-    for position in range(start + 1, len(whole), 29):
+    for position in range(0, len(whole), 29):
         damaged = bytearray(whole)
         damaged[position] ^= 4
-        stored().write_bytes(damaged)
-        assert read_cache("place", "key") is None
+        for content in (whole[:position], damaged):
+            stored().write_bytes(content)
+            assert read_cache("place", "key") is None
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), EOFError(), MemoryError(), AttributeError("y"), OverflowError()])
@@ -59,19 +43,39 @@ def test_whatever_reading_raises_the_cache_is_as_if_absent(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(module.torch, "load", fail)
+    monkeypatch.setattr(torch, "load", fail)
     assert read_cache("place", "key") is None
 
 
-def test_failing_disk_is_no_error_and_leaves_no_debris(monkeypatch):
+def test_a_full_disk_is_no_error_and_leaves_no_debris(monkeypatch):
     write_cache("place", "key", CONTENT)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     write_cache("place", "new", CONTENT)
     assert read_cache("place", "key") is not None
+    assert stored().suffix == ".pt"
+
+
+def test_two_processes_that_write_at_once_do_not_disturb_each_other(monkeypatch):
+    """Two ranks decode the same folder: one is halfway through its file while the other finishes."""
+    write_cache("place", "key", CONTENT)
+    fsync, pids = os.fsync, iter((1, 2))
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
+    nested = []
+
+    def halfway(descriptor):
+        if not nested:
+            nested.append(descriptor)
+            write_cache("place", "key", {"pixels": CONTENT["pixels"] + 1})
+            assert torch.equal(read_cache("place", "key")["pixels"], CONTENT["pixels"] + 1)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", halfway)
+    write_cache("place", "key", CONTENT)
+    assert torch.equal(read_cache("place", "key")["pixels"], CONTENT["pixels"])
     assert stored().suffix == ".pt"
 
 

@@ -184,11 +184,11 @@ def test_example_is_what_evaluation_sees_and_moves_nothing(root):
     data = read(root)
     loader = train_loader(data)
     state = loader.state_dict()
-    example = loader.example(3)
+    example = loader.sample_input(3)
     assert loader.state_dict() == state
     plain = FileBatches(data.train, batch=3, mean=data.mean, std=data.std)
     torch.testing.assert_close(example, next(iter(plain))[0])
-    assert len(loader.example(100)) == 14
+    assert len(loader.sample_input(100)) == 14
 
 
 def test_batch_can_grow_between_passes(root):

@@ -188,13 +188,13 @@ def test_steps_can_make_their_mini_batch_as_a_run_does():
     data = load("synthetic", image_size=8, train_images=10, test_images=10)
     loader = make_loader(data, training=True, batch=4, device=CPU)
     made = []
-    loader.make, make = lambda drawn: made.append(drawn) or make(drawn), loader.make
+    loader.collate, collate = lambda batch: made.append(batch) or collate(batch), loader.collate
     shop = Workshop(BenchSettings("resnet8", batch=4, image_size=8, width=2, boundaries=(0.5,), every=1), CPU, loader)
     arms = shop.arms().values()
     for arm in arms:
         arm.work(shop).run()
     assert len(made) == len(arms) == 4
-    assert all(torch.equal(drawn, made[0]) and len(drawn) == 4 for drawn in made)
+    assert all(torch.equal(batch, made[0]) and len(batch) == 4 for batch in made)
 
 
 def test_works_take_turns_and_whole_periods():

@@ -82,7 +82,7 @@ def test_a_table_end_to_end(tmp_path, capsys):
 def test_figure4_shows_how_the_batch_grew(tmp_path):
     settings = ["batch.memory_limit=1GiB", "local.schedule={name: fixed, epochs: {1: 3}}", *SHORT, "epochs=3"]
     found = run("figure4", Results(tmp_path / "out", SCALES["tiny"], settings=[*settings, "batch=4"]))
-    rows = {row["strategy"]: (row["first_batch"], row["last_batch"], row["growth_epoch"]) for row in found.sheet.rows}
+    rows = {row["strategy"]: (row["first_batch"], row["last_batch"], row["growth_epoch"]) for row in found.table.rows}
     assert rows == {
         "sgd": (4, 4, None),
         "local": (4, 4, None),
@@ -141,7 +141,7 @@ def test_runs_of_other_code_are_named(tmp_path):
     both = f"0123456789ab+{code_digest()}"
     codes = {run.code for run in map(read_run, results.group("vgg13-cifar10").glob("*-seed0"))}
     assert codes == {"0123456789ab", both}
-    assert both in next(note for note in found.sheet.notes if "different code" in note)
+    assert both in next(note for note in found.table.notes if "different code" in note)
     value = json.loads((tmp_path / "out" / f"{results.name('table2')}.json").read_text())
     assert {entry["code"] for entry in value["runs"].values()} == codes
 
@@ -154,10 +154,10 @@ def test_runs_of_one_network_and_seed_take_turns(tmp_path):
         *(("sgd", "0", 0), ("local", "0", 0), ("local", "0", 1), ("sgd", "0", 1)),
         *(("sgd", "1", 0), ("local", "1", 0), ("local", "1", 1), ("sgd", "1", 1)),
     ]
-    row = next(row for row in found.sheet.rows if row["cell"] == "vgg13-cifar10/local")
+    row = next(row for row in found.table.rows if row["cell"] == "vgg13-cifar10/local")
     assert row["seeds"] == 2
     assert row["speedup_std"] is not None
-    assert "a to b: the lower and the higher of two seeds." in found.sheet.notes
+    assert "a to b: the lower and the higher of two seeds." in found.table.notes
 
 
 def test_a_dry_run_lists_what_is_left_and_writes_nothing(tmp_path, capsys):

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from lowcal.console_sweep import sweep_text
-from lowcal.report.sweep import short_names, sweep_cells, sweep_figure, write_sweep
+from lowcal.report.sweep import short_names, sweep_figure, sweep_table, sweep_text, write_sweep
 
 
 def row(trial, error, seconds=10.0, reason=None, **settings):
@@ -36,11 +35,11 @@ def test_short_names_tell_settings_apart():
 
 def test_the_table_is_sorted_by_the_objective_and_a_grids_is_not():
     rows = [row(0, 9.0), row(1, None, reason="trial-0001-seed0: the loss became nan at step 1"), row(2, 5.0)]
-    _, lines = sweep_cells(summary(rows, best=[2]))
+    lines = sweep_table(summary(rows, best=[2])).cells()
     assert [line[0] for line in lines] == ["2", "0", "1"]
     assert lines[0][-1] == "*"
     assert "nan" in lines[2][-1]
-    _, lines = sweep_cells(summary(rows, sampler="grid"))
+    lines = sweep_table(summary(rows, sampler="grid")).cells()
     assert [line[0] for line in lines] == ["0", "1", "2"]
 
 

@@ -76,7 +76,7 @@ def make_run(
     model = (network() if model is None else model).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01, fused=fused)
     ranks = ranks or Ranks()
-    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "share": ranks.share, "device": device}
+    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "shard": ranks.shard, "device": device}
     train = Batches(
         images(images_count),
         batch=5,
@@ -99,7 +99,9 @@ def make_run(
         }
         folder = RunFolder.create(path, recipe="name: tiny\n", environment={"device": "cpu"}, identity=identity)
     own = OTHER_SETTINGS.get(find_method(method).section, local or settings())
-    attached = build_method(method, model, optimizer, own, epochs=epochs, example_inputs=train.example(1), seed=seed)
+    attached = build_method(
+        method, model, optimizer, own, epochs=epochs, example_inputs=train.sample_input(1), seed=seed
+    )
     if ranks.world > 1:
         synchronise(model)
     return Run(

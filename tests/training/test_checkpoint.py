@@ -12,7 +12,6 @@ import torch
 from lowcal import LowcalError
 from lowcal.training.checkpoint import (
     FORMAT,
-    MAGIC,
     NEXT,
     PRESENT,
     PREVIOUS,
@@ -22,6 +21,8 @@ from lowcal.training.checkpoint import (
 )
 
 from ..support import same
+
+MAGIC = b"lowcal-checkpoint"
 
 
 def state(epoch: int) -> dict:

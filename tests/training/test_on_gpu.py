@@ -53,7 +53,7 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize("step", ["eager", "graphed"])
 def test_no_step_waits_for_the_device(tmp_path, step):
     run = run_on(run_of(tmp_path / "run", step, max_skips=3), 2)  # the second, like the one to come, has a local layer
-    drawn, part = run.train.drawn(), Part(len(run.train), run.device)
+    drawn, part = run.train.raw_batches(), Part(len(run.train), run.device)
     first = next(drawn)  # with it all that an epoch draws comes to the device
     run.model.train()
     try:

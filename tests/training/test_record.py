@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowcal.errors import LowcalError
-from lowcal.training.files import atomic_write, read_json, write_json
+from lowcal.files import atomic_write, read_json, write_json
 from lowcal.training.record import RunFolder, code_of
 
 IDENTITY = {
@@ -284,7 +284,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from lowcal.errors import LowcalError
-from lowcal.training.files import atomic_write
+from lowcal.files import atomic_write
 from lowcal.training.record import RunFolder
 folder = RunFolder.open(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

@@ -208,16 +208,16 @@ def test_a_signal_at_a_move_waits_until_it_is_saved(tmp_path, whole, method, mon
 def test_a_signal_while_images_are_loaded_saves_too(tmp_path, whole, monkeypatch):
     """One to the whole process group ends the loader's workers as well."""
     run = make_run(tmp_path / "run")
-    drawn = run.train.drawn
+    raw_batches = run.train.raw_batches
 
     def fail():
-        for given in drawn():
+        for given in raw_batches():
             if len(run.folder.read_epochs()) == 1 and run.train._position > 10:
                 signal.raise_signal(signal.SIGTERM)
                 raise LowcalError("a worker was killed")
             yield given
 
-    monkeypatch.setattr(run.train, "drawn", fail)
+    monkeypatch.setattr(run.train, "raw_batches", fail)
     monkeypatch.setattr(run.train, "state_dict", lambda: {**type(run.train).state_dict(run.train), "position": 10})
     with catch_signals(), pytest.raises(Interrupted):
         run_on(run)

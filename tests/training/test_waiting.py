@@ -120,15 +120,15 @@ def test_all_of_a_step_is_on_the_device(monkeypatch, method, replayable, scaled,
         images(10), batch=5, mean=(0.5, 0.5), std=(0.25, 0.25), augmentation=Augmentation(pad=1, flip=True), device=meta
     )
     own = OTHER_SETTINGS.get(METHODS[method].section, settings(every=2, refresh_every=3))
-    attached = build_method(method, model, optimizer, own, epochs=9, example_inputs=loader.example(1))
+    attached = build_method(method, model, optimizer, own, epochs=9, example_inputs=loader.sample_input(1))
     if METHODS[method].section == "local" and method != "sgd":
         attached.move_to(4)
     if replayable:
         attached.make_replayable(meta)
     scaler = torch.amp.GradScaler("cpu") if scaled else None
-    options = StepOptions(meta, scaler=scaler, guard=guard, make=loader.make)
+    options = StepOptions(meta, scaler=scaler, guard=guard, make=loader.collate)
     trained = EagerStep(model.train(), optimizer, attached, options)
-    given = next(loader.drawn())
+    given = next(loader.raw_batches())
     with OneDevice(meta) as mode:
         trained(*given)  # the count of updates left out follows the first of them to the device
         mode.is_strict = True

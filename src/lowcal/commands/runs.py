@@ -117,7 +117,7 @@ def train(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_files import apply_settings, load_recipe
-    from lowcal.report.tables import duration
+    from lowcal.report.table import duration
     from lowcal.report.titles import title
 
     launch = Launch.read()
@@ -181,9 +181,10 @@ def layers(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List a network's layers in the order in which they run."""
-    from lowcal.console import amount, layers_table
+    from lowcal.console import layers_text
     from lowcal.experiments.describe import describe
     from lowcal.models import MODELS
+    from lowcal.report.table import amount
 
     pixels = image_size or (32 if model in MODELS else 224)
     network = describe(model, classes=classes, channels=channels, image_size=pixels, width=width, epochs=epochs)
@@ -192,7 +193,7 @@ def layers(
         print(json.dumps(network.as_dict(), indent=2))
         return
     print(f"{model} for images of {channels}x{pixels}x{pixels}\n")
-    print(layers_table(rows))
+    print(layers_text(rows))
     flops, parameters = (sum(row[key] for row in rows) for key in ("flops", "parameters"))
     print(f"\n{len(rows)} layers, {parameters:,} parameters, {amount(flops)}FLOPs forward for one image")
     print(
@@ -214,14 +215,14 @@ def report(
 
 def _show(report: Report) -> None:
     """Print a report's table, and what a reader must know beside it."""
-    from lowcal.console import comparison_table, paragraph
+    from lowcal.console import comparison_text, paragraph
 
     summary = report.summary
     seeds = sorted({row["seeds"] for row in summary["rows"]})
     many = " to ".join(str(count) for count in (seeds[0], *seeds[1:][-1:])) + f" seed{'s' * (seeds[-1] > 1)}"
     print(paragraph(f"{summary['title']}; {many}; {summary['environment']['device_name']}"))
     print(paragraph(f"recipe: {summary['label'] or summary['recipe']}"))
-    print(f"\n{comparison_table(summary['rows'])}\n")
+    print(f"\n{comparison_text(summary['rows'])}\n")
     print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch")
     for note in report.notes:
         print(paragraph(note))

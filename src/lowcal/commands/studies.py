@@ -59,8 +59,8 @@ def bench(
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.bench import bench as run
     from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
+    from lowcal.files import atomic_write
     from lowcal.models import MODELS
-    from lowcal.training.files import atomic_write
 
     for file in (json_file, plot):  # found now, not after minutes of measuring
         if file and not file.parent.is_dir():
@@ -127,7 +127,7 @@ def reproduce(
         return
     with resumable(context, out, []), Display(quiet=quiet) as display:
         found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
-    print(f"\n{found.sheet.text()}\n")
+    print(f"\n{found.table.text()}\n")
     print(f"written: {', '.join(str(file) for file in found.files)}")
 
 
@@ -166,10 +166,10 @@ def sweep(
     The same command with the same --out, here or on another machine, adds a worker or goes on.
     """
     from lowcal.console import Display
-    from lowcal.console_sweep import sweep_text
     from lowcal.experiments.recipe_files import load_recipe
     from lowcal.experiments.sweep import Sweep
     from lowcal.experiments.sweep import sweep as run
+    from lowcal.report.sweep import sweep_text
     from lowcal.report.titles import title
 
     plan = Sweep(

@@ -4,7 +4,7 @@ from lowcal.data.batches import Batches
 from lowcal.data.dataset import Augmentation, Dataset, Files, Images
 from lowcal.data.file_batches import FileBatches
 from lowcal.data.load import CLASSES, DATASETS, IMAGES, load, make_loader
-from lowcal.data.loader import Loader, Share
+from lowcal.data.loader import Loader, Shard
 
 __all__ = [
     "CLASSES",
@@ -17,7 +17,7 @@ __all__ = [
     "Files",
     "Images",
     "Loader",
-    "Share",
+    "Shard",
     "load",
     "make_loader",
 ]

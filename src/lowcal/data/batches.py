@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcal.data.dataset import Augmentation, Images
-from lowcal.data.loader import Normalise, Passes, Share, check_state
+from lowcal.data.loader import Normalise, Passes, Shard, check_state
 
 __all__ = ["Batches"]
 
@@ -19,7 +19,7 @@ class Batches(Passes):
     Each pass is one epoch over all images; the last batch may be smaller. With `shuffle` each epoch has a new
     order, with `augmentation` each image a new crop and flip. All of an epoch is drawn when it begins, by a generator
     of its own that starts from `seed`: nothing else moves it, it moves nothing else, and what an image gets depends on
-    neither `batch` nor `share` nor `device`. `state_dict` continues exactly, in the middle of an epoch too. No step
+    neither `batch` nor `shard` nor `device`. `state_dict` continues exactly, in the middle of an epoch too. No step
     waits for the device.
 
     >>> images = Images(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
@@ -39,23 +39,23 @@ class Batches(Passes):
         shuffle: bool = False,
         augmentation: Augmentation | None = None,
         channels_last: bool = False,
-        share: Share = Share(),  # noqa: B008  (immutable)
+        shard: Shard = Shard(),  # noqa: B008  (immutable)
     ) -> None:
         self.device = torch.device(device)
         self.images = images.to(self.device)
         super().__init__(self.images, batch)
         self.shuffle = shuffle
         self.augmentation = augmentation
-        self.total = 0
-        self._share = share
+        self.global_batch = 0
+        self._shard = shard
         self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
         self._random = torch.Generator().manual_seed(seed)
         self._epoch_start = self._random.get_state()
         self._position = 0  # images given out in the present epoch
         self._resume_at = 0
 
-    def drawn(self) -> Iterator[tuple[Tensor]]:
-        """The same pass, as what `make` makes its batches from: (n, 1) int64, or with augmentation (n, 4).
+    def raw_batches(self) -> Iterator[tuple[Tensor]]:
+        """The same pass, as what `collate` makes batches from: (n, 1) int64, or with augmentation (n, 4).
 
         The columns are an image's number, its offsets down and to the right, and whether it is mirrored.
         """
@@ -64,12 +64,12 @@ class Batches(Passes):
         plan = self._draw().to(self.device)
         while self._position < len(plan):
             batch = plan[self._position : self._position + self._batch]
-            self.total = len(batch)
-            self._position += self.total
-            yield (batch[self._share.of(self.total)],)
+            self.global_batch = len(batch)
+            self._position += self.global_batch
+            yield (batch[self._shard.of(self.global_batch)],)
         self._position = 0
 
-    def make(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def collate(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of what was `drawn`."""
         index = drawn[:, 0]
         pixels = self.images.pixels_at(index)
@@ -77,7 +77,7 @@ class Batches(Passes):
             pixels = _crop_and_flip(pixels, drawn[:, 1:], self.augmentation)
         return self._normalise(pixels), self.images.labels[index]
 
-    def example(self, count: int) -> Tensor:
+    def sample_input(self, count: int) -> Tensor:
         """Return the first `count` images as a batch without augmentation; moves no random state."""
         index = torch.arange(min(count, len(self.images)), device=self.device)
         return self._normalise(self.images.pixels_at(index))

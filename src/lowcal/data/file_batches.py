@@ -10,7 +10,7 @@ from torch import Tensor
 from lowcal.data.dataset import Files
 from lowcal.data.decoders import Task
 from lowcal.data.listing import unreadable
-from lowcal.data.loader import Normalise, Passes, Share, check_state
+from lowcal.data.loader import Normalise, Passes, Shard, check_state
 
 __all__ = ["FileBatches"]
 
@@ -20,7 +20,7 @@ class FileBatches(Passes):
 
     With `shuffle` each pass has a new order, with `augment` each image a new random-resized crop and flip. The order
     comes from (`seed`, epoch) and each crop from (`seed`, epoch, position), so neither depends on the number of
-    workers nor on the `share`, and `state_dict` continues exactly, in the middle of a pass too. What crosses to the
+    workers nor on the `shard`, and `state_dict` continues exactly, in the middle of a pass too. What crosses to the
     device is uint8.
 
     A file that cannot be read stops the pass with a LowcalError that names it.
@@ -38,7 +38,7 @@ class FileBatches(Passes):
         shuffle: bool = False,
         augment: bool = False,
         channels_last: bool = False,
-        share: Share = Share(),  # noqa: B008  (immutable)
+        shard: Shard = Shard(),  # noqa: B008  (immutable)
     ) -> None:
         super().__init__(files, batch)
         self.files = files
@@ -46,15 +46,15 @@ class FileBatches(Passes):
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
-        self.total = 0
-        self._share = share
+        self.global_batch = 0
+        self._shard = shard
         self._normalise = Normalise(mean, std, device=self.device, channels_last=channels_last)
         self._begun = 0  # passes
         self._position = 0  # images given out in the present pass
         self._resume_at = 0
 
-    def drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same pass, as what `make` makes its batches from: pixels uint8 (n, 3, H, W), labels int64 (n,)."""
+    def raw_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pass, as what `collate` makes batches from: pixels uint8 (n, 3, H, W), labels int64 (n,)."""
         if self._resume_at == 0:
             self._begun += 1
         self._position, self._resume_at = self._resume_at, 0
@@ -63,16 +63,16 @@ class FileBatches(Passes):
             if decoded.failures:
                 path, reason = decoded.failures[0]
                 raise unreadable(f"{path}: {reason}")
-            self.total = min(batch, count - self._position)
-            self._position += self.total
+            self.global_batch = min(batch, count - self._position)
+            self._position += self.global_batch
             yield self._move(decoded.pixels), self._move(decoded.labels)
         self._position = 0
 
-    def make(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def collate(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The batch of the images' `pixels`: these normalised, and its labels."""
         return self._normalise(pixels), labels
 
-    def example(self, count: int) -> Tensor:
+    def sample_input(self, count: int) -> Tensor:
         """Return the first `count` images as evaluation sees them; moves no random state."""
         labels = self.files.labels[:count].tolist()
         tasks = [Task(path, label, None) for path, label in zip(self.files.paths, labels, strict=False)]
@@ -109,7 +109,7 @@ class FileBatches(Passes):
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for first in range(start, count, batch):
             index = order[first : first + batch]
-            index = index[self._share.of(len(index))]
+            index = index[self._shard.of(len(index))]
             labels = self.files.labels[index].tolist()
             yield [
                 Task(self.files.paths[i], label, _mixed(seed, epoch, i) if self.augment else None)

@@ -14,7 +14,7 @@ from lowcal.data.file_batches import FileBatches
 from lowcal.data.folder import read_image_folder
 from lowcal.data.imagenet import read_imagenet
 from lowcal.data.listing import OnError, class_folders
-from lowcal.data.loader import Loader, Share
+from lowcal.data.loader import Loader, Shard
 from lowcal.data.synthetic import make_synthetic
 from lowcal.errors import LowcalError, nearest
 
@@ -93,22 +93,22 @@ def make_loader(
     device: torch.device | str,
     seed: int = 0,
     channels_last: bool = False,
-    share: Share = Share(),  # noqa: B008  (immutable)
+    shard: Shard = Shard(),  # noqa: B008  (immutable)
 ) -> Loader:
     """The loader of the training images, in a new order and augmented in each pass, or of the test images as they are.
 
     Images in memory go to the device once, files are decoded ahead of their use. `seed` decides order and augmentation.
-    `batch` is over all processes, of which this one is given its `share`.
+    `batch` is over all processes, of which this one is given its `shard`.
     """
     images = data.train if training else data.test
     if isinstance(images, Images):
         return Batches(
             images, batch=batch, mean=data.mean, std=data.std, device=device, seed=seed, shuffle=training,
-            augmentation=data.augmentation if training else None, channels_last=channels_last, share=share,
+            augmentation=data.augmentation if training else None, channels_last=channels_last, shard=shard,
         )  # fmt: skip
     return FileBatches(
         images, batch=batch, mean=data.mean, std=data.std, device=device, seed=seed, shuffle=training,
-        augment=training, channels_last=channels_last, share=share,
+        augment=training, channels_last=channels_last, shard=shard,
     )  # fmt: skip
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from lowcal.data.dataset import Split
 from lowcal.errors import LowcalError
 
-__all__ = ["Loader", "Normalise", "Passes", "Share", "check_state"]
+__all__ = ["Loader", "Normalise", "Passes", "Shard", "check_state"]
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of each mini-batch is this process's, where `world` processes train together.
 
     The parts are as equal as can be, and the first one is never smaller than another; all images are in one of them.
 
-    >>> [Share(rank, 3).of(8) for rank in range(3)]
+    >>> [Shard(rank, 3).of(8) for rank in range(3)]
     [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None)]
     """
 
@@ -47,7 +47,7 @@ class Loader(Protocol):
     def batch(self, value: int) -> None: ...
 
     @property
-    def total(self) -> int:
+    def global_batch(self) -> int:
         """Images of the batch given out last, over all processes."""
 
     @property
@@ -64,17 +64,17 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Start a pass, or go on with the one that `load_state_dict` brought; x (n, C, H, W) float32, y (n,) int64."""
 
-    def drawn(self) -> Iterator[tuple[Tensor, ...]]:
-        """The same pass, as what `make` makes its batches from: tensors on the device whose first dimension is n."""
+    def raw_batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The same pass, as what `collate` makes batches from: tensors on the device whose first dimension is n."""
 
     @property
-    def make(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def collate(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """What gives the batch of what was drawn.
 
         It is work for the device alone and depends on nothing else, so that a recorded training step may hold it.
         """
 
-    def example(self, count: int) -> Tensor:
+    def sample_input(self, count: int) -> Tensor:
         """The first `count` images as evaluation sees them; moves no random state."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,14 +119,14 @@ class Passes(ABC):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Start a pass, or go on with the one that `load_state_dict` brought."""
-        return (self.make(*given) for given in self.drawn())
+        return (self.collate(*batch) for batch in self.raw_batches())
 
     @abstractmethod
-    def drawn(self) -> Iterator[tuple[Tensor, ...]]:
+    def raw_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """As `Loader`."""
 
     @abstractmethod
-    def make(self, *drawn: Any) -> tuple[Tensor, Tensor]:
+    def collate(self, *drawn: Any) -> tuple[Tensor, Tensor]:
         """As `Loader`."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lowcal.data import Dataset, Loader, Share, load, make_loader
+from lowcal.data import Dataset, Loader, Shard, load, make_loader
 from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
 from lowcal.experiments.memory_format import puts_channels_last
@@ -148,8 +148,8 @@ def build_run(
         model=model,
         optimizer=optimizer,
         method=attached,
-        train=_loader(recipe, data, device, ranks.share, training=True),
-        test=_loader(recipe, data, device, ranks.share, training=False),
+        train=_loader(recipe, data, device, ranks.shard, training=True),
+        test=_loader(recipe, data, device, ranks.shard, training=False),
         epochs=recipe.epochs,
         lr_at=lr_at(recipe),
         precision=recipe.precision,
@@ -202,7 +202,7 @@ def _growth(batch: BatchSettings, images: int) -> Growth:
     return Growth(batch.size, most=most, limit=batch.memory_limit, scale_lr=batch.scale_lr)
 
 
-def _loader(recipe: Recipe, data: Dataset, device: torch.device, share: Share, *, training: bool) -> Loader:
+def _loader(recipe: Recipe, data: Dataset, device: torch.device, shard: Shard, *, training: bool) -> Loader:
     batch = recipe.batch.size if training else min(len(data.test), max(recipe.batch.size, EVALUATION_BATCH))
     return make_loader(
         data,
@@ -211,5 +211,5 @@ def _loader(recipe: Recipe, data: Dataset, device: torch.device, share: Share, *
         device=device,
         seed=recipe.seed,
         channels_last=puts_channels_last(recipe.channels_last, device, recipe.precision),
-        share=share,
+        shard=shard,
     )

@@ -23,18 +23,15 @@ from lowcal.experiments.reproduction.training import check_data, missing, train_
 from lowcal.experiments.reproduction.tuning import epochs_left, search, unsearched
 from lowcal.experiments.sweep import require_optuna
 from lowcal.report.figures import save
-from lowcal.report.intervals import spread_notes
 from lowcal.report.runs import RunData, code_note
-from lowcal.report.sheet import Column, Sheet
-from lowcal.report.tables import duration
-from lowcal.training.files import FORMAT, atomic_write, write_json
+from lowcal.report.table import Column, Table, duration, spread_notes
 
 
 @dataclass(frozen=True)
 class Reproduced:
     """A table as it stands, and the files that it was written to."""
 
-    sheet: Sheet
+    table: Table
     files: tuple[Path, ...]
 
 
@@ -135,21 +132,18 @@ def dry_run(
 
 def write(plan: Plan, results: Results, seeds: int) -> Reproduced:
     """Write the table as Markdown, CSV and JSON and its pictures as SVG and PNG, from the runs that are finished."""
-    sheet = make_sheet(plan, results, seeds)
+    table = make_table(plan, results, seeds)
     results.begin()
     stem = results.out / results.name(plan.name)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("md", "csv", "json")]
-    atomic_write(files[0], sheet.markdown().encode())
-    atomic_write(files[1], sheet.csv().encode())
-    write_json(files[2], _as_json(plan, results, seeds, sheet))
+    files = table.write(stem, **_facts(plan, results, seeds, table))
     for name, figure in draw(plan, results, seeds).items():
         for kind in ("svg", "png"):
             files.append(stem.with_name(f"{stem.name}-{name}.{kind}"))
             save(figure, files[-1])
-    return Reproduced(sheet, tuple(files))
+    return Reproduced(table, tuple(files))
 
 
-def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
+def make_table(plan: Plan, results: Results, seeds: int) -> Table:
     """The table from the runs that are finished, with what a reader must know."""
     columns, found = _rows(plan, results, seeds)
     recipes = list(dict.fromkeys(line.recipe for line in plan.lines))
@@ -168,7 +162,8 @@ def make_sheet(plan: Plan, results: Results, seeds: int) -> Sheet:
         notes.append(f"Not trained in turn with sgd, so that a drift of the machine may show: {names}.")
     if any(row.get("paper_speedup") for row in found):
         notes.append("The paper's speed-ups are of a GTX 1080 Ti.")
-    return Sheet(title, columns, found, notes, group=None if plan.kind == "equal-time" else "network")
+    group = None if plan.kind == "equal-time" else "network"
+    return Table(columns, found, title, notes=notes, group=group, drop_empty=True)
 
 
 def _rows(plan: Plan, results: Results, seeds: int) -> tuple[Sequence[Column], list[dict[str, Any]]]:
@@ -197,20 +192,18 @@ def _origin(runs: Sequence[RunData]) -> list[str]:
     return [f"Measured on {' and '.join(sorted(found))}{more}.", *filter(None, [code_note(runs)])]
 
 
-def _as_json(plan: Plan, results: Results, seeds: int, sheet: Sheet) -> Mapping[str, Any]:
+def _facts(plan: Plan, results: Results, seeds: int, table: Table) -> Mapping[str, Any]:
     runs = [run for cell in plan.cells for run in runs_of(cell, results, seeds)]
     names = ("device", "device_name", "threads", "torch", "lowcal", "code", "commit", "started")
     return {
-        "format": FORMAT,
         "table": plan.name,
-        "title": sheet.title,
+        "title": table.title,
         "scale": results.scale.name,
         "settings": list(results.settings),
         "synthetic": sorted({line.recipe for line in plan.lines if results.is_synthetic(line.recipe)}),
         "seeds": seeds,
         "searched": {cell.id: asdict(found) for cell in plan.cells if (found := results.found(cell))},
-        "rows": list(sheet.rows),
-        "notes": list(sheet.notes),
+        "notes": list(table.notes),
         "runs": {
             f"{run.path.parent.name}/{run.name}": {name: run.environment.get(name) for name in names} for run in runs
         },

@@ -150,16 +150,16 @@ class Worker:
         if self._error is not None:
             raise self._error
 
-    def _attempt(self, trial: optuna.Trial) -> list[float] | None:
-        """Train a trial; returns its objectives, or None if it is not finished."""
-        number = trial.user_attrs.get("trial")
+    def _attempt(self, trial: optuna.Trial) -> list[float]:
+        """Train a trial; returns its objectives, or none if it is not finished, which makes the attempt FAIL."""
+        number: int = trial.user_attrs.get("trial", -1)
         self.study.sampler = self._sampler(number)
         values = {search.key: search.suggest(trial) for search in self.plan.searches}
         earlier = [one for one in self.attempts().get(number, []) if one.number < trial.number]
         is_double = any(one.state != TrialState.FAIL or one.params.items() - trial.params.items() for one in earlier)
-        if number is None or is_double:  # workers queued a trial at the same time, or asked for the last one
+        if number < 0 or is_double:  # workers asked for the last trial, or queued a trial, at the same time
             trial.set_user_attr("trial", None)
-            return None
+            return []
         if earlier:
             self.watcher.note(f"trial {number} is taken up again: its worker stopped")
         self._trial, deaths = trial, trial.user_attrs.get("deaths", 0)
@@ -172,13 +172,13 @@ class Worker:
             trial.set_user_attr("results", results)
         except UpdateFinishedTrialError:
             self.watcher.note(f"trial {number} was left: this worker gave no sign of life for too long")
-            return None
+            return []
         except BaseException as error:
             self._error = error
             if isinstance(error, KeyboardInterrupt | SystemExit | LowcalError):  # not the trial's fault
                 with suppress(UpdateFinishedTrialError):
                     self._hold(min(deaths, self._deaths))
-            return None
+            return []
         if results["reason"] is not None:
             self.watcher.note(f"trial {number} gave no result: {results['reason']}")
             raise optuna.TrialPruned
@@ -227,7 +227,7 @@ class Worker:
         results["device"] = folders[0].read_environment()["device_name"]
         return results | {"runs": [arm.folder for arm in arms]}
 
-    def _sampler(self, number: int | None) -> BaseSampler:
+    def _sampler(self, number: int) -> BaseSampler:
         """The sampler of a trial, with a seed of its own, so that its choice does not depend on the worker."""
         seed = random.Random(f"{self.plan.recipe.seed}/{number}").getrandbits(32)
         if self.plan.sampler == "random":

@@ -54,8 +54,8 @@ class Workshop:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         slice_inputs(self.model)
-        self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.make
-        self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.drawn())
+        self.make: Callable[..., tuple[Tensor, Tensor]] = as_given if loader is None else loader.collate
+        self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.raw_batches())
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
         self.boundaries = sorted({int(fraction * depth + 1e-9) for fraction in settings.boundaries} - {0})

@@ -34,6 +34,7 @@ class Local(Method):
             norm_stats=self.settings.norm_stats,
             example_inputs=example_inputs,
         )
+        self._layers = self._local._local_layers  # for steps that a CUDA graph replays
         self._parallel: DistributedLoCal | None = None
         self._facts: dict[str, Fact] = super().facts()
         return self._local.layers
@@ -69,22 +70,26 @@ class Local(Method):
     @property
     def phase(self) -> int:
         """0 in steps in which the rule acts, 1 in those between."""
-        return int(self.boundary > 0 and not self._local.is_due)
+        return int(self.boundary > 0 and not self._layers.updates.is_due)
 
     def make_replayable(self, device: torch.device) -> None:
         """The length and sign of local steps."""
-        self._local.make_replayable(device)
+        self._layers.make_replayable(device)
 
     def replayed(self) -> None:
         """Counts the step, and opens or closes the layers before the boundary for the next one."""
         if self.boundary:
-            self._local.count_step()
+            self._layers.count_step(applied=self._layers.updates.is_due)
 
     def end_epoch(self, loss: float) -> bool:
         """Sets the sign of local updates and moves the boundary, as the schedule says."""
         facts: dict[str, Fact] = {"local_lr": self._local.lr, "sign": self._local.sign}
         moved = self._local.end_epoch(loss)
-        self._facts = {**facts, "transition_change": self._local.change, "skipped_updates": self._local.skipped}
+        self._facts = {
+            **facts,
+            "transition_change": self._local.change,
+            "skipped_updates": self._layers.updates.skipped,
+        }
         return moved
 
     def facts(self) -> dict[str, Fact]:

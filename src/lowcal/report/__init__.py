@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .page import Report, write_report
+    from lowcal.report.page import Report, write_report
 
 __all__ = ["Report", "write_report"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     # Loaded when first used: the command's first line needs a title, and not matplotlib, which takes a second.
     if name not in __all__:
         raise AttributeError(f"module 'lowcal.report' has no attribute {name!r}")
-    from . import page
+    from lowcal.report import page
 
     return getattr(page, name)

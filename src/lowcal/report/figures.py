@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ..errors import LowcalError
-from ..training.files import atomic_write
-from .runs import RunData, by_method
-from .tables import time_unit
+from lowcal.errors import LowcalError
+from lowcal.files import atomic_write
+from lowcal.report.runs import RunData, by_method
+from lowcal.report.table import time_unit
 
 __all__ = [
     "FIGURES",

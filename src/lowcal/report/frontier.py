@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from .figures import INK, colours, style
-from .labels import Label, place_labels
-from .tables import time_unit
+from lowcal.report.figures import INK, colours, style
+from lowcal.report.labels import Label, place_labels
+from lowcal.report.table import time_unit
 
 __all__ = ["Spot", "frontier"]
 

@@ -9,16 +9,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..errors import LowcalError
-from ..training.files import FORMAT, atomic_write, read_json, write_json
-from ..training.record import RunFolder
-from .figures import FIGURES, colours
-from .intervals import spread_notes
-from .runs import RunData, by_method, code_note, read_runs
-from .svg import inline_svg
-from .tables import COLUMNS, Row, csv_table, escaped, make_rows, markdown_table, table_cells
-from .titles import common_title
-from .words import batch_changes, comparison_notes, headline
+from lowcal.errors import LowcalError
+from lowcal.files import FORMAT, atomic_write, read_json
+from lowcal.report.comparison import Row, comparison_table, make_rows
+from lowcal.report.figures import FIGURES, colours
+from lowcal.report.runs import RunData, by_method, code_note, read_runs
+from lowcal.report.svg import inline_svg
+from lowcal.report.table import Table, spread_notes
+from lowcal.report.titles import common_title
+from lowcal.report.words import batch_changes, comparison_notes, headline
+from lowcal.training.record import RunFolder
 
 __all__ = ["Report", "write_report"]
 
@@ -72,18 +72,17 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report
     _refuse_unless_ours(out)
     data = read_runs(paths)
     rows = make_rows(data)
-    summary = _summary(data, rows)
+    summary = _summary(data)
     notes = _notes(data, rows, summary)
-    page = _render(data, rows, summary, [*_origin(summary), *notes])
+    table = comparison_table(rows, headline(rows), lead=[f"{summary['title']}."], notes=[*_origin(summary), *notes])
+    page = _render(data, table, summary)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LowcalError(f"cannot make {out}: {error.strerror}; choose another folder") from error
-    write_json(out / "summary.json", summary)
-    atomic_write(out / "summary.csv", csv_table(rows).encode())
-    atomic_write(out / "summary.md", _markdown(rows, summary, [*_origin(summary), *notes]).encode())
+    table.write(out / "summary", **summary)
     atomic_write(out / "report.html", page.encode())
-    return Report(rows, summary, headline(rows), notes, out / "report.html")
+    return Report(rows, summary | {"format": FORMAT, "rows": table.rows}, table.title, notes, out / "report.html")
 
 
 def _refuse_unless_ours(out: Path) -> None:
@@ -93,9 +92,8 @@ def _refuse_unless_ours(out: Path) -> None:
         raise LowcalError(f"{out / 'summary.json'} is not a comparison's; give another folder by --out")
 
 
-def _summary(runs: Sequence[RunData], rows: Sequence[Row]) -> dict[str, Any]:
+def _summary(runs: Sequence[RunData]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "recipe": _common(run.recipe for run in runs),
         "model": runs[0].model,
         "dataset": runs[0].dataset,
@@ -104,7 +102,6 @@ def _summary(runs: Sequence[RunData], rows: Sequence[Row]) -> dict[str, Any]:
         "environment": {name: _common(run.environment.get(name) for run in runs) for name in _ENVIRONMENT}
         | {"started": min((run.environment.get("started") or "" for run in runs), default="") or None},
         "settings": runs[0].settings,
-        "rows": [row.as_dict() for row in rows],
         "unfinished": [
             {"run": run.name, "epochs": len(run.records), "planned": run.planned} for run in runs if not run.finished
         ],
@@ -139,12 +136,7 @@ def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]
     return notes
 
 
-def _markdown(rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
-    subject, *notes = (escaped(text) for text in (f"{summary['title']}.", *notes))
-    return "\n\n".join([f"**{escaped(headline(rows))}**", subject, markdown_table(rows).rstrip(), *notes]) + "\n"
-
-
-def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any], notes: Sequence[str]) -> str:
+def _render(runs: Sequence[RunData], table: Table, summary: dict[str, Any]) -> str:
     methods = colours(by_method(runs))
     lights = [light for light, _dark in methods.values()]
     figures = [
@@ -156,10 +148,10 @@ def _render(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any
     ).from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
     return template.render(
         subject=summary["title"],
-        headline=headline(rows),
-        columns=COLUMNS,
-        lines=table_cells(rows),
-        notes=notes,
+        headline=table.title,
+        columns=[column.heading for column in table.shown],
+        lines=table.cells(),
+        notes=table.notes,
         colours=list(methods.values()),
         figures=figures,
         several=any(len(group) > 1 for group in by_method(runs).values()),

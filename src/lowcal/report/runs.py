@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import LowcalError, is_count
-from ..training.record import RunFolder, code_of
+from lowcal.errors import LowcalError, is_count
+from lowcal.training.record import RunFolder, code_of
 
 __all__ = ["MOVING", "RunData", "by_method", "code_note", "differing", "method_order", "read_run", "read_runs"]
 

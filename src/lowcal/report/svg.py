@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .figures import INK, NO_METADATA, style
+from lowcal.report.figures import INK, NO_METADATA, style
 
 __all__ = ["inline_svg"]
 

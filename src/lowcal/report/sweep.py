@@ -1,12 +1,10 @@
 """A sweep's report: its trials as JSON, CSV and Markdown, and each objective against each searched setting."""
 
-import csv
-import io
 import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..training.files import FORMAT, write_json
-from .figures import INK, colours, save, style
-from .intervals import ABSENT, spread_notes, with_spread
-from .tables import duration
+from lowcal.files import FORMAT, write_json
+from lowcal.report.figures import INK, colours, save, style
+from lowcal.report.table import ABSENT, Column, Table, spread_notes
 
-__all__ = ["SweepReport", "short_names", "sweep_cells", "write_sweep"]
+__all__ = ["SweepReport", "short_names", "sweep_table", "sweep_text", "write_sweep"]
 
-_RESULTS = ("top1_error", "best_top1_error", "seconds", "flops")
+MOST_TRIALS = 20  # that are printed; the files have all
+WIDEST_REASON = 60
+
 _TITLES = {
     "top1_error": "top-1 error, %",
     "best_top1_error": "lowest top-1 error, %",
     "seconds": "training time, s",
     "flops": "training FLOPs",
 }
+_RESULTS = (*_TITLES, "top1_error_std", "seconds_std", "boundary", "layers", "device", "reason")
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,47 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], heading: Mapping[str, Any], o
             the trials that no other beats.
     """
     summary = {"format": FORMAT, **heading, "rows": list(rows)}
+    flat = [{"trial": row["trial"], **row["settings"], **{name: row[name] for name in _RESULTS}} for row in rows]
     with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as made:  # several workers may write at once
         folder = Path(made)
         write_json(folder / "sweep.json", summary)
-        (folder / "sweep.csv").write_text(_csv(rows), encoding="utf-8")
+        (folder / "sweep.csv").write_text(Table((), flat).csv(), encoding="utf-8")
         (folder / "sweep.md").write_text(_markdown(summary), encoding="utf-8")
         if any(row["reason"] is None for row in rows):
             save(sweep_figure(summary), folder / "sweep.svg")
         files = [file.replace(out / file.name) for file in sorted(folder.iterdir())]
     return SweepReport(summary, tuple(files))
+
+
+def sweep_table(summary: Mapping[str, Any]) -> Table:
+    """Return the trials as a table: those of a grid in order, others the best first; `*` marks the best."""
+    first = summary["objectives"][0]
+    rows = [
+        {**row, "seeds": summary["seeds"], "mark": row["reason"] or "*" * (row["trial"] in summary["best"])}
+        for row in summary["rows"]
+    ]
+    if summary["sampler"] != "grid":
+        rows.sort(key=lambda row: math.inf if row[first] is None else row[first])
+    names = short_names(_keys(rows))
+    columns = [
+        Column("trial", "trial", "number"),
+        *(Column(key, name, lambda row, key=key: _setting(row["settings"].get(key))) for key, name in names.items()),
+        Column("top1_error", _TITLES["top1_error"], ".2f"),
+        *(Column(name, _TITLES[name], ".4g") for name in summary["objectives"] if name in ("best_top1_error", "flops")),
+        Column("seconds", "time", "duration"),
+        Column("boundary", "boundary", _boundary),
+        Column("mark", ""),
+    ]
+    return Table(columns, rows)
+
+
+def sweep_text(summary: Mapping[str, Any]) -> str:
+    """Return the table as text, without a grid's order cut to the best trials."""
+    table = sweep_table(summary)
+    rows = table.rows if summary["sampler"] == "grid" else table.rows[:MOST_TRIALS]
+    left_out = len(table.rows) - len(rows)
+    text = replace(table, rows=[{**row, "mark": row["mark"][:WIDEST_REASON]} for row in rows]).text()
+    return f"{text}\n... and {left_out} more" if left_out else text
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -66,30 +98,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
         names[key] = next((end for end in ends if not any(f".{o}".endswith(f".{end}") for o in keys if o != key)), key)
     return names
-
-
-def sweep_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the table's headings and its lines: a grid's in order, else the best first; `*` marks the best."""
-    keys = _keys(summary["rows"])
-    names = short_names(keys)
-    more = [name for name in summary["objectives"] if name in ("best_top1_error", "flops")]
-    headings = ["trial", *names.values(), "top-1 error, %", *(_TITLES[name] for name in more), "time", "boundary", ""]
-    rows = list(summary["rows"])
-    if summary["sampler"] != "grid":
-        first = summary["objectives"][0]
-        rows.sort(key=lambda row: math.inf if row[first] is None else row[first])
-    lines = []
-    for row in rows:
-        line = [str(row["trial"]), *(_setting(row["settings"].get(key)) for key in keys)]
-        if row["reason"] is not None:
-            line += [ABSENT] * (3 + len(more)) + [row["reason"]]
-        else:
-            error = with_spread(row["top1_error"], row["top1_error_std"], summary["seeds"], 2)
-            boundary = f"{round(row['boundary'], 1):g}/{row['layers']:g}"
-            line += [error, *(f"{row[name]:.4g}" for name in more), duration(row["seconds"]), boundary]
-            line.append("*" if row["trial"] in summary["best"] else "")
-        lines.append(line)
-    return headings, lines
 
 
 def sweep_figure(summary: Mapping[str, Any]) -> Figure:
@@ -146,29 +154,14 @@ def _places(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
     return lambda value: float(labels.index(_setting(value)))
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = _keys(rows)
-    results = [*_RESULTS, "top1_error_std", "seconds_std", "boundary", "layers", "device", "reason"]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["trial", *keys, *results])
-    for row in rows:
-        settings = [row["settings"].get(key) for key in keys]
-        writer.writerow([row["trial"], *settings, *(row[name] for name in results)])
-    return stream.getvalue()
-
-
 def _markdown(summary: Mapping[str, Any]) -> str:
-    headings, lines = sweep_cells(summary)
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    table = [headings, ["---:"] * (len(headings) - 1) + ["---"], *cells]
     where = (
         f"{summary['model']} on {summary['dataset']}, {summary['evaluate']} images, {summary['seeds']} seed(s) a trial"
     )
     searched = ", ".join(f"`{search}`" for search in summary["search"])
     notes = " ".join(["\\* marks the best.", *spread_notes([summary["seeds"]])])
-    title = f"{summary['title']}: {summary['method']}\n\n{where}; searched: {searched}. {notes}\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    title = f"{summary['title']}: {summary['method']}"
+    return f"{title}\n\n{where}; searched: {searched}. {notes}\n\n{sweep_table(summary).markdown()}"
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,3 +172,7 @@ def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _boundary(row: Mapping[str, Any]) -> str:
+    return ABSENT if row["boundary"] is None else f"{round(row['boundary'], 1):g}/{row['layers']:g}"

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .intervals import difference_interval
-from .runs import RunData, by_method, differing
-from .tables import Row, duration
+from lowcal.report.comparison import Row, difference_interval
+from lowcal.report.runs import RunData, by_method, differing
+from lowcal.report.table import duration
 
 __all__ = ["batch_changes", "comparison_notes", "headline"]
 

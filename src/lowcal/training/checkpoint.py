@@ -1,29 +1,24 @@
 """Checkpoints that a crash, a full disk or a damaged file cannot take away.
 
-A file is one line, ``lowcal-checkpoint <sha256> <bytes>``, and then what `torch.save` wrote. A new one is written
-beside the present one, which then becomes the previous one; each of the three names is looked at when loading.
+A new file is written beside the present one, which then becomes the previous one; each of the three names is looked at
+when loading.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lowcal.errors import LowcalError
-from lowcal.training.files import atomic_write
+from lowcal.files import DamagedError, load_checked, save_checked
 
 FORMAT = 4  # 1 had no part of an epoch, 2 no growth of the batch, 3 two generators of mini-batches
-MAGIC = b"lowcal-checkpoint"
+KIND = "checkpoint"
 PRESENT = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"
 NEXT = "checkpoint.next.pt"
-_LONGEST_HEADER = 200
 
 
 @dataclass(frozen=True)
@@ -47,11 +42,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     Raises:
         LowcalError: the system refuses; the checkpoints that were there are intact then.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    payload = buffer.getbuffer()
-    header = b"%s %s %d\n" % (MAGIC, hashlib.sha256(payload).hexdigest().encode(), len(payload))
-    atomic_write(folder / NEXT, b"".join((header, payload)))
+    save_checked(folder / NEXT, KIND, {"format": FORMAT, **state})
     _rename(folder)
 
 
@@ -98,8 +89,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     passed_over: list[str] = []
     for path in paths:
         try:
-            state = _read(path)
-        except _DamagedError as error:
+            state = load_checked(path, KIND)
+            if "format" not in state:
+                raise DamagedError("does not hold a run's state")
+        except DamagedError as error:
             passed_over.append(f"{path} {error}")
             continue
         if state["format"] != FORMAT:
@@ -111,30 +104,3 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     if passed_over:
         raise LowcalError(f"no checkpoint can be used: {'; '.join(passed_over)}; start the run anew in another folder")
     return None
-
-
-class _DamagedError(Exception):
-    """Says what is wrong with a file, as the rest of a sentence that begins with its name."""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _DamagedError(f"cannot be read ({error.strerror})") from error
-    end = data.find(b"\n", 0, _LONGEST_HEADER)
-    fields = data[: max(end, 0)].split(b" ")
-    if len(fields) != 3 or fields[0] != MAGIC or not fields[2].isdigit():
-        raise _DamagedError("is not a checkpoint of lowcal, or its first line is damaged")
-    payload = memoryview(data)[end + 1 :]
-    if len(payload) != int(fields[2]):
-        raise _DamagedError(f"holds {len(payload)} bytes where it says {int(fields[2])}")
-    if hashlib.sha256(payload).hexdigest().encode() != fields[1]:
-        raise _DamagedError("is damaged (its checksum differs)")
-    try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own for what it refuses
-        raise _DamagedError("holds something other than tensors and plain values") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise _DamagedError("does not hold a run's state")
-    return state

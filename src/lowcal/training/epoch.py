@@ -100,7 +100,7 @@ def train_epoch(
             pause()
         start = last = now(device)
 
-    passing = batches.drawn() if part.done < steps else iter(())
+    passing = batches.raw_batches() if part.done < steps else iter(())
     while True:
         try:
             given = next(passing)
@@ -112,7 +112,7 @@ def train_epoch(
             raise
         loss = step(*given)
         moment = perf_counter()
-        part.add(loss, step.skipped, (batches.total, *batches.shape), moment - last)
+        part.add(loss, step.skipped, (batches.global_batch, *batches.shape), moment - last)
         last = moment
         done = part.done
         if done % CHECK_EVERY == 0:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowcal.training.files import atomic_write
+from lowcal.files import atomic_write
 from lowcal.training.record import RunFolder
 
 WEIGHTS = "model.pt"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lowcal.data import Share
+from lowcal.data import Shard
 from lowcal.methods import Method
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 
@@ -24,7 +24,7 @@ class Meter:
 
     def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
         self._method, self._device, self._precision = method, device, precision
-        self._largest = Share(0, world)
+        self._largest = Shard(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
         # Bytes, in the epochs since `renew`: a step that the device replays allocates in the first alone.
         self._most = 0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowcal.data import Share
+from lowcal.data import Shard
 from lowcal.errors import LowcalError
 from lowcal.training.launch import ALONE, Launch
 from lowcal.training.random_state import RandomState
@@ -37,14 +37,14 @@ class Ranks:
     Attributes:
         rank: its number among all processes.
         world: the number of processes.
-        share: its share of each mini-batch.
+        shard: its shard of each mini-batch.
     """
 
     def __init__(self, device: torch.device | None = None, launch: Launch = ALONE) -> None:
         self.device = device or torch.device("cpu")
         self.launch = launch
         self.rank, self.world = launch.rank, launch.world
-        self.share = Share(self.rank, self.world)
+        self.shard = Shard(self.rank, self.world)
 
     @property
     def is_main(self) -> bool:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import LowcalError
-from .files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
+from lowcal.errors import LowcalError
+from lowcal.files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
 
 try:
     import fcntl

@@ -114,7 +114,7 @@ class RunState:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes over a checkpoint's state, once copies have shown that all of it fits, and cuts the log to it."""
-        twin = self._workbench.twin(self._train.example(1))
+        twin = self._workbench.twin(self._train.sample_input(1))
         twin.load_state_dict(state)
         twin.method.detach()
         seconds, finished, in_a_row = float(state["seconds"]), int(state["finished"]), int(state["in_a_row"])

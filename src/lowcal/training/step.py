@@ -53,7 +53,7 @@ class StepOptions:
         guard: whether a step whose loss or gradient is NaN or infinite leaves weights, optimizer and buffers as they
             were.
         batch: images in a whole mini-batch, if some may be smaller.
-        make: from what a step is given (`Loader.drawn`) to images (N, C, H, W), normalised, and class numbers (N,);
+        make: from a raw batch (`Loader.raw_batches`) to images (N, C, H, W), normalised, and class numbers (N,);
             work for the device alone, which may be recorded.
     """
 

@@ -233,7 +233,7 @@ class Run:
 
     def _own(self, images: int) -> int:
         """How many of a mini-batch's `images` are this process's."""
-        share = self.ranks.share.of(images)
+        share = self.ranks.shard.of(images)
         return share.stop - share.start
 
     def _train(self, progress: Callable[[Progress], None] | None) -> Part | None:

@@ -65,10 +65,10 @@ class Workbench:
             Seconds of a step: the mean of the second half of `steps`.
         """
         before = self._train.state_dict()
-        given = [tensor[:most] for tensor in next(self._train.drawn())]
+        given = [tensor[:most] for tensor in next(self._train.raw_batches())]
         self._train.load_state_dict(before)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            twin = self.twin(self._train.example(1))
+            twin = self.twin(self._train.sample_input(1))
             twin.model.train()
             if alone:
                 separate(twin.model)
@@ -115,7 +115,7 @@ class Workbench:
             learner.scaler,
             guard=self._guard,
             batch=self._train.batch,
-            make=self._train.make,
+            make=self._train.collate,
         )
         if ranks.world > 1:
             return RankedStep(learner.optimizer, learner.method, options, ranks=ranks)

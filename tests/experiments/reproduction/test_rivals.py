@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lowcal.experiments.recipe_files import dump_recipe
-from lowcal.experiments.reproduce import make_sheet, write
+from lowcal.experiments.reproduce import make_table, write
 from lowcal.experiments.reproduction.plans import make_plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rivals import equal_accuracy_rows, equal_time_rows
@@ -75,12 +75,12 @@ def test_runs_of_other_machines_and_other_turns_are_told_apart(results):
     plan = make_plan("table1", results.base)
     rows = {row["strategy"]: row for row in result_rows(plan, results, 1) if row["network"] == "resnet34-imagenet"}
     assert (rows["local"]["speedup"], rows["freeze"]["speedup"]) == (2.0, None)
-    notes = "\n".join(make_sheet(plan, results, 1).notes)
+    notes = "\n".join(make_table(plan, results, 1).notes)
     assert "Not trained in turn with sgd" in notes
     assert "resnet34-imagenet, local" in notes
     assert "times of different machines are not compared" in notes
     results.note_turns("resnet34-imagenet", ["sgd-seed0", "local-seed0"])
-    assert "Not trained in turn" not in "\n".join(make_sheet(plan, results, 1).notes)
+    assert "Not trained in turn" not in "\n".join(make_table(plan, results, 1).notes)
 
 
 def test_equal_accuracy_by_hand(results):
@@ -127,7 +127,7 @@ def test_equal_time_by_hand(results):
     assert rows[0.25]["freeze_loss"] == pytest.approx(0.1)
     assert (rows[0.05]["short_step_loss"], fast["short_step_loss"]) == (0.0, 0.0)
     assert fast["state"] == "not in turn"
-    notes = "\n".join(make_sheet(make_plan("table7", results.base), results, 1).notes)
+    notes = "\n".join(make_table(make_plan("table7", results.base), results, 1).notes)
     assert "Not trained in turn with sgd" in notes
     assert "resnet18-cifar10, local-most-0.9" in notes
     assert "resnet18-cifar10, local;" not in notes
@@ -168,9 +168,9 @@ def test_the_batch_from_epoch_to_epoch(results):
         "local, prose": (None, None, None),
         "local, growing batch": (16, 32, 3),
     }
-    text = make_sheet(plan, results, 1).text()
+    text = make_table(plan, results, 1).text()
     assert "grown from epoch" in text
-    assert "batch" not in make_sheet(make_plan("figure3", results.base), results, 1).markdown().splitlines()[2]
+    assert "batch" not in make_table(make_plan("figure3", results.base), results, 1).markdown().splitlines()[2]
 
 
 def test_files_say_the_scale_and_what_is_not_there(results):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowcal.experiments.recipe_files import show_value
 from lowcal.experiments.search_space import parse_search
-from lowcal.training.files import read_json
+from lowcal.files import read_json
 
 
 @dataclass(frozen=True)

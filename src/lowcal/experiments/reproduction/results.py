@@ -17,8 +17,8 @@ from lowcal.experiments.recipe_files import apply_settings, load_recipe
 from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.found import Found, read_found
 from lowcal.experiments.reproduction.scales import Scale, image_folder, is_stand_in, scaled
+from lowcal.files import FORMAT, read_json, write_json
 from lowcal.report.runs import RunData, read_run
-from lowcal.training.files import FORMAT, read_json, write_json
 from lowcal.training.record import RunFolder
 
 MARK = "reproduce.json"

@@ -21,7 +21,7 @@ from lowcal.experiments.reproduction.paper import paper
 from lowcal.experiments.reproduction.plans import RESNET18_CIFAR10, Plan, short_step
 from lowcal.experiments.reproduction.results import Results
 from lowcal.experiments.reproduction.rows import APART, Row, beside_paper, lines_apart, runs_of
-from lowcal.report.sheet import Column
+from lowcal.report.table import Column
 
 COMPRESSED = "sgd-compressed"  # with what the names of those cells begin
 SHORT_STEP = short_step(RESNET18_CIFAR10).name
@@ -29,19 +29,19 @@ SHORT_STEP = short_step(RESNET18_CIFAR10).name
 EQUAL_ACCURACY = (
     Column("strategy", "strategy"),
     *beside_paper("epochs", "epochs", "number"),
-    *beside_paper("top1_error", "error, %", "percent"),
-    *beside_paper("speedup", "speed-up", "ratio"),
+    *beside_paper("top1_error", "error, %", ".2f"),
+    *beside_paper("speedup", "speed-up", ".2f", "×"),
     Column("state", "state"),
 )
 EQUAL_TIME = (
-    Column("max_loss", "at most", "percent"),
-    *beside_paper("local_loss", "local", "percent"),
-    *beside_paper("freeze_loss", "freeze", "percent"),
-    Column("refresh_loss", "refresh", "percent"),
-    Column("short_step_loss", "short step", "percent"),
-    Column("stopped_loss", "sgd stopped", "percent"),
-    Column("compressed_loss", "compressed", "percent"),
-    Column("speedup", "speed-up", "ratio"),
+    Column("max_loss", "at most", ".2f"),
+    *beside_paper("local_loss", "local", ".2f"),
+    *beside_paper("freeze_loss", "freeze", ".2f"),
+    Column("refresh_loss", "refresh", ".2f"),
+    Column("short_step_loss", "short step", ".2f"),
+    Column("stopped_loss", "sgd stopped", ".2f"),
+    Column("compressed_loss", "compressed", ".2f"),
+    Column("speedup", "speed-up", ".2f", "×"),
     Column("setting", "local's setting"),
     Column("state", "state"),
 )

@@ -10,16 +10,16 @@ from lowcal.experiments.reproduction.cells import Cell
 from lowcal.experiments.reproduction.plans import Line, Plan
 from lowcal.experiments.reproduction.results import Results
 from lowcal.report.runs import RunData
-from lowcal.report.sheet import Column, Form
+from lowcal.report.table import Column
 
 Row = dict[str, Any]
 
 APART = "not in turn"
 
 
-def beside_paper(key: str, heading: str, form: Form) -> tuple[Column, Column]:
+def beside_paper(key: str, heading: str, form: str, unit: str = "") -> tuple[Column, Column]:
     """The columns of the published figures, in the field paper_KEY, and of the measured ones."""
-    return Column(f"paper_{key}", f"paper {heading.partition(',')[0]}", form), Column(key, heading, form)
+    return Column(f"paper_{key}", f"paper {heading.partition(',')[0]}", form, unit), Column(key, heading, form, unit)
 
 
 BATCH = (  # empty, and so not shown, where no batch may grow
@@ -29,8 +29,8 @@ BATCH = (  # empty, and so not shown, where no batch may grow
 )
 RESULTS = (
     Column("strategy", "strategy"),
-    *beside_paper("top1_error", "error, %", "percent"),
-    *beside_paper("speedup", "speed-up", "ratio"),
+    *beside_paper("top1_error", "error, %", ".2f"),
+    *beside_paper("speedup", "speed-up", ".2f", "×"),
     Column("boundary", "boundary", "number"),
     *BATCH,
     Column("seeds", "seeds", "number"),

@@ -1,16 +1,16 @@
 import csv
 import io
-import re
+from itertools import product
 from statistics import mean, stdev
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
 
 from lowcal.errors import LowcalError
-from lowcal.report.intervals import wilson
+from lowcal.report.comparison import comparison_table, difference_interval, make_rows, wilson
 from lowcal.report.runs import RunData, read_runs
-from lowcal.report.tables import csv_table, duration, escaped, make_rows, markdown_table, memory
 from lowcal.report.titles import common_title
 from lowcal.report.words import comparison_notes, headline
 
@@ -83,7 +83,7 @@ def test_an_unfinished_run_does_not_enter_a_finished_mean(tmp_path):
     freeze = rows["freeze"]
     assert (freeze.finished, freeze.epochs, freeze.top1_error, freeze.seconds) == (False, 2, 50.0, 8.0)
     assert (freeze.speedup, freeze.flops_ratio) == (None, None)
-    assert "| freeze (unfinished, 2 epochs) |" in markdown_table(list(rows.values()))
+    assert "| freeze (unfinished, 2 epochs) |" in comparison_table(list(rows.values())).markdown()
 
 
 def test_an_error_that_was_not_finite_leaves_the_mean_unknown(tmp_path):
@@ -91,7 +91,7 @@ def test_an_error_that_was_not_finite_leaves_the_mean_unknown(tmp_path):
     write_run(tmp_path, "sgd", 1)
     row = rows_of(tmp_path)["sgd"]
     assert (row.top1_error, row.top1_error_std) == (None, None)
-    assert "nan" not in markdown_table([row])
+    assert "nan" not in comparison_table([row]).markdown()
 
 
 def synthetic_run(seed, error, seconds):
@@ -129,8 +129,8 @@ def test_a_row_is_the_sample_mean_and_deviation_whatever_the_order(results):
     else:
         assert row.top1_error_std == pytest.approx(stdev(errors), abs=1e-9)
     assert row.speedup == 1.0
-    assert len(markdown_table([row]).splitlines()) == 3
-    (parsed,) = csv.DictReader(io.StringIO(csv_table([row])))
+    assert len(comparison_table([row]).markdown().splitlines()) == 3
+    (parsed,) = csv.DictReader(io.StringIO(comparison_table([row]).csv()))
     assert float(parsed["top1_error"]) == row.top1_error
     assert parsed["seconds_std"] == ("" if row.seconds_std is None else str(row.seconds_std))
 
@@ -139,21 +139,9 @@ def test_the_table_is_rounded_and_escaped(tmp_path):
     write_run(tmp_path, "sgd", 0, error=10.006, seconds=720.0, flops=3000, memory=3 * 2**30 // 2)
     write_run(tmp_path, "a|b", 0, error=9.0, seconds=600.0, flops=1500)
     rows = list(rows_of(tmp_path).values())
-    _head, _rule, sgd, other = markdown_table(rows).splitlines()
+    _head, _rule, sgd, other = comparison_table(rows).markdown().splitlines()
     assert sgd == "| sgd | 10.01 | 12.00 min | 1.00× | 1.00× | 1.50 GiB | 1.50 GiB | – | 1 |"
     assert other == "| a\\|b | 9.00 | 10.00 min | 1.20× | 0.50× | 1.00 MiB | 1.00 MiB | – | 1 |"
-
-
-def test_units():
-    assert [memory(count) for count in (0, 1023, 1536, 200 * 2**20, 3 * 2**30)] == [
-        "0 B",
-        "1023 B",
-        "1.50 KiB",
-        "200 MiB",
-        "3.00 GiB",
-    ]
-    seconds = (0.04, 599, 600, 4 * 3600, 240 * 3600)
-    assert [duration(each) for each in seconds] == ["0.0 s", "599.0 s", "10.0 min", "4.0 h", "10.0 days"]
 
 
 @pytest.mark.parametrize(
@@ -307,13 +295,17 @@ def test_damaged_counts_of_images_are_refused(tmp_path):
         read_runs([tmp_path])
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["*bold* **more** _slanted_ __x", "a|b `code` $x$", "<b>&amp;</b> [a](b) ![c](d)", "# ~~gone~~ \\*", "two\nlines"],
-)
-def test_escaped_text_has_no_markup_left_and_is_one_line(text):
-    shown = escaped(text)
-    assert re.sub(r"\\(.)", r"\1", shown) == text.replace("\n", " ")
-    bare = re.sub(r"\\.", "", shown)
-    assert not re.search(r"[*`<>\[\]|~&#$\n]|\b_|_\b", bare)
-    assert escaped("mobilenet_v2, 1.51×, 3.2 ± 0.1 %") == "mobilenet_v2, 1.51×, 3.2 ± 0.1 %"
+@pytest.mark.parametrize(("wrong", "images"), [(0, 100), (3, 100), (50, 449), (449, 449), (600, 10_000)])
+def test_wilson_is_scipys(wrong, images):
+    expected = binomtest(wrong, images).proportion_ci(method="wilson")
+    assert wilson(100 * wrong / images, images) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(("error", "baseline"), [(0.1, 0.1), (0.3, 0.2), (0.05, 0.02)])
+def test_the_interval_of_a_difference_covers_it_in_about_95_of_100_cases(error, baseline):
+    images, covered = 60, 0.0
+    for wrong, base in product(range(images + 1), repeat=2):
+        low, high = difference_interval(100 * wrong / images, 100 * base / images, images)
+        if low <= 100 * (error - baseline) <= high:
+            covered += binom.pmf(wrong, images, error) * binom.pmf(base, images, baseline)
+    assert 0.94 <= covered <= 0.99

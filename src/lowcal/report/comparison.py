@@ -1,42 +1,17 @@
-"""The comparison's table: one row a method, over its seeds."""
+"""Methods side by side: one row a method, over its seeds, and the table of them."""
 
-import csv
-import io
-import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from .intervals import ABSENT, wilson, with_spread
-from .runs import MOVING, RunData, by_method, differing
+from lowcal.report.runs import MOVING, RunData, by_method, differing
+from lowcal.report.table import ABSENT, Column, Table, time_unit, with_spread
 
-__all__ = [
-    "ABSENT",
-    "COLUMNS",
-    "Row",
-    "csv_table",
-    "duration",
-    "escaped",
-    "make_rows",
-    "markdown_table",
-    "memory",
-    "table_cells",
-    "time_unit",
-]
+__all__ = ["Row", "comparison_table", "difference_interval", "make_rows", "wilson"]
 
-COLUMNS = (
-    "method",
-    "top-1 error, %",
-    "time",
-    "speed-up",
-    "FLOPs",
-    "peak memory",
-    "memory, last epoch",
-    "boundary",
-    "seeds",
-)
+_Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -145,73 +120,57 @@ def _deviation(values: Sequence[float | None]) -> float | None:
     return stdev(known) if len(known) > 1 and len(known) == len(values) else None
 
 
-def csv_table(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV, unrounded, with summary.json's names; an unknown value is an empty field."""
-    names = [field.name for field in fields(Row) if field.name != "finished"]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.as_dict() for row in rows)
-    return stream.getvalue()
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table, rounded for reading."""
-    cells = [[escaped(cell) for cell in line] for line in table_cells(rows)]
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def escaped(text: str) -> str:
-    """Return a text as Markdown that shows it as it is, in one line; an underscore within a word needs nothing."""
-    return re.sub(r"([\\`*\[\]<>|~&#!$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
-
-
-def table_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the rows' cells under COLUMNS, rounded for reading."""
+def comparison_table(
+    rows: Sequence[Row], title: str = "", *, lead: Sequence[str] = (), notes: Sequence[str] = ()
+) -> Table:
+    """Return the rows as a table, whose times are in one unit."""
     longest = max((row.seconds for row in rows), default=0.0)
     unit, scale = time_unit(longest)
-    digits = 1 if longest / scale >= 100 else 2
-    return [
-        [
-            row.method if row.finished else f"{row.method} (unfinished, {row.epochs} epochs)",
-            with_spread(row.top1_error, row.top1_error_std, row.seeds, 2),
-            with_spread(row.seconds / scale, _scaled(row.seconds_std, scale), row.seeds, digits, f" {unit}"),
-            with_spread(row.speedup, None if row.method == "sgd" else row.speedup_std, row.seeds, 2, "×"),
-            with_spread(row.flops_ratio, None, row.seeds, 2, "×"),
-            memory(row.peak_memory_bytes),
-            memory(row.last_memory_bytes),
-            f"{round(row.boundary, 1):g} of {row.layers}" if row.method in MOVING or row.boundary else ABSENT,
-            str(row.seeds),
-        ]
-        for row in rows
-    ]
+    columns = (
+        Column("method", "method", lambda row: labels[row["method"]], left=True),
+        Column("top1_error", "top-1 error, %", ".2f"),
+        Column("seconds", "time", ".1f" if longest / scale >= 100 else ".2f", f" {unit}", scale),
+        Column("speedup", "speed-up", _speedup),
+        Column("flops_ratio", "FLOPs", ".2f", "×"),
+        Column("peak_memory_bytes", "peak memory", "memory"),
+        Column("last_memory_bytes", "memory, last epoch", "memory"),
+        Column("boundary", "boundary", _boundary),
+        Column("seeds", "seeds", "number"),
+    )
+    labels = {
+        row.method: row.method if row.finished else f"{row.method} (unfinished, {row.epochs} epochs)" for row in rows
+    }
+    return Table(columns, [row.as_dict() for row in rows], title, lead, notes)
 
 
-def _scaled(value: float | None, scale: float) -> float | None:
-    return None if value is None else value / scale
+def _speedup(row: Mapping[str, Any]) -> str:
+    deviation = None if row["method"] == "sgd" else row["speedup_std"]
+    return with_spread(row["speedup"], deviation, row["seeds"], unit="×")
 
 
-def time_unit(seconds: float) -> tuple[str, float]:
-    """Return the unit in which times up to `seconds` read best, and its length in seconds."""
-    if seconds < 600:
-        return "s", 1.0
-    if seconds < 3 * 3600:
-        return "min", 60.0
-    return ("h", 3600.0) if seconds < 10 * 24 * 3600 else ("days", 24 * 3600.0)
+def _boundary(row: Mapping[str, Any]) -> str:
+    if row["method"] not in MOVING and not row["boundary"]:
+        return ABSENT
+    return f"{round(row['boundary'], 1):g} of {row['layers']}"
 
 
-def duration(seconds: float) -> str:
-    """Return a time for a sentence: '12.3 s', '14.0 min', '3.2 h', '12.5 days'."""
-    unit, scale = time_unit(seconds)
-    return f"{seconds / scale:.1f} {unit}"
+def wilson(error: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of an error (percent) that was measured on so many images (Wilson 1927)."""
+    share, width = error / 100, _Z**2 / images
+    middle = (share + width / 2) / (1 + width)
+    reach = sqrt(width * share * (1 - share) + width**2 / 4) / (1 + width)
+    return 100 * max(0.0, middle - reach), 100 * min(1.0, middle + reach)
 
 
-def memory(count: float, *, of: float | None = None) -> str:
-    """Return a number of bytes for reading, in binary units: '1.21 GiB'; with `of` in the unit of that number."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if (count if of is None else of) >= 1024**power:
-            value = count / 1024**power
-            digits = 2 - math.floor(math.log10(value)) if value >= 1 else 2
-            return f"{value:.{max(0, digits)}f} {unit}"
-    return f"{count:.0f} B"
+def difference_interval(error: float, baseline: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval of `error` - `baseline` in points, both on so many images (Newcombe 1998, method 10).
+
+    It takes the two for independent, so that on the same images it is rather too wide.
+    """
+    low, high = wilson(error, images)
+    base_low, base_high = wilson(baseline, images)
+    difference = error - baseline
+    return (
+        difference - sqrt((error - low) ** 2 + (base_high - baseline) ** 2),
+        difference + sqrt((high - error) ** 2 + (baseline - base_low) ** 2),
+    )

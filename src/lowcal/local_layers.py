@@ -1,0 +1,303 @@
+"""The local layers of one network: which layers are before the boundary, and how they take part in a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.arguments import check_free, check_held, check_unsharded, claim, holder, release
+from lowcal.discovery import Discovery, trace
+from lowcal.errors import LowcalError
+from lowcal.hooks import Hook
+from lowcal.layers import Order, own_parameters, weight_layers, weight_of
+from lowcal.rules import Rule
+from lowcal.running_norm import RunningNorms
+from lowcal.trainable import TrainableParameters
+from lowcal.transition import TransitionChange
+from lowcal.updates import LocalUpdates
+
+if TYPE_CHECKING:
+    from lowcal.parallel import Exchange
+
+
+class LocalLayers:
+    """Moves the boundary of a network and takes the layers before it through each training step; owns every hook.
+
+    `LoCal` decides when the boundary moves. `DistributedLoCal` and the steps that a CUDA graph replays use this object.
+
+    Args:
+        model: the network.
+        optimizers: the optimizers that hold its parameters.
+        rule: what local layers do.
+        norm_stats: as for `LoCal`.
+        measure: how ||dW_E|| is measured, as `Schedule.measure` says.
+        reach: the largest boundary for a number of layers; raises LowcalError if the schedule does not suit it.
+
+    Attributes:
+        boundary: the number of leading layers that learn locally.
+        generation: counts the changes of which parameters are local (`DistributedLoCal`).
+        candidates: the network's possible layers by name.
+        discovery: finds the order of the layers.
+        trainable: which parameters learn by the optimizer.
+        updates: the local updates.
+        change: measures the transition layer's change.
+        exchange: set for data-parallel training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: tuple[Optimizer, ...],
+        rule: Rule,
+        *,
+        norm_stats: Literal["batch", "running"],
+        measure: Literal["epoch", "step"],
+        reach: Callable[[int], int],
+    ) -> None:
+        self.boundary = 0
+        self.generation = 0
+        self.candidates = weight_layers(model)
+        self.trainable = TrainableParameters(model)
+        check_free(self.candidates)
+        if all(holder(weight_of(layer), optimizers) is None for layer in self.candidates.values()):
+            check_held(self.candidates, optimizers, self.trainable.wants)
+        self.discovery = Discovery(model, self._take)
+        self.updates = LocalUpdates(model, rule)
+        self.change = TransitionChange(measure)
+        self.exchange: Exchange | None = None
+        self._model, self._optimizers, self._rule = model, optimizers, rule
+        self._norm_stats, self._reach = norm_stats, reach
+        self._leader = optimizers[0]  # the optimizer whose steps are the training steps
+        self._modules: list[nn.Module] = []
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._running_norms = RunningNorms(model)
+        self._handles: list[RemovableHandle] = []
+        parts = (self.discovery, self.updates, self._running_norms)
+        self._finalizer = weakref.finalize(self, _remove, self._handles, *(part.handles for part in parts))
+
+    def attach(self, example_inputs: Any) -> None:
+        """Puts hooks on network and optimizers; the order of layers comes from `example_inputs`, if not None."""
+        if example_inputs is not None:
+            self.discovery.take(trace(self._model, example_inputs))
+        else:
+            self.discovery.watch_next_forward()
+        for each in self._optimizers:
+            self._handles.append(each.register_step_pre_hook(Hook(self._before_step)))
+            self._handles.append(each.register_step_post_hook(Hook(self._after_step)))
+        claim(self.candidates, self)
+
+    def detach(self) -> None:
+        """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""
+        self._finalizer()
+        self.trainable.release()
+        self.updates.clear()
+        self._running_norms.restore()
+        self.generation += 1
+        release(self.candidates, self)
+
+    # The order of layers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers in execution order, as far as it is known."""
+        return self.discovery.order.layers
+
+    def check_ready(self, caller: str) -> None:
+        """Checks that the hooks are there and the order of layers is known.
+
+        Raises:
+            LowcalError: they are not.
+        """
+        if not self._finalizer.alive:
+            raise LowcalError(f"{caller}: this LoCal was detached from its model; build a new one to go on")
+        if not self.names:
+            self.discovery.finish()
+        if not self.names:
+            raise LowcalError(
+                f"{caller}: the order of layers is not known, since the model has not run under LoCal; "
+                "call the model itself (not its parts), or give LoCal example_inputs"
+            )
+
+    def check_reach(self, order: Order, boundary: int) -> None:
+        """Checks that the first `boundary` layers can become local.
+
+        Raises:
+            LowcalError: one cannot.
+        """
+        order.check_reach(boundary)
+        layers = {name: self.candidates[name] for name in order.layers[:boundary]}
+        check_held(layers, self._optimizers, self.trainable.wants)
+
+    def _take(self, order: Order) -> None:
+        check_unsharded(self._model)
+        candidates = weight_layers(self._model)
+        if candidates != self.candidates:  # layers were wrapped or replaced since this object was made
+            release(self.candidates, self)
+            check_free(candidates)
+            claim(candidates, self)
+            self.candidates = candidates
+        self.trainable.add_new(self._model)
+        self.check_reach(order, self._reach(len(order.layers)))
+        transition = self.names[self.boundary] if self.names else None
+        self._modules = [candidates[name] for name in order.layers]
+        self._parameters = own_parameters(order, self._model)
+        holders = (holder(weight_of(module), self._optimizers) for module in reversed(self._modules))
+        self._leader = next((optimizer for optimizer in holders if optimizer is not None), self._optimizers[0])
+        if order.layers[self.boundary] != transition:
+            self.change.begin(self._transition(order.layers), self._optimizers)
+
+    # The boundary
+
+    def move_to(self, target: int) -> None:
+        """Moves the boundary to `target`, from the next step on."""
+        if not self.boundary:
+            self._handles.append(self._model.register_forward_pre_hook(Hook(self._before_pass)))
+            # Each layer's weight comes last, since that surely takes part in a backward pass.
+            parameters = [parameter for name in self.names for parameter in reversed(self._parameters[name])]
+            self.updates.watch(parameters)
+            if (last := self._last_of(parameters)) is not None:
+                self.updates.watch_backward(last)
+        for index in range(self.boundary, target):
+            name, module = self.names[index], self._modules[index]
+            weight = weight_of(module)
+            if weight is not None and self.trainable.wants(weight):
+                self.updates.add(index, name, module)
+            self.trainable.take(self._parameters[name])
+            if not self._rule.opens:
+                for optimizer in self._optimizers:
+                    for parameter in self._parameters[name]:
+                        optimizer.state.pop(parameter, None)
+        if self._norm_stats == "running":
+            norms = self.discovery.order.norms.items()
+            local = self.names[:target]
+            self._running_norms.take([self._model.get_submodule(name) for name, layer in norms if layer in local])
+        self.open()
+        self.generation += 1
+        self.boundary = self.discovery.settled = target
+
+    def begin_epoch(self) -> None:
+        """Measures the transition layer's change from now on."""
+        self.change.begin(self._transition(self.names), self._optimizers)
+
+    def resume_epoch(self, start: Tensor, sums: Sequence[float]) -> None:
+        """Measures it from where a saved state was."""
+        weight = self._transition(self.names)
+        self.change.resume(weight, self._optimizers, start.to(weight.device, copy=True), sums)
+
+    def transition_change(self) -> float:
+        """||dW_E|| of the epoch that ends, on this rank."""
+        return self.change.norm(self._transition(self.names).detach())
+
+    def _transition(self, names: Sequence[str]) -> nn.Parameter:
+        """The transition layer's weight; if it computes that, and so is never local, another of its parameters."""
+        weight = weight_of(self._modules[self.boundary])
+        return self._parameters[names[self.boundary]][0] if weight is None else weight
+
+    def _last_of(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
+        """The last parameter that the leading optimizer moves; its gradient tells of each backward pass."""
+        for parameter in reversed(parameters):
+            if self.trainable.wants(parameter) and holder(parameter, (self._leader,)):
+                return parameter
+        return None
+
+    # The step
+
+    @property
+    def is_open(self) -> bool:
+        """Whether local layers take part in the coming step's back-propagation (`Refresh`)."""
+        return self._rule.opens and self.updates.is_due
+
+    def open(self) -> None:
+        """Lets local layers take part in the coming step's back-propagation, or not, as `is_open` says."""
+        self.trainable.switch(self.is_open)
+
+    def count_step(self, *, applied: bool) -> None:
+        """Counts an optimizer step, and opens or closes local layers for the next one."""
+        self.updates.count_step(applied)
+        if self._rule.opens:
+            self.open()
+
+    def _before_pass(self, module: nn.Module, inputs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.trainable.close_again()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.trainable.begin_step()
+        self.change.begin_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.trainable.end_step(optimizer)
+        self.change.end_step(optimizer)
+        if optimizer is not self._leader:
+            return
+        self.discovery.finish()
+        self.trainable.note_wishes()
+        if self.boundary:
+            self.count_step(applied=self.updates.apply(optimizer))
+        else:
+            self.updates.epoch_counts[0] += 1
+
+    # A step that is replayed
+
+    def make_replayable(self, device: torch.device) -> None:
+        """Puts all that a step depends on on `device`, so that a CUDA graph can replay it; then call `count_step`."""
+        self.updates.make_replayable(device)
+        self.change.make_replayable(device)
+
+    # Several ranks
+
+    def use_ranks(self, exchange: Exchange) -> None:
+        """Sums local updates and averages losses over the ranks of `exchange` from now on."""
+        self.exchange = exchange
+        self.updates.use_ranks(exchange)
+
+    def opened(self) -> list[nn.Parameter]:
+        """The parameters of local layers that learn by the optimizer in open steps."""
+        return self.trainable.local if self._rule.opens else []
+
+    def check_carried_out(self, epoch: int) -> None:
+        """Checks that `epoch`, which ends, did what the method asks for, as far as the boundary does not show it.
+
+        Raises:
+            LowcalError: local layers made no update, or each of several processes made its own.
+        """
+        self._check_ranks()
+        if not (self.boundary and (self._rule.collects or self._rule.opens) and self.updates.is_idle):
+            return
+        if self.updates.epoch_counts[0] == 0:
+            cause = (
+                "no step of the optimizer given to LoCal was seen: was it replaced, or is this a copy? "
+                "Build LoCal anew with the optimizer in use and load the state_dict"
+            )
+        else:
+            cause = (
+                "the training passes ran in evaluation mode, under no_grad (reentrant checkpointing), "
+                "within paused(), or not through the model; call model.train() and the model itself"
+            )
+        raise LowcalError(
+            f"end_epoch: the first {self.boundary} layers are local, but made no update in epoch {epoch}; {cause}"
+        )
+
+    def _check_ranks(self) -> None:
+        """Checks, before the boundary can move, that local updates are summed if several processes train."""
+        if self.exchange is not None or not (self._rule.collects and dist.is_available() and dist.is_initialized()):
+            return
+        if dist.get_world_size() > 1:
+            raise LowcalError(
+                f"{dist.get_world_size()} processes train, and nothing sums their local updates, so that their weights "
+                "would part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
+            )
+
+
+def _remove(*lists: list[RemovableHandle]) -> None:
+    for handles in lists:
+        for handle in handles:
+            handle.remove()
+        handles.clear()

@@ -1,0 +1,51 @@
+"""The README's quick start runs as it stands, and its figures are those of the committed results."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_quick_start_runs_and_the_boundary_moves():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    boundaries = [int(line.split()[-6]) for line in run.stdout.splitlines()]
+    assert boundaries == [1, 2, 2, 2]
+    assert len(code.splitlines()) <= 16
+
+
+def fact(name):
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {name} |")]
+    return [float(figure) for figure in re.findall(r"\*\*([\d.]+)", row)]
+
+
+def test_step_time_and_memory_on_a_gpu():
+    rows = json.loads((ROOT / "results/bench-h200/resnet50-224-graphed.json").read_text())["rows"]
+    sgd, local, freeze = (
+        next(row for row in rows if (row["method"], row["boundary"]) == at)
+        for at in (("sgd", 0), ("local", 27), ("freeze", 27))
+    )
+    times = [sgd["step_ms"] / row["step_ms"] for row in (local, freeze)]
+    assert fact("time of a training step") == [round(time, 2) for time in times]
+    memory = {round(row["peak_memory_bytes"] / sgd["peak_memory_bytes"], 2) for row in (local, freeze)}
+    assert memory == set(fact("peak memory of that step"))
+
+
+def test_time_of_a_whole_run():
+    lines = (ROOT / "results/bench-cpu/whole-runs.md").read_text().splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| mobilenet_v2")
+    ]
+    measured = {row[1]: float(row[4].rstrip("×")) for row in cells}
+    assert fact("time of a whole run") == [measured["local"], measured["freeze"]]
+
+
+def test_fault_trials():
+    lines = (ROOT / "results/faults.md").read_text().splitlines()[2:]
+    counts = [[int(cell) for cell in line.strip("|").split("|")[-2:]] for line in lines]
+    tried, lossless = (sum(column) for column in zip(*counts, strict=True))
+    assert tried == lossless == fact("exact resume")[0]

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
@@ -93,7 +94,7 @@ def open_study(url: URL, name: str, *, objectives: int, lease: float) -> Iterato
         for tries_left in range(5, -1, -1):
             try:
                 storage = _Storage(url, lease)
-                directions = ["minimize"] * objectives
+                directions = [StudyDirection.MINIMIZE] * objectives
                 study = optuna.create_study(
                     storage=storage, study_name=name, directions=directions, load_if_exists=True
                 )

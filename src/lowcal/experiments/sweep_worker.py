@@ -81,7 +81,7 @@ class Worker:
     _error: BaseException | None = None
     _trial: optuna.Trial = field(init=False)  # the present one
     _deaths: int = 0
-    _checked: float = 0.0
+    _held: float = 0.0  # when the trial was last known to be this worker's
     _has_begun: bool = False
 
     def work(self) -> None:
@@ -144,8 +144,8 @@ class Worker:
     def _train_next(self) -> None:
         """Train the trial that is next in the queue."""
         self._error = None
-        # Optuna raises these if the attempt became FAIL meanwhile. Errors of the training are in self._error.
-        with suppress(ValueError, UpdateFinishedTrialError):
+        # Optuna raises one of these if the attempt became FAIL meanwhile. Errors of the training are in self._error.
+        with suppress(ValueError, AssertionError, UpdateFinishedTrialError):
             self.study.optimize(self._attempt, n_trials=1)
         if self._error is not None:
             raise self._error
@@ -162,7 +162,7 @@ class Worker:
             return []
         if earlier:
             self.watcher.note(f"trial {number} is taken up again: its worker stopped")
-        self._trial, deaths = trial, trial.user_attrs.get("deaths", 0)
+        self._trial, self._held, deaths = trial, time.monotonic(), trial.user_attrs.get("deaths", 0)
         try:
             self._hold(deaths + 1)
             if deaths < MOST_DEATHS:
@@ -190,11 +190,17 @@ class Worker:
         """Store how many workers in a row began the present trial and finished no epoch.
 
         Raises:
-            UpdateFinishedTrialError: another worker found the heartbeat stale, so the trial is no longer this worker's.
+            UpdateFinishedTrialError: another worker found the heartbeat stale and has the trial now.
+            SQLAlchemyError, StorageInternalError: the storage has not answered for as long as the lease.
         """
-        self._deaths, self._checked = deaths, time.monotonic()
-        with suppress(*STORAGE_ERRORS):  # the heartbeats tell how long that may last
+        self._deaths = deaths
+        try:
             self._trial.set_user_attr("deaths", deaths)
+        except STORAGE_ERRORS:
+            if time.monotonic() - self._held > self.plan.lease:
+                raise
+        else:
+            self._held = time.monotonic()
 
     def _results(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Train all runs of a trial; what is stored for it."""
@@ -265,7 +271,7 @@ class Worker:
 
     def step(self, arm: Arm, progress: Progress) -> None:
         """As `Watcher`; ends the training if another worker has the trial."""
-        if time.monotonic() - self._checked > self.plan.lease / 6:
+        if time.monotonic() - self._held > self.plan.lease / 6:
             self._hold(self._deaths)
         self.watcher.step(arm, progress)
 

@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def sweep_table(summary: Mapping[str, Any]) -> Table:
     names = short_names(_keys(rows))
     columns = [
         Column("trial", "trial", "number"),
-        *(Column(key, name, lambda row, key=key: _setting(row["settings"].get(key))) for key, name in names.items()),
+        *(Column(key, name, partial(_setting_of, key)) for key, name in names.items()),
         Column("top1_error", _TITLES["top1_error"], ".2f"),
         *(Column(name, _TITLES[name], ".4g") for name in summary["objectives"] if name in ("best_top1_error", "flops")),
         Column("seconds", "time", "duration"),
@@ -166,6 +167,10 @@ def _markdown(summary: Mapping[str, Any]) -> str:
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row["settings"]))
+
+
+def _setting_of(key: str, row: Mapping[str, Any]) -> str:
+    return _setting(row["settings"].get(key))
 
 
 def _setting(value: Any) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,37 +122,39 @@ def sweep_figure(summary: Mapping[str, Any]) -> Figure:
 def _draw(
     axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, objective: str, colour: str, summary: Mapping[str, Any]
 ) -> None:
-    place = _places(axes, [row["settings"][key] for row in rows])
+    """Draw an objective against a setting: numbers on a scale, other values side by side."""
+    values = [row["settings"][key] for row in rows]
+    is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    xs = values if is_numeric else list(map(_setting, values))
     if key in summary["logarithmic"]:
-        values = [row["settings"][key] for row in rows]
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(values) > 100 * min(values) else (1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    chosen = sorted(rows, key=lambda row: place(row["settings"][key]))
-    xs = [place(row["settings"][key]) for row in chosen]
-    ys = [row[objective] for row in chosen]
     scale = 1 / math.sqrt(2) if summary["seeds"] == 2 else 1.0  # the bars of two seeds end at their two values
-    deviations = [scale * (row.get(f"{objective}_std") or 0.0) for row in chosen]
-    alone = len(rows[0]["settings"]) == 1
+    points = sorted(
+        (x, row[objective], scale * (row.get(f"{objective}_std") or 0.0)) for x, row in zip(xs, rows, strict=True)
+    )
+    deviations = [deviation for _, _, deviation in points]
     look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1.2}
-    axes.errorbar(xs, ys, deviations if any(deviations) else None, linestyle="-" if alone else "none", **look)
-    best = [row for row in rows if row["trial"] in summary["best"]]
-    axes.plot(
-        [place(row["settings"][key]) for row in best],
-        [row[objective] for row in best],
-        linestyle="none", marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK,
-    )  # fmt: skip
-
-
-def _places(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
-    """Where values lie on the x-axis: numbers where they are, other values side by side."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return float
-    labels = sorted({_setting(value) for value in values})
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    return lambda value: float(labels.index(_setting(value)))
+    axes.errorbar(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        deviations if any(deviations) else None,
+        linestyle="-" if len(rows[0]["settings"]) == 1 else "none",
+        **look,
+    )
+    best = [(x, row[objective]) for x, row in zip(xs, rows, strict=True) if row["trial"] in summary["best"]]
+    ring: dict[str, Any] = {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 11,
+        "markerfacecolor": "none",
+        "markeredgecolor": INK,
+    }
+    axes.plot([x for x, _ in best], [y for _, y in best], **ring)
+    if not is_numeric:
+        axes.set_xlim(-0.5, len(set(xs)) - 0.5)
 
 
 def _markdown(summary: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
 from lowcal.files import write_json
 from lowcal.report.table import with_spread
 from lowcal.training.environment import gather_environment
@@ -40,10 +41,7 @@ def last_epoch(recipe: Recipe, method: str, data: Dataset) -> dict[str, Any]:
 
 def measure(recipe: Recipe, method: str, seeds: int, data: Dataset) -> dict[str, Any]:
     """The errors of all seeds, their mean, deviation and standard error."""
-    records = [
-        last_epoch(recipe.model_copy(update={"seed": seed}), method, data)
-        for seed in range(recipe.seed, recipe.seed + seeds)
-    ]
+    records = [last_epoch(replace(recipe, seed=seed), method, data) for seed in range(recipe.seed, recipe.seed + seeds)]
     errors = [record["top1_error"] for record in records]
     deviation = statistics.stdev(errors)
     return {
@@ -87,7 +85,7 @@ def main() -> None:
         )
     chosen = choose([row for row in rows if row["method"] == "local"])
     print(f"chosen: {chosen:g} = {RULE}")
-    recorded = {"recipe": recipe.model_dump(), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
+    recorded = {"recipe": as_dict(recipe), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
     write_json(arguments.out, {"format": 1, "environment": environment, **recorded, "rows": rows})
 
 

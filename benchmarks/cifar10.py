@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lowcal.experiments.assemble import find_device
-from lowcal.experiments.reproduction.cells import Cell
-from lowcal.experiments.reproduction.paper import published
-from lowcal.experiments.reproduction.plans import STRATEGIES, compressed, short_step
-from lowcal.experiments.reproduction.results import Results
-from lowcal.experiments.reproduction.scales import find_scale
-from lowcal.experiments.reproduction.training import missing, train_missing
+from lowcal.experiments.reproduce.paper import Cell, compressed_names, published
+from lowcal.experiments.reproduce.results import Results
+from lowcal.experiments.reproduce.run import train_missing
 from lowcal.files import write_json
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
@@ -59,8 +56,8 @@ class Log:
 
 def cells_of(recipe: str, results: Results) -> list[Cell]:
     """What is trained; without the shortest of the compressed runs."""
-    cells = [Cell(recipe, method) for method in METHODS[recipe]]
-    return [*cells, short_step(recipe), *compressed(recipe, results.base)[1:]]
+    names = [*METHODS[recipe], "local-step-0.0003", *compressed_names(results.base(recipe))[1:]]
+    return [results.cell(recipe, name) for name in names]
 
 
 def steady(runs: dict[str, list[RunData]], cells: dict[str, Cell]) -> dict[str, float]:
@@ -81,7 +78,7 @@ def line_at(line: list[tuple[float, float]], time: float) -> float | None:
 def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]:
     """A row for each cell that is finished."""
     cells = {cell.name: cell for cell in cells_of(recipe, results)}
-    runs = {name: found for name, cell in cells.items() if (found := results.complete(cell, seeds))}
+    runs = {name: found for name, cell in cells.items() if (found := results.runs(cell, seeds))}
     shared = set.intersection(*({run.seed for run in group} for group in runs.values()))
     runs = {name: [run for run in group if run.seed in shared] for name, group in runs.items()}
     times = steady(runs, cells)
@@ -93,8 +90,7 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
     for name, group in runs.items():
         rival = None if name.startswith("sgd") else line_at(line, times[name])
         cell = cells[name]
-        strategy = next((s for s, method in STRATEGIES.items() if method == cell.method), "")
-        paper = published("table2", recipe, strategy) if strategy and not cell.variant else None
+        paper_error, paper_speedup = published(recipe, cell.name)
         rows.append(
             {
                 "name": name,
@@ -111,8 +107,8 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
                 "boundary": [run.records[-1]["boundary"] for run in group],
                 "layers": group[0].records[-1]["layers"],
                 "sgd_in_that_time": rival,
-                "paper_top1_error": paper.top1_error if paper else None,
-                "paper_speedup": paper.speedup if paper else None,
+                "paper_top1_error": paper_error,
+                "paper_speedup": paper_speedup,
             }
         )
     return rows
@@ -167,17 +163,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     keep_freed_memory()  # as the command does
-    results = Results(arguments.out, find_scale(arguments.scale), settings=SETTINGS, data_dir=arguments.data_dir)
+    results = Results(arguments.out, arguments.scale, settings=SETTINGS, data_dir=arguments.data_dir)
     recipes = [arguments.only] if arguments.only else list(METHODS)
     for seeds in () if arguments.no_training else range(1, arguments.seeds + 1):
         for recipe in recipes:
             cells = cells_of(recipe, results)
             results.refuse_others(cells, seeds)
             results.begin()
-            train_missing(results, missing(results, cells, seeds), device=find_device(arguments.device), watcher=Log())
+            waiting = results.missing(cells, seeds)
+            train_missing(results, waiting, device=find_device(arguments.device), watcher=Log())
     for recipe in recipes:
         rows = summarise(recipe, results, arguments.seeds)
-        size = results.sizes([recipe])
+        size = results.size_notes([recipe])
         write_json(arguments.out / f"{recipe}.json", {"format": 1, "size": size, "settings": SETTINGS, "rows": rows})
         (arguments.out / f"{recipe}.md").write_text(markdown(rows))
         draw(recipe, rows, arguments.out / f"{recipe}.svg")

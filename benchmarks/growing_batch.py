@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowcal.experiments.recipe import LocalSettings
 from lowcal.files import write_json
+from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 from lowcal.models import build_model
 from lowcal.training.cost import dry_cost, held_bytes

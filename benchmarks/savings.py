@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lowcal.experiments.reproduction.paper import published
+from lowcal.experiments.reproduce.paper import published
 
-NETWORKS = {  # result -> table and recipe of the paper
-    "resnet18-32": ("table2", "resnet18-cifar10"),
-    "vgg13-32": ("table2", "vgg13-cifar10"),
-    "resnet34-224": ("table1", "resnet34-imagenet"),
-    "resnet50-224": ("table1", "resnet50-imagenet"),
-    "mobilenet_v2-224": ("table1", "mobilenet_v2-imagenet"),
+NETWORKS = {  # result -> recipe of the paper
+    "resnet18-32": "resnet18-cifar10",
+    "vgg13-32": "vgg13-cifar10",
+    "resnet34-224": "resnet34-imagenet",
+    "resnet50-224": "resnet50-imagenet",
+    "mobilenet_v2-224": "mobilenet_v2-imagenet",
 }
 
 
@@ -27,7 +27,7 @@ def saving(speedup: float) -> float:
 
 def row(name: str, rows: list[dict[str, Any]]) -> list[str]:
     """The cells of one network; `rows` are those of its result."""
-    paper = {method: published(*NETWORKS[name], method).speedup for method in ("local", "freeze")}
+    paper = {method: published(NETWORKS[name], method)[1] for method in ("local", "freeze")}
     at = {(each["method"], each["boundary"]): each for each in rows}
     boundaries = sorted({boundary for _, boundary in at} - {0})
     whole = at["local", boundaries[-1]]

@@ -33,13 +33,12 @@ from lowcal.experiments.compare import compare
 from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
-from lowcal.experiments.reproduction.paper import published
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
+from lowcal.experiments.reproduce.paper import published
 from lowcal.experiments.threads import cpu_threads
 from lowcal.experiments.timing import take_turns
 from lowcal.experiments.workshop import Arm, Workshop, forward_flops
 from lowcal.layers import recurring_block
-from lowcal.methods.settings import build_schedule
 from lowcal.models import build_model
 from lowcal.training.allocator import keep_freed_memory
 from lowcal.training.environment import gather_environment
@@ -216,7 +215,7 @@ def fastest_published_path(whole: Recipe, shop: Workshop) -> list[int]:
     """The boundary in each epoch of the published run if Algorithm 1 always moves as soon as it may."""
     layers = shop.order.layers
     return fastest_path(
-        build_schedule(whole.local.schedule),
+        whole.local.schedule.build(),
         layers=len(layers),
         block=recurring_block(shop.model, layers),
         epochs=whole.epochs,
@@ -265,7 +264,7 @@ def row(
     return {
         "method": method,
         "last_boundary": path[-1],
-        "paper": published("table2" if "cifar" in name else "table1", name, method).speedup,
+        "paper": published(name, method)[1],
         "measured": measured,
         "predicted": predicted,
         "ratio": measured / predicted,

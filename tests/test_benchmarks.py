@@ -19,7 +19,7 @@ import step_kinds
 import whole_run
 import whole_run_table
 from lowcal.experiments.bench_settings import BenchSettings
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.experiments.workshop import Workshop
 from lowcal.models import build_model
 from lowcal.training import graphed

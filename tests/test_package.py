@@ -17,15 +17,15 @@ ROOT = SOURCE.parent.parent
 # Each room stands on those before it: a module may import modules of its own room and of the rooms below.
 LEVELS = [
     {"errors"},
-    {"files"},
+    {"files", "settings"},
     {"layers", "schedule", "strided", "supervision", "trainable", "unchanged", "window"},
-    {"arguments", "products", "state", "summary"},
+    {"arguments", "method_settings", "products", "state", "summary"},
     {"hooks", "rules", "transition"},
     {"discovery", "running_norm"},
     {"updates"},
     {"local_layers"},
     {"local"},
-    {"models", "narrow", "data"},
+    {"models", "data"},
     {"parallel", "synced_norm", "integrations", "methods"},
     {"training"},
     {"report"},
@@ -36,7 +36,7 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {
-    "torchvision", "sklearn", "numpy", "PIL", "typer", "rich", "pydantic", "yaml", "matplotlib", "jinja2",
+    "torchvision", "sklearn", "numpy", "PIL", "typer", "rich", "yaml", "matplotlib", "jinja2",
     "lightning", "accelerate", "transformers", "timm", "tensorboard", "optuna", "scipy",
     "safetensors",
 }  # fmt: skip

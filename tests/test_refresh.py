@@ -8,7 +8,7 @@ from torch import nn
 
 import lowcal
 from lowcal import LoCal, LowcalError, Refresh
-from lowcal.experiments.recipe import LocalSettings
+from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 
 from .networks import convnet, images

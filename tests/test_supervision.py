@@ -41,5 +41,5 @@ def test_a_sign_that_is_kept(losses, sign):
 
 @pytest.mark.parametrize("value", ["state", None, True])
 def test_another_sign_is_refused(value):
-    with pytest.raises(LowcalError, match=f"sign is {value!r}; choose 'recomputed' or 'kept'"):
+    with pytest.raises(LowcalError, match=f"sign is {value!r}; give 'recomputed' or 'kept'"):
         LossTrend(sign=value)

@@ -88,7 +88,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
     import lowcal.training.finish as finish
     import lowcal.training.record as record
     import lowcal.training.trainer as trainer
-    from lowcal.methods.local import Local
+    from lowcal.methods.boundary import Local
     from lowcal.training.part import Part
     from lowcal.training.record import RunFolder
 

@@ -125,7 +125,7 @@ def _meant_setting(error: Any) -> str:
     options = [name for option in error.ctx.command.params for name in option.opts]
     if "--set" not in options:
         return ""
-    from lowcal.experiments.recipe_keys import setting_meant_by
+    from lowcal.experiments.recipe_text import setting_meant_by
 
     key = setting_meant_by(error.option_name.lstrip("-").replace("-", "_"))
     if key is None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowcal.errors import LowcalError, is_count, is_number
+from lowcal.errors import LowcalError
+from lowcal.method_settings import HebbianSettings
 from lowcal.products import has_plain_forward, inner_product
+from lowcal.settings import Limits, Settings
 from lowcal.strided import is_unsafe_unpadded, slice_positions
 
 
@@ -64,7 +66,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Hebbian:
+class Hebbian(HebbianSettings):
     """Weights move along the correlation of a layer's input and output: W <- W + s eta dW / ||dW|| (Eq. 4).
 
     Args:
@@ -81,28 +83,8 @@ class Hebbian:
         0.0025
     """
 
-    lr: float = 0.01
-    decay: float = 0.5
-    decay_every: int = 30
-    scale: Literal["absolute", "relative"] = "absolute"
-    every: int = 1
-    decay_from: Literal["start", "switch"] = "start"
     collects: ClassVar[bool] = True
     opens: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not (is_number(self.lr) and self.lr > 0):
-            raise LowcalError(f"Hebbian: lr is {self.lr!r}; give a positive number (published: 0.01)")
-        if not (is_number(self.decay) and 0 < self.decay <= 1):
-            raise LowcalError(f"Hebbian: decay is {self.decay!r}; give a factor above 0 and at most 1")
-        for name in ("decay_every", "every"):
-            value = getattr(self, name)
-            if not is_count(value):
-                raise LowcalError(f"Hebbian: {name} is {value!r}; give a whole number of at least 1")
-        if self.scale not in ("absolute", "relative"):
-            raise LowcalError(f"Hebbian: scale is {self.scale!r}; choose 'absolute' or 'relative'")
-        if self.decay_from not in ("start", "switch"):
-            raise LowcalError(f"Hebbian: decay_from is {self.decay_from!r}; choose 'start' or 'switch'")
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
         """dW of Eqs. 1 and 3: see `hebbian_update`."""
@@ -118,7 +100,7 @@ class Hebbian:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(Settings):
     """Local layers keep their weights: layer freezing, which the paper compares with (Sec. 3.1)."""
 
     collects: ClassVar[bool] = False
@@ -148,14 +130,8 @@ class Refresh(Frozen):
         every: n, optimizer steps from one with true gradients to the next.
     """
 
-    every: int = 4  # type: ignore[misc]
+    every: Annotated[int, Limits(least=2)] = 4  # type: ignore[misc]
     opens: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not is_count(self.every, least=2):
-            raise LowcalError(
-                f"Refresh: every is {self.every!r}; give a whole number of at least 2 (1 would be plain training)"
-            )
 
 
 @torch.no_grad()
@@ -232,10 +208,13 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor
     stride: tuple[int, ...] = module.stride
     if is_unsafe_unpadded(module) and not any(before):
         a, stride = slice_positions(a, stride), (1, 1)
+    weight = module.weight
+    if weight.dtype != a.dtype:  # CUDA wants one type; the product reads only the shape and the memory format
+        weight = torch.empty_like(weight, dtype=a.dtype)
     return torch.ops.aten.convolution_backward(
         z,
         a,
-        module.weight,
+        weight,
         None,
         stride,
         before,

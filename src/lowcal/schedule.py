@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from lowcal.errors import LowcalError, is_count, is_number
+from lowcal.errors import LowcalError
+from lowcal.settings import Count, Fraction, NonNegative, Settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class NormTrend(Schedule):
+class NormTrend(Settings, Schedule):
     """Algorithm 1: the boundary moves on when the transition layer's weight update falls below its running mean.
 
     Args:
@@ -89,28 +90,14 @@ class NormTrend(Schedule):
     2 epochs apart.
     """
 
-    alpha: float = 0.95
-    shift: int | None = None
-    max_fraction: float = 0.75
-    interval: int | None = None
+    alpha: NonNegative = 0.95
+    shift: Count | None = None
+    max_fraction: Fraction = 0.75
+    interval: Count | None = None
     spacing: Literal["listing", "prose"] = "listing"
     measure: Literal["epoch", "step"] = "epoch"
     average: Literal["layer", "run"] = "layer"
     align: Literal["layer", "block"] = "layer"
-
-    def __post_init__(self) -> None:
-        if not (is_number(self.alpha) and self.alpha >= 0):
-            raise LowcalError(f"NormTrend: alpha is {self.alpha!r}; give a number of at least 0 (published: 0.95)")
-        _check_fraction("NormTrend", self.max_fraction)
-        for name in ("shift", "interval"):
-            value = getattr(self, name)
-            if value is not None and not is_count(value):
-                raise LowcalError(f"NormTrend: {name} is {value!r}; give a whole number of at least 1, or None")
-        for name, choices in _READINGS.items():
-            if getattr(self, name) not in choices:
-                raise LowcalError(
-                    f"NormTrend: {name} is {getattr(self, name)!r}; choose {choices[0]!r} or {choices[1]!r}"
-                )
 
     @property
     def remembers(self) -> bool:
@@ -140,16 +127,8 @@ class NormTrend(Schedule):
         return cap(layers, self.max_fraction)
 
 
-_READINGS = {
-    "spacing": ("listing", "prose"),
-    "measure": ("epoch", "step"),
-    "average": ("layer", "run"),
-    "align": ("layer", "block"),
-}
-
-
 @dataclass(frozen=True)
-class Quadratic(Schedule):
+class Quadratic(Settings, Schedule):
     """Eq. 3: T = floor(max(0, c1 - c2 (E - E_max)^2)), monotone and capped at floor(L_max L).
 
     Args:
@@ -158,16 +137,9 @@ class Quadratic(Schedule):
         max_fraction: L_max.
     """
 
-    c1: float
-    c2: float
-    max_fraction: float = 0.75
-
-    def __post_init__(self) -> None:
-        for name in ("c1", "c2"):
-            value = getattr(self, name)
-            if not (is_number(value) and value >= 0):
-                raise LowcalError(f"Quadratic: {name} is {value!r}; give a number of at least 0")
-        _check_fraction("Quadratic", self.max_fraction)
+    c1: NonNegative
+    c2: NonNegative
+    max_fraction: Fraction = 0.75
 
     def __call__(self, progress: Progress) -> int:
         """The boundary for the coming epoch (Eq. 3)."""
@@ -180,7 +152,7 @@ class Quadratic(Schedule):
 
 
 @dataclass(frozen=True)
-class Fixed(Schedule):
+class Fixed(Settings, Schedule):
     """The boundary by hand: from each 0-based epoch on, so many leading layers are local.
 
     Args:
@@ -193,22 +165,18 @@ class Fixed(Schedule):
     boundaries: Mapping[int, int] = field(hash=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         previous = 0
-        if not isinstance(self.boundaries, Mapping):
-            raise LowcalError(
-                f"Fixed: {self.boundaries!r} is no mapping; give layers by epoch, as in Fixed({{10: 3, 20: 6}})"
-            )
-        for key in self.boundaries:
-            if not is_count(key):
-                raise LowcalError(
-                    f"Fixed: epoch {key!r} cannot move the boundary; "
-                    "give whole epochs of at least 1, or call move_to before training"
-                )
         for epoch, layers in sorted(self.boundaries.items()):
-            if not is_count(layers, least=previous):
+            if epoch < 1:
                 raise LowcalError(
-                    f"Fixed: {layers!r} layers at epoch {epoch} after {previous} before; "
-                    "give whole numbers that do not fall, since the boundary never moves back"
+                    f"Fixed: epoch {epoch} cannot move the boundary; "
+                    "give epochs of at least 1, or call move_to before training"
+                )
+            if layers < previous:
+                raise LowcalError(
+                    f"Fixed: {layers} layers at epoch {epoch} after {previous} before; "
+                    "give numbers that do not fall, since the boundary never moves back"
                 )
             previous = layers
         object.__setattr__(self, "boundaries", dict(sorted(self.boundaries.items())))
@@ -253,8 +221,9 @@ def cap(layers: int, max_fraction: float) -> int:
     return min(math.floor(max_fraction * layers + 1e-9), layers - 1)  # 1e-9: 0.29 * 100 is 28.999...
 
 
-def _check_fraction(owner: str, value: float) -> None:
-    if not (is_number(value) and 0 < value <= 1):
-        raise LowcalError(
-            f"{owner}: max_fraction is {value!r}; give a fraction above 0 and at most 1 (published: 0.75)"
-        )
+SCHEDULES: dict[str, type[NormTrend | Quadratic | Fixed]] = {
+    "norm-trend": NormTrend,
+    "quadratic": Quadratic,
+    "fixed": Fixed,
+}
+"""The schedules by their names in recipes."""

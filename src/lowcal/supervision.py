@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol
 
-from lowcal.errors import LowcalError
+from lowcal.settings import Settings
+
+Sign = Literal["recomputed", "kept"]
 
 
 class Supervision(Protocol):
@@ -18,7 +20,7 @@ class Supervision(Protocol):
 
 
 @dataclass(frozen=True)
-class LossTrend:
+class LossTrend(Settings):
     """Weak supervision: a rise of the training loss turns the direction of local updates.
 
     Args:
@@ -31,11 +33,7 @@ class LossTrend:
         (1, -1)
     """
 
-    sign: Literal["recomputed", "kept"] = "recomputed"
-
-    def __post_init__(self) -> None:
-        if self.sign not in ("recomputed", "kept"):
-            raise LowcalError(f"LossTrend: sign is {self.sign!r}; choose 'recomputed' or 'kept'")
+    sign: Sign = "recomputed"
 
     def __call__(self, losses: tuple[float, ...]) -> Literal[-1, 1]:
         """The sign in the coming epoch, from the mean training loss of each epoch so far."""

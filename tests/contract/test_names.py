@@ -12,7 +12,7 @@ import yaml
 
 import lowcal
 from lowcal.cli import main
-from lowcal.experiments.recipe_files import load_recipe
+from lowcal.experiments.recipe_text import load_recipe
 
 NAMES = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text())
 SMALL = ["epochs=1", "batch=16", "model.width=4", "step=eager"]

@@ -7,7 +7,7 @@ import torch
 from lowcal.data import DATASETS, Batches, load
 from lowcal.errors import LowcalError
 from lowcal.experiments.assemble import load_data
-from lowcal.experiments.recipe_files import apply_settings, load_recipe, recipe_names
+from lowcal.experiments.recipe_text import apply_settings, load_recipe, recipe_names
 
 
 def rows(images):

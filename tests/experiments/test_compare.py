@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lowcal.experiments.assemble import build_run, check, find_device, load_data
 from lowcal.experiments.compare import compare, train_in_turn
 from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_arms_of_one_seed_start_alike_and_of_two_seeds_differ(tmp_path):
     data = load_data(chosen, None)
 
     def weights(method: str, seed: int) -> torch.Tensor:
-        own = chosen.model_copy(update={"seed": seed})
+        own = replace(chosen, seed=seed)
         folder = tmp_path / f"{method}{seed}"
         run = build_run(own, method=method, folder=folder, data=data, device=CPU)
         return torch.cat([parameter.flatten() for parameter in run.model.parameters()])

@@ -1,11 +1,12 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lowcal import LowcalError
 from lowcal.experiments.kernels import kernels, kernels_of
-from lowcal.experiments.recipe_files import load_recipe
+from lowcal.experiments.recipe_text import load_recipe
 
 
 def flags():
@@ -38,7 +39,7 @@ def test_the_fastest_are_the_default():
 @pytest.mark.parametrize("asked", [True, False])
 def test_tf32_where_asked(asked):
     before = flags()
-    with kernels_of(load_recipe("digits").model_copy(update={"tf32": asked})):
+    with kernels_of(replace(load_recipe("digits"), tf32=asked)):
         assert flags()[3:] == (asked, asked)
     assert flags() == before
 

@@ -1,7 +1,6 @@
 """The packaged recipes of the paper's seven pairs: their settings, learning-rate curves, and two steps of each."""
 
-import copy
-import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from torch.optim import SGD
 
 from lowcal import LowcalError
 from lowcal.data import Dataset, Images, make_loader
-from lowcal.experiments.recipe import LocalSettings, Recipe, ScheduleSettings, lr_at
-from lowcal.experiments.recipe_files import apply_settings, differences, load_recipe, recipe_names
+from lowcal.experiments.recipe import DataSettings, Recipe, lr_at
+from lowcal.experiments.recipe_text import apply_settings, differences, load_recipe, recipe_names
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, build_method, find_method
 from lowcal.models import build_model
 from lowcal.training.modes import build_step
@@ -50,7 +50,7 @@ def test_settings_are_the_papers(name):
     network, _, data = name.partition("-")
     assert (recipe.model.name, recipe.model.width, recipe.data.name) == (network, None, data)
     assert (recipe.epochs, recipe.batch.size, recipe.precision) == (epochs, 64, "float32")
-    assert recipe.data.model_dump(exclude_unset=True) == {"name": data}
+    assert recipe.data == DataSettings(name=data)
     sgd = recipe.optimizer
     assert (sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov) == (lr, 0.9, weight_decay, False)
     on_imagenet = data == "imagenet"
@@ -58,7 +58,7 @@ def test_settings_are_the_papers(name):
         lr=0.01,
         decay=0.1 if on_imagenet else 0.5,
         decay_every=30,
-        schedule=ScheduleSettings(name="norm-trend", alpha=0.95, max_fraction=0.75),
+        schedule=ScheduleSettings(alpha=0.95, max_fraction=0.75),
     )
     assert recipe.prune.every == (5 if on_imagenet else 10)
 
@@ -115,19 +115,13 @@ def test_the_documentations_table_is_what_the_recipes_hold():
         assert cells == [str(value) for value in expected]
 
 
-# Two steps on images of the real shape
-
-
-@functools.cache
-def network(name: str, classes: int) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(name, classes=classes)
+# Two steps of training
 
 
 def images_for(recipe: Recipe) -> Dataset:
-    """Four images of the recipe's size, labelled with the last of its classes."""
-    side, classes = IMAGES[recipe.data.name]
-    images = Images(torch.randint(256, (4, 3, side, side), dtype=torch.uint8), classes - 1 - torch.arange(4))
+    """Four small images, labelled with the last of the recipe's classes."""
+    classes = IMAGES[recipe.data.name][1]
+    images = Images(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), classes - 1 - torch.arange(4))
     return Dataset("synthetic", tuple(map(str, range(classes))), images, images, (0.5,) * 3, (0.3,) * 3, None)
 
 
@@ -136,7 +130,7 @@ def attach(recipe: Recipe, name: str, model: nn.Module) -> tuple[SGD, Method]:
     sgd, example = recipe.optimizer, next(model.parameters()).new_zeros(1, 3, *[IMAGES[recipe.data.name][0]] * 2)
     optimizer = SGD(model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     schedule = ScheduleSettings(name="fixed", epochs={1: 4})
-    recipe = recipe.model_copy(update={"local": recipe.local.model_copy(update={"schedule": schedule})})
+    recipe = replace(recipe, local=replace(recipe.local, schedule=schedule))
     settings = getattr(recipe, find_method(name).section)
     return optimizer, build_method(name, model, optimizer, settings, epochs=recipe.epochs, example_inputs=example)
 
@@ -146,16 +140,11 @@ def eager(recipe: Recipe, model: nn.Module, optimizer: SGD, method: Method) -> S
 
 
 @every_method
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if "cifar" in name else pytest.mark.slow)  # at 224x224: below without values
-        for name in (*PUBLISHED, *MODERN)
-    ],
-)
-def test_two_steps(name, method):
+@published
+def test_two_steps_of_a_narrow_network(name, method):
     recipe = load_recipe(name)
-    model = copy.deepcopy(network(recipe.model.name, IMAGES[recipe.data.name][1]))
+    torch.manual_seed(0)
+    model = build_model(recipe.model.name, classes=IMAGES[recipe.data.name][1], width=8)
     if method == "stochastic-depth" and recipe.model.name == "vgg13":
         with pytest.raises(LowcalError, match="residual blocks, and VGG has none"):
             attach(recipe, method, model)
@@ -174,7 +163,7 @@ def test_two_steps(name, method):
 @every_method
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "imagenet" in name])
 def test_two_steps_without_values(name, method):
-    """At 224x224 the steps are run on the meta device, the second with a boundary where the method has one."""
+    """At the real sizes the steps run on the meta device, the second with a boundary where the method has one."""
     recipe = load_recipe(name)
     with torch.device("meta"):
         model = build_model(recipe.model.name, classes=1000)

@@ -1,7 +1,7 @@
 import pytest
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe_files import load_recipe
+from lowcal.experiments.recipe_text import load_recipe
 from lowcal.experiments.search_space import Search, base_recipe, grid, own_point, parse_search, refuse_unused
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fault_trials.runs import WORKERS, image_files
 from lowcal.experiments.assemble import build_run, load_data
-from lowcal.experiments.recipe_files import apply_settings, load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
 
 MOVES = 12
 GROWTH = 8 * 2**20  # bytes that the allocator may keep back; tensors are so small here that they are counted besides

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lowcal import LoCal, LossTrend, LowcalError, NormTrend
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import build_method
 from lowcal.rules import Frozen, Hebbian
 

@@ -8,13 +8,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowcal import LowcalError
-from lowcal.methods import PruneSettings, build_method
+from lowcal.method_settings import PruneSettings
+from lowcal.methods import build_method
 from lowcal.models import BasicBlock, SmallResNet
 from lowcal.strided import is_unsafe
 from lowcal.training.cost import dry_cost
 
 from ..support import same, sgd, train_step, weights
-from ..training.runs import make_run, run_on, state
 
 EVERY_EPOCH = PruneSettings(every=1)
 
@@ -206,27 +206,6 @@ def test_momentum_of_kept_channels_is_unchanged_and_training_goes_on():
     assert all(not same(held[name], parameter.detach()) for name, parameter in names.items())
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_it_is_the_run_of_a_network_built_small(kind):
-    """Pruning in mid-training goes on as one that had only the kept weights, momentum and statistics would."""
-    model = network(torch.float64)
-    optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1)
-    zero_stem(model, [0])
-    example = batches(1, torch.float64)[0][0]
-    method = build_method("prune", model, optimizer, EVERY_EPOCH, epochs=4, example_inputs=example)
-    for batch in batches(2, torch.float64):
-        train_step(model, optimizer, batch)
-    zero_stem(model, [0])
-    method.end_epoch(1.0)
-    small, small_optimizer = copy.deepcopy((model, optimizer))
-    fresh = kind(small.parameters(), lr=0.01, weight_decay=0.1)
-    fresh.load_state_dict(small_optimizer.state_dict())
-    for batch in batches(3, torch.float64):
-        train_step(model, optimizer, batch)
-        train_step(small, fresh, batch)
-    assert same(weights(model), weights(small))
-
-
 def test_flops_fall_as_counted():
     model = network()
     _, method = built(model)
@@ -384,28 +363,6 @@ def test_a_state_is_taken_up_across_removals_bitwise():
         model, optimizer, method = other, other_optimizer, other_method
 
 
-@pytest.mark.parametrize("branch", [None, "stages.0.0"])
-def test_a_run_goes_on_bitwise_from_every_epoch(tmp_path, branch):
-    def make(folder):
-        model = network()
-        zero_stem(model, [1, 2])  # nothing reaches these channels, so that they stay as they are
-        if branch:
-            prune_branch(model, branch)
-        return make_run(folder, "prune", local=PruneSettings(every=2), model=model)
-
-    whole = run_on(make(tmp_path / "whole"))
-    assert whole.method.state_dict()["kept"]["stem.0"] == [0, 3]
-    assert whole.method.state_dict()["removed"] == ([branch] if branch else [])
-    for finished in range(whole.epochs):
-        run = make(tmp_path / "parts")
-        if finished:
-            run.resume()
-        run_on(run, 1)
-    assert same(state(run), state(whole))
-    flops = [record["flops"] for record in whole.folder.read_epochs()]
-    assert flops[0] == flops[1] > flops[2]
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -428,15 +385,6 @@ def test_a_damaged_state_is_refused_and_changes_nothing(spoil):
     with pytest.raises(LowcalError, match="prune: the state"):
         method.load_state_dict(damaged)
     assert same((weights(model), method.state_dict()), before)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("ratio", 0.0), ("ratio", 1.0), ("every", 0), ("threshold", 0.0), ("ratio", float("nan"))],
-)
-def test_settings_out_of_range_are_refused(field, value):
-    with pytest.raises(LowcalError, match=f"{field} is"):
-        PruneSettings(**{field: value})
 
 
 @pytest.mark.parametrize("name", ["local+prune", "local+stochastic-depth"])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.data import Augmentation, Batches, Images
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
-from lowcal.methods import PruneSettings, StochasticDepthSettings, build_method, find_method
+from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSettings, StochasticDepthSettings
+from lowcal.methods import build_method, find_method
 from lowcal.models import BasicBlock
 from lowcal.synced_norm import synchronise
 from lowcal.training.ranks import Ranks

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
 from lowcal.training import cost as cost_module

@@ -6,7 +6,7 @@ from torch import nn
 
 from lowcal import LowcalError
 from lowcal.experiments.kernels import kernels
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.training import graphed
 from lowcal.training.graphed import GraphedStep

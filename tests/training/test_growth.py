@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lowcal.experiments.recipe import LocalSettings, ScheduleSettings
+from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.training.cost import dry_cost, held_bytes
 from lowcal.training.growth import Growth, is_out_of_memory, next_batch, predicted_peak

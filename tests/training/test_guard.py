@@ -9,8 +9,8 @@ from torch import nn
 import lowcal
 from lowcal import LowcalError
 from lowcal.methods import METHODS
-from lowcal.methods.local import Local
-from lowcal.methods.sgd import SGD
+from lowcal.methods.base import SGD
+from lowcal.methods.boundary import Local
 from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions, build_scaler
 

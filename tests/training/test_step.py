@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
-from lowcal.methods.sgd import SGD
+from lowcal.methods.base import SGD
 from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions, autocast, build_scaler
 

@@ -8,7 +8,7 @@ from torch import nn
 import lowcal.training.run_state as run_state
 from lowcal import LowcalError
 from lowcal.methods import METHODS
-from lowcal.methods.local import Local
+from lowcal.methods.boundary import Local
 from lowcal.training.epoch import Progress
 
 from ..support import hooks, same, snapshot

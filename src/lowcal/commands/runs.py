@@ -65,7 +65,7 @@ def compare(
     An interrupted comparison goes on where it stopped when it is started again with the same --out.
     """
     from lowcal.console import Display
-    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
     from lowcal.report.titles import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
@@ -74,7 +74,7 @@ def compare(
     names = [name.strip() for name in methods.split(",")]
     with resumable(context, folder, more, chosen.checkpoint.grace), Display(quiet=quiet) as display:
         many = f"{seeds} seed{'s' * (seeds > 1)} each"
-        display.note(f"{title(chosen.model_dump())}: {', '.join(names)}, {many}; in {folder}")
+        display.note(f"{title(as_dict(chosen))}: {', '.join(names)}, {many}; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
 
@@ -116,7 +116,7 @@ def train(
     Under torchrun each process takes its share of each mini-batch: torchrun --nproc-per-node N -m lowcal train ...
     """
     from lowcal.console import Display
-    from lowcal.experiments.recipe_files import apply_settings, load_recipe
+    from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
     from lowcal.report.table import duration
     from lowcal.report.titles import title
 
@@ -148,7 +148,7 @@ def train(
         grace = chosen.checkpoint.grace
         with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
             among = f" by {ranks.world} processes" if ranks.world > 1 else ""
-            display.note(f"{title(chosen.model_dump())}: {method}{among}; in {folder}")
+            display.note(f"{title(as_dict(chosen))}: {method}{among}; in {folder}")
             summary = run(
                 chosen,
                 method,

@@ -115,20 +115,19 @@ def reproduce(
     """
     from lowcal.console import Display
     from lowcal.experiments.assemble import find_device
-    from lowcal.experiments.reproduce import dry_run, plan_text
-    from lowcal.experiments.reproduce import reproduce as run
-    from lowcal.experiments.reproduction.results import Results
-    from lowcal.experiments.reproduction.scales import find_scale
+    from lowcal.experiments.reproduce.results import Results
+    from lowcal.experiments.reproduce.run import dry_run, plan_text
+    from lowcal.experiments.reproduce.run import reproduce as run
 
-    results = Results(out, find_scale(scale), settings=settings or [], data_dir=data_dir)
+    results = Results(out, scale, settings=settings or [], data_dir=data_dir)
     where = find_device(device)
     if dry:
         print(plan_text(*dry_run(name, results, seeds=seeds, cells=cells, device=where)))
         return
     with resumable(context, out, []), Display(quiet=quiet) as display:
-        found = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
-    print(f"\n{found.table.text()}\n")
-    print(f"written: {', '.join(str(file) for file in found.files)}")
+        table, files = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
+    print(f"\n{table.text()}\n")
+    print(f"written: {', '.join(map(str, files))}")
 
 
 @app.command()
@@ -166,7 +165,7 @@ def sweep(
     The same command with the same --out, here or on another machine, adds a worker or goes on.
     """
     from lowcal.console import Display
-    from lowcal.experiments.recipe_files import load_recipe
+    from lowcal.experiments.recipe_text import as_dict, load_recipe
     from lowcal.experiments.sweep import Sweep
     from lowcal.experiments.sweep import sweep as run
     from lowcal.report.sweep import sweep_text
@@ -188,7 +187,7 @@ def sweep(
     folder = out or free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
     more = [] if out else ["--out", str(folder)]
     with resumable(context, folder, more, plan.recipe.checkpoint.grace), Display(quiet=quiet) as display:
-        display.note(f"{title(plan.recipe.model_dump())}: {method}, {plan.trials} trials; in {folder}")
+        display.note(f"{title(as_dict(plan.recipe))}: {method}, {plan.trials} trials; in {folder}")
         from lowcal.experiments.assemble import find_device
 
         result = run(plan, folder, data_dir=data_dir, device=find_device(device), watcher=display)

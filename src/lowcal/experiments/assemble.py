@@ -1,4 +1,4 @@
-"""From a recipe to a run: data, network, optimizer, method and batches put together."""
+"""Builds a run from a recipe: data, network, optimizer, method and batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
 from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
-from lowcal.experiments.recipe_files import dump_recipe
+from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs
@@ -33,19 +33,19 @@ EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits 
 def find_device(name: str, launch: Launch = ALONE) -> torch.device:
     """The device called `name`: auto (CUDA if there is a GPU), cpu, cuda or cuda:N.
 
-    Of several processes on a machine each has a GPU of its own.
+    Every process on a machine has its own GPU.
 
     Raises:
-        LowcalError: it is none of these, or not in this machine, or there are fewer than processes.
+        LowcalError: it is none of these, the machine does not have it, or it has fewer GPUs than processes.
     """
     if launch.world > 1:
         if ":" in name:
-            raise LowcalError(f"device '{name}' is one for several processes; give --device cuda, each takes its own")
+            raise LowcalError(f"device '{name}' is one for several processes; give --device cuda: each takes its own")
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if name == "cuda" or (name == "auto" and present):
             if present < launch.local_world:
                 raise LowcalError(
-                    f"{launch.local_world} processes on this machine, where torch finds {present} CUDA device(s); "
+                    f"{launch.local_world} processes on this machine, but torch finds {present} CUDA device(s); "
                     f"start as many (torchrun --nproc-per-node {max(present, 1)}) or use --device cpu"
                 )
             return torch.device("cuda", launch.local_rank)
@@ -58,20 +58,20 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
         present = torch.cuda.device_count()
         if not torch.cuda.is_available() or int(number or 0) >= present:
             found = f"{present} CUDA device(s)" if present else "no CUDA device"
-            raise LowcalError(f"device '{name}' is not here: torch finds {found}; use --device cpu or auto")
+            raise LowcalError(f"device '{name}' was not found: torch finds {found}; use --device cpu or auto")
     return torch.device(name)
 
 
 def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> Dataset:
-    """The recipe's images; the processes on a machine share its processors for decoding."""
-    settings = recipe.data.model_dump()
+    """The recipe's images; processes on one machine divide its processors among them for decoding."""
+    settings = as_dict(recipe.data)
     if launch.local_world > 1 and recipe.data.name == "imagenet" and recipe.data.workers is None:
         settings["workers"] = max(1, available_workers() // launch.local_world)
     return load(data_dir=data_dir, **settings)
 
 
 def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> None:
-    """Put each method together once and throw it away, so that what does not fit is found before anything is written.
+    """Builds each method once, so that a mistake is found before anything is written.
 
     Raises:
         LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
@@ -92,7 +92,7 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
 
 
 def images_of(data: Dataset) -> dict[str, Any]:
-    """Which images a run sees, in numbers."""
+    """The numbers of a run's images and classes."""
     train, test = len(data.train), len(data.test)
     train_of, test_of = data.whole or (train, test)
     return {
@@ -115,11 +115,11 @@ def build_run(
     reopen: bool = False,
     ranks: Ranks | None = None,
 ) -> Run:
-    """A run of `method` under `recipe`, whose seed decides its initial weights and its batches.
+    """A run of `method` under `recipe`, whose seed decides the initial weights and the batches.
 
     Args:
-        folder: its run folder, which is made; with `reopen` it must be there, and `Run.resume` goes on with it.
-        ranks: the processes that share each mini-batch among them.
+        folder: the run folder. It is created; with `reopen` it must exist, and `Run.resume` continues from it.
+        ranks: the processes that divide each mini-batch among them.
     """
     ranks = ranks or Ranks()
     torch.manual_seed(recipe.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,7 +120,7 @@ def prepare(
     One that `RunFolder.may_be_replaced` is replaced if it is to begin `anew`, or has another recipe.
     """
     ranks = ranks or Ranks()
-    own = recipe.model_copy(update={"seed": arm.seed})
+    own = replace(recipe, seed=arm.seed)
     reopen, replaced = ranks.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
@@ -197,7 +198,7 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
     for folder in sorted(arms):
         if RunFolder.holds_run(folder) and not RunFolder(folder).may_be_replaced():
             seed = int(folder.name.rpartition("-seed")[2])
-            refuse_another_recipe(folder, recipe.model_copy(update={"seed": seed}))
+            refuse_another_recipe(folder, replace(recipe, seed=seed))
 
 
 def _is_finished(folder: Path) -> bool:

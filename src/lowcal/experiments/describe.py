@@ -1,4 +1,4 @@
-"""A network as the method sees it: its layers in execution order, what each costs, and what follows it."""
+"""A network's layers in execution order: their sizes, FLOPs and followers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LayerRow:
         index: its number, from 1, in execution order.
         weight: the shape of its weight.
         parameters: its own, bias included.
-        flops: of its forward pass on one image, two per multiplication and addition.
-        followers: parameters outside it that leave SGD with it.
+        flops: of the forward pass on one image; a multiplication with its addition counts as two.
+        followers: parameters outside the layer that leave SGD with it.
     """
 
     index: int
@@ -40,12 +40,12 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Description:
-    """A network's layers, and what the default schedule does with them in a training of `epochs` epochs.
+    """A network's layers, and the moves of the default schedule in a training of `epochs` epochs.
 
     Attributes:
         shift: t_shift, layers per move.
         interval: K, the least number of epochs between moves (Eq. 2).
-        most_local: the most layers that become local.
+        most_local: the largest boundary, in layers.
     """
 
     model: str
@@ -65,7 +65,7 @@ def describe(name: str, *, classes: int, channels: int, image_size: int, width: 
     """The description of the network called `name` for images of `channels` x `image_size` x `image_size`.
 
     Raises:
-        LowcalError: there is no such network, or it does not take such images.
+        LowcalError: the network is unknown, or it does not take such images.
     """
     model = build_model(name, classes=classes, in_channels=channels, width=width)
     shape = (channels, image_size, image_size)
@@ -93,7 +93,7 @@ def describe(name: str, *, classes: int, channels: int, image_size: int, width: 
 
 
 def _output_sizes(model: nn.Module, layers: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, int]:
-    """The number of values in each layer's output for one image; nothing is computed (meta device)."""
+    """The number of values in each layer's output for one image, from a pass on the meta device."""
     trial = copy.deepcopy(model).to("meta").eval()
     sizes: dict[str, int] = {}
 

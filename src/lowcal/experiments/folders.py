@@ -10,7 +10,7 @@ from pathlib import Path
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Watcher
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import differences, parse_recipe
+from lowcal.experiments.recipe_text import differences, parse_recipe
 from lowcal.training.environment import code_digest
 from lowcal.training.record import RunFolder, code_of
 

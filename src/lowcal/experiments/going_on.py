@@ -7,9 +7,9 @@ from pathlib import Path
 from lowcal.errors import LowcalError
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe
 from lowcal.experiments.recipe import Recipe, lr_at
-from lowcal.experiments.recipe_files import differences, dump_recipe, parse_recipe
+from lowcal.experiments.recipe_text import differences, dump_recipe, parse_recipe
 from lowcal.layers import recurring_block
-from lowcal.methods.local import Local
+from lowcal.methods.boundary import Local
 from lowcal.schedule import interval
 from lowcal.training.record import RunFolder
 from lowcal.training.trainer import Run

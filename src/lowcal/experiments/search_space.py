@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from lowcal.errors import LowcalError
-from lowcal.experiments.recipe import Recipe, Settings
-from lowcal.experiments.recipe_files import apply_settings, parse_setting, parse_value, show_value
-from lowcal.experiments.recipe_keys import setting_types
+from lowcal.experiments.recipe import Recipe
+from lowcal.experiments.recipe_text import (
+    apply_settings,
+    parse_setting,
+    parse_value,
+    setting_types,
+    show_value,
+    value_of,
+)
 from lowcal.methods import METHODS, find_method
 
 if TYPE_CHECKING:
@@ -145,11 +151,7 @@ def own_point(recipe: Recipe, searches: Sequence[Search]) -> dict[str, Any] | No
     """The values of `recipe` for the searched settings; None if a search does not include the recipe's value."""
     point = {}
     for search in searches:
-        value: Any = recipe
-        for part in search.key.split("."):
-            value = getattr(value, part)
-        if isinstance(value, Settings) and value.short:
-            value = getattr(value, value.short)
+        value = value_of(recipe, search.key)
         if value not in search:
             return None
         point[search.key] = value

@@ -18,7 +18,7 @@ from lowcal.experiments.assemble import check, images_of, load_data
 from lowcal.experiments.compare import note_skipped
 from lowcal.experiments.folders import refuse_used
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import differences, dump_recipe, parse_recipe, show_value
+from lowcal.experiments.recipe_text import as_dict, differences, dump_recipe, parse_recipe, show_value
 from lowcal.experiments.search_space import base_recipe, grid, own_point, parse_search, refuse_unused, variants
 from lowcal.methods import find_method
 from lowcal.report.sweep import SweepReport, write_sweep
@@ -163,7 +163,7 @@ def _heading(plan: Sweep, data: Dataset) -> dict[str, Any]:
         "study": plan.study,
         "recipe": recipe.name,
         "label": recipe.label,
-        "title": title(recipe.model_dump(), images_of(data)),
+        "title": title(as_dict(recipe), images_of(data)),
         "method": plan.method,
         "model": recipe.model.name,
         "dataset": data.name,

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.compare import train_in_turn
 from lowcal.experiments.folders import refuse_another_recipe
 from lowcal.experiments.recipe import DataSettings, Recipe
-from lowcal.experiments.recipe_files import apply_settings, show_value
+from lowcal.experiments.recipe_text import apply_settings, show_value
 from lowcal.experiments.search_space import grid, label
 from lowcal.experiments.sweep_storage import STORAGE_ERRORS
 from lowcal.training.record import RunFolder
@@ -250,7 +250,7 @@ class Worker:
         self._has_begun = False
         is_there = RunFolder.holds_run(folder)
         if is_there:
-            refuse_another_recipe(folder, recipe.model_copy(update={"seed": arm.seed}))
+            refuse_another_recipe(folder, replace(recipe, seed=arm.seed))
             if RunFolder(folder).read_summary() is not None:
                 return
         try:

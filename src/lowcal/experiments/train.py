@@ -13,7 +13,7 @@ from lowcal.experiments.folders import refuse_unwritable, refuse_used
 from lowcal.experiments.going_on import EXTEND, change, refuse_changes, way_out, ways_on, what_changed
 from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.recipe_files import parse_recipe
+from lowcal.experiments.recipe_text import parse_recipe
 from lowcal.experiments.threads import cpu_threads
 from lowcal.training.interrupt import deferred
 from lowcal.training.ranks import Ranks

@@ -17,8 +17,8 @@ from lowcal.discovery import trace
 from lowcal.experiments.bench_settings import BenchSettings
 from lowcal.experiments.limits import Parts
 from lowcal.experiments.memory_format import puts_channels_last
-from lowcal.experiments.recipe import LocalSettings
 from lowcal.experiments.timing import Work
+from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs

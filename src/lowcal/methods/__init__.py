@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
-from lowcal.methods.base import Method
-from lowcal.methods.freeze import Freeze
-from lowcal.methods.local import Local
-from lowcal.methods.prune import Prune, PruneSettings
-from lowcal.methods.refresh import Refresh
-from lowcal.methods.settings import LocalSettings, ScheduleSettings
-from lowcal.methods.sgd import SGD
-from lowcal.methods.stochastic_depth import StochasticDepth, StochasticDepthSettings
+from lowcal.methods.base import SGD, Method
+from lowcal.methods.boundary import Freeze, Local, Refresh
+from lowcal.methods.prune import Prune
+from lowcal.methods.stochastic_depth import StochasticDepth
+from lowcal.settings import Settings
 
-__all__ = [
-    "METHODS",
-    "LocalSettings",
-    "Method",
-    "PruneSettings",
-    "ScheduleSettings",
-    "StochasticDepthSettings",
-    "build_method",
-    "find_method",
-]
+__all__ = ["METHODS", "Method", "build_method", "find_method"]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (SGD, Local, Freeze, Refresh, StochasticDepth, Prune)
@@ -53,7 +39,7 @@ def build_method(
     name: str,
     model: nn.Module,
     optimizer: Optimizer,
-    settings: Any,
+    settings: Settings,
     *,
     epochs: int,
     example_inputs: Tensor,

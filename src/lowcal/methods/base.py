@@ -1,4 +1,4 @@
-"""What the training loop asks of a method; the base class is plain SGD."""
+"""What the training loop asks of a method, and plain SGD, which every other method is measured against."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError
+from lowcal.settings import Settings
 
 Fact = float | int | None
 
@@ -19,22 +20,22 @@ Fact = float | int | None
 class Method:
     """A way to train a network that `lowcal compare` compares; this one adds nothing to SGD.
 
-    The training loop calls `penalty` in each step, `end_epoch` after each epoch, and nothing else. A method that acts
-    inside the network registers hooks on it, which tell training from evaluation by ``model.training``; one that
-    draws at random does so from a generator of its own, whose state is part of `state_dict`.
+    The training loop calls `penalty` in every step and `end_epoch` after every epoch. A method that acts inside the
+    network registers hooks on it, which tell training from evaluation by ``model.training``. A method that draws
+    random numbers has its own generator, whose state is part of `state_dict`.
 
     Args:
-        model: the network, on its device.
-        optimizer: holds the network's parameters. A method may slice both in place, between epochs.
-        settings: of this method: the section of a recipe that `section` names, or anything with its fields.
+        model: the network, on its device. A method may slice its parameters in place between epochs.
+        optimizer: holds the network's parameters.
+        settings: of this method: the section of a recipe that `section` names.
         epochs: epochs in the whole training.
-        example_inputs: one mini-batch's images (N, C, H, W); one image is enough.
-        seed: of what the method draws at random.
+        example_inputs: images (N, C, H, W); one is enough.
+        seed: of the method's random numbers.
 
     Attributes:
-        layers: names of the network's weight layers in the order in which the forward pass runs them.
-        period: optimizer steps after which a step's work repeats.
-        unreplayable: why a step cannot be recorded on the device and replayed; None: it can be.
+        layers: names of the network's weight layers in the order of the forward pass.
+        period: after so many optimizer steps the kinds of step repeat.
+        unreplayable: why a step cannot be recorded on the device and replayed; None if it can.
     """
 
     name: ClassVar[str]
@@ -46,7 +47,7 @@ class Method:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        settings: Any,
+        settings: Settings,
         *,
         epochs: int,
         example_inputs: Tensor,
@@ -61,12 +62,12 @@ class Method:
         self.layers = self._attach(example_inputs)
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        """Puts the method's hooks on the network; returns the names of its layers."""
+        """Puts the method's hooks on the network and returns the names of its layers."""
         return trace(self.model, example_inputs).layers
 
     @property
     def boundary(self) -> int:
-        """The number of leading layers that do not learn by SGD at present."""
+        """The number of leading layers that do not learn by SGD."""
         return 0
 
     def move_to(self, boundary: int) -> None:
@@ -75,46 +76,47 @@ class Method:
             raise LowcalError(f"{self.name} trains every layer, so its boundary cannot be {boundary}; leave it at 0")
 
     def penalty(self, loss: Tensor) -> Tensor | None:
-        """What a mini-batch's mean loss `loss` is increased by: a 0-d tensor with graph, or None."""
+        """A 0-d tensor with graph to add to a mini-batch's mean loss `loss`, or None."""
         return None
 
     def parallel(self, **ddp_options: Any) -> nn.Module:
-        """What several processes call in the network's place, so that its gradients are their means.
+        """The module that several processes call instead of the network to average its gradients.
 
-        It is good until `end_epoch` returns True; let go of it before asking for the next one. The options are those of
-        `torch.nn.parallel.DistributedDataParallel`.
+        It is valid until `end_epoch` returns True. Drop every reference to it before the next call. The options are
+        those of `torch.nn.parallel.DistributedDataParallel`.
         """
         return DistributedDataParallel(self.model, **ddp_options)
 
     @property
     def phase(self) -> int:
-        """Which of the kinds of step the coming one is; steps of one kind give the device the same work."""
+        """The kind of the next step; steps of the same kind give the device the same work."""
         return 0
 
     def make_replayable(self, device: torch.device) -> None:
-        """Lets numbers that change from epoch to epoch lie on `device` from now on."""
+        """Keeps numbers that change from epoch to epoch on `device` from now on."""
 
     def replayed(self) -> None:
-        """Does what a step does in Python alone, once the device has replayed one of the present phase."""
+        """Does the part of a step that runs in Python alone, after the device has replayed one of this phase."""
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
-        """The FLOPs of a training step on average over many; `step` takes one, `count` says what a call takes."""
+        """The mean FLOPs of a training step; `step` takes one step, `count` counts the FLOPs of a call."""
         return sum(count(step) for _ in range(self.period)) / self.period
 
     def end_epoch(self, loss: float) -> bool:
         """Ends an epoch of mean training loss `loss`.
 
         Returns:
-            Whether the network or what learns in it by SGD changed, so that the training step must be built anew.
+            Whether the network, or the set of parameters that learn by SGD, changed, so that the training step must
+            be built again.
         """
         return False
 
     def facts(self) -> dict[str, Fact]:
-        """What the run's log says of the epoch that ended last."""
+        """The method's fields in the run's log for the last epoch."""
         return {"local_lr": None, "sign": None, "transition_change": None, "skipped_updates": 0}
 
     def twin(self, model: nn.Module, optimizer: Optimizer, example_inputs: Tensor) -> Self:
-        """The same method at the same boundary on a copy of the network, for dry runs and warming up.
+        """The same method at the same boundary on a copy of the network, for dry runs and warm-up.
 
         The hooks of this method must do nothing in a copy of the network.
         """
@@ -127,22 +129,44 @@ class Method:
         return twin
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the method's next step depends on: tensors and plain values only."""
+        """Everything that the method's next step depends on, as tensors and plain values only."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts the method where `state` was taken.
+        """Restores the method from `state`.
 
-        Called on a method at the start of its training, before the network's and the optimizer's state are loaded,
-        so that a method which reshapes the network can give it its shape first.
+        Call it before training and before the network's and the optimizer's state are loaded: a method that reshapes
+        the network gives it its shape here.
 
         Raises:
-            LowcalError: `state` is of another method or network; nothing has changed then.
+            LowcalError: `state` belongs to another method or network; nothing is changed then.
         """
         if state:
             raise LowcalError(
-                f"{self.name} keeps no state, but the one given has {sorted(state)}; it is another method's"
+                f"{self.name} has no state, but the given one has {sorted(state)}; load a state of {self.name}"
             )
 
     def detach(self) -> None:
         """Removes the method's hooks from the network and the optimizer."""
+
+
+class SGD(Method):
+    """The whole network learns by SGD."""
+
+    name: ClassVar[str] = "sgd"
+
+
+def fill_momentum(optimizer: Optimizer) -> None:
+    """Gives a momentum of zero to parameters for which a fused SGD has none yet; its first step stays the same.
+
+    Its kernel takes the momentum of all parameters or of none, and if it skips the first step, as the gradient scaler
+    may ask for, it leaves what it allocated for it unwritten (torch 2.15).
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, optim.SGD) and group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -1,64 +1,40 @@
-"""PruneTrain (Lym et al. 2019, arXiv 1901.09290): channels are driven to zero by a penalty and removed on the way.
+"""PruneTrain (Lym et al. 2019, arXiv 1901.09290): a penalty drives channels to zero, and they are removed in training.
 
-The penalty is the group lasso over the output channels and over the input channels of each layer, with one coefficient,
-set at the first mini-batch so that the penalty is a given part of the whole loss. A channel goes when both the layers
-that make it and those that use it are rid of it, for all layers that a residual sum ties together; so what the network
-computes stays what it was.
+The penalty is the group lasso over the output channels and the input channels of each layer. Its one coefficient is
+set at the first mini-batch, so that the penalty is a given part of the whole loss. A channel is removed when its
+weights are zero in all layers that make or use it, including those that a residual sum ties together. The network's
+output stays the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError
+from lowcal.method_settings import PruneSettings
 from lowcal.methods.base import Fact, Method
-from lowcal.methods.pruning.groups import Group, find_groups
-from lowcal.methods.pruning.slicing import cut, drop_parameters
+from lowcal.methods.channel_groups import Group, cut, drop_parameters, find_groups
 from lowcal.methods.residual import ResidualBlock, residual_blocks
 from lowcal.strided import slice_inputs
 
 
-@dataclass(frozen=True)
-class PruneSettings:
-    """Settings of `Prune`.
-
-    Attributes:
-        ratio: the penalty's part of the first mini-batch's whole loss, above 0 and below 1.
-        every: epochs from one removal of channels to the next.
-        threshold: a channel is gone from a layer when none of its weights there is as large.
-    """
-
-    ratio: float = 0.2
-    every: int = 10
-    threshold: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise LowcalError(f"prune: ratio is {self.ratio!r}; give the penalty's part of the loss, above 0, below 1")
-        if self.every < 1:
-            raise LowcalError(f"prune: every is {self.every!r}; give a number of epochs, at least 1")
-        if not self.threshold > 0:
-            raise LowcalError(f"prune: threshold is {self.threshold!r}; give a weight's size, above 0")
-
-
 class Prune(Method):
-    """SGD with a group lasso, on a network that loses channels every few epochs.
+    """SGD with a group lasso on a network that loses channels every few epochs.
 
-    A residual branch that has lost all its channels goes as a whole, with the constant that its last normalisation
-    would still add; the block is then its shortcut.
+    A residual branch without channels is removed, and with it the constant that its last normalisation would add; the
+    block is then its shortcut.
     """
 
     name: ClassVar[str] = "prune"
     section: ClassVar[str] = "prune"
+    settings: PruneSettings
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        chosen = self.settings
-        self._chosen = PruneSettings(chosen.ratio, chosen.every, chosen.threshold)
         layers = super()._attach(example_inputs)
         self._groups = {group.name: group for group in find_groups(self.model)}
         self._kept = {group.name: list(range(group.channels)) for group in self._groups.values()}
@@ -69,35 +45,35 @@ class Prune(Method):
         return layers
 
     def penalty(self, loss: Tensor) -> Tensor | None:
-        """The group lasso times its coefficient, which the first call sets by that mini-batch's `loss`.
+        """The group lasso times its coefficient, which the first call sets from that mini-batch's `loss`.
 
-        None once every branch that had prunable channels is removed.
+        None if no prunable channel is left.
         """
         if not self._groups:
             return None
         lasso = self._lasso()
         if self._coefficient is None:
-            ratio = self._chosen.ratio
+            ratio = self.settings.ratio
             self._coefficient = (ratio * loss / ((1 - ratio) * lasso)).detach()
         return self._coefficient * lasso
 
     def end_epoch(self, loss: float) -> bool:
-        """Removes what has gone to zero, if it is time.
+        """Removes channels that are zero, after every `every` epochs.
 
         Raises:
-            LowcalError: nothing would be left of a layer that the network cannot do without.
+            LowcalError: a layer that the network needs would have no channel left.
         """
         self._finished += 1
-        return self._finished % self._chosen.every == 0 and self._reconfigure()
+        return self._finished % self.settings.every == 0 and self._reconfigure()
 
     def facts(self) -> dict[str, Fact]:
-        """Also the prunable channels that are left, and the largest |weight| of the one nearest to zero."""
+        """Also the number of prunable channels, and the largest |weight| of the channel nearest to zero."""
         peaks = self._peaks(self._groups)
         smallest = float(torch.cat(peaks).min()) if peaks else None
         return {**super().facts(), "channels": sum(map(len, peaks)), "smallest_channel": smallest}
 
     def state_dict(self) -> dict[str, Any]:
-        """The channels that are kept, by their numbers in the unpruned network, and the penalty's coefficient."""
+        """The kept channels by their numbers in the unpruned network, and the penalty's coefficient."""
         return {
             "kept": {name: list(numbers) for name, numbers in self._kept.items()},
             "removed": list(self._removed),
@@ -106,7 +82,7 @@ class Prune(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cuts the network and the optimizer to the shape that they had in `state`; their values are loaded after."""
+        """Cuts the network and the optimizer to the shapes of `state`; their values are loaded afterwards."""
         self._check(state)
         self._shrink(state["kept"], state["removed"])
         self._finished = state["finished"]
@@ -127,7 +103,7 @@ class Prune(Method):
 
     @torch.no_grad()
     def _peaks(self, groups: Mapping[str, Group]) -> list[Tensor]:
-        """For each group the largest |weight| that any layer has for each channel, (channels,)."""
+        """The largest |weight| of each channel in any layer, (channels,) for each group."""
         peaks = []
         for group in groups.values():
             own = [
@@ -140,9 +116,9 @@ class Prune(Method):
         return peaks
 
     def _alive(self, groups: Mapping[str, Group]) -> dict[str, list[bool]]:
-        """Which channels of each group a layer still has weights for; reads from the device once."""
+        """Whether each channel of each group has a weight above the threshold; reads from the device once."""
         peaks = self._peaks(groups)
-        flags = iter((~(torch.cat(peaks) < self._chosen.threshold)).tolist() if peaks else [])
+        flags = iter((~(torch.cat(peaks) < self.settings.threshold)).tolist() if peaks else [])
         return {name: [next(flags) for _ in range(group.channels)] for name, group in groups.items()}
 
     def _reconfigure(self) -> bool:
@@ -157,7 +133,7 @@ class Prune(Method):
                 if block is None:
                     raise LowcalError(
                         f"prune has no channel left in layer '{group.name}', which the network cannot do without; "
-                        f"lower prune.ratio, which is {self._chosen.ratio:g}, or the learning rate"
+                        f"lower prune.ratio, which is {self.settings.ratio:g}, or the learning rate"
                     )
                 if block.name not in removed:
                     removed.append(block.name)
@@ -195,14 +171,14 @@ class Prune(Method):
         self.layers = tuple(layer for layer in self.layers if not _is_in_branch(layer, block))
 
     def _block_around(self, group: Group) -> ResidualBlock | None:
-        """The residual block without whose branch the whole group would be gone."""
+        """The residual block whose branch holds the whole group."""
         for block in self._blocks.values():
             if all(_is_in_branch(member, block) for member in group.members):
                 return block
         return None
 
     def _without(self, groups: Mapping[str, Group], removed: list[str]) -> dict[str, Group]:
-        """The groups less what is in the removed blocks' branches."""
+        """The groups without the modules in the removed blocks' branches."""
         blocks = [self._blocks[name] for name in removed]
 
         def left(names: tuple[str, ...]) -> tuple[str, ...]:

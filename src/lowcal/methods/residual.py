@@ -1,4 +1,4 @@
-"""The residual blocks of a network: which modules are the branch's end, and which the shortcut."""
+"""The residual blocks of a network: the end of the branch, and the shortcut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Kind:
     activation: bool
 
 
-# By the forward pass that they describe, so that a subclass which changes it is not taken for its parent.
+# By the name of the forward method, so that a subclass with another one does not count.
 _KINDS = {
     "lowcal.models.BasicBlock.forward": _Kind("norm2", "shortcut", activation=True),
     "torchvision.models.resnet.BasicBlock.forward": _Kind("bn2", "downsample", activation=True),
@@ -32,8 +32,8 @@ class ResidualBlock:
     Attributes:
         name: of the block in its network.
         module: the block.
-        last: the branch's last module, whose output is what is added to the shortcut's.
-        shortcut_name: the shortcut's name in the block; None where the shortcut is the identity.
+        last: the branch's last module; its output is added to the shortcut's.
+        shortcut_name: the shortcut's name in the block; None if it is the identity.
         activation: whether a ReLU follows the sum.
     """
 
@@ -44,14 +44,14 @@ class ResidualBlock:
     activation: bool
 
     def without_branch(self, x: Tensor) -> Tensor:
-        """What the block computes with a branch of zero, (N, C_out, H_out, W_out)."""
+        """What the block computes with the branch removed, (N, C_out, H_out, W_out)."""
         if self.shortcut_name is not None:
             x = self.module.get_submodule(self.shortcut_name)(x)
         # Not in place: x may be the output of the block before, which that block needs for its backward pass.
         return torch.relu(x) if self.activation else x
 
     def rest(self) -> nn.Module:
-        """A module that computes `without_branch` and holds the shortcut under its present name."""
+        """A module that computes `without_branch`; the shortcut keeps its name in it."""
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         if self.shortcut_name is not None:
             modules[self.shortcut_name] = self.module.get_submodule(self.shortcut_name)
@@ -61,7 +61,7 @@ class ResidualBlock:
 
 
 def residual_blocks(model: nn.Module) -> list[ResidualBlock]:
-    """The residual blocks of `model`, in the order in which it registers them: ours and torchvision's."""
+    """The residual blocks of `model`, ours and torchvision's, in the order of their registration."""
     blocks = []
     for name, module in model.named_modules():
         forward = type(module).forward

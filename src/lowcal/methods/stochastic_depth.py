@@ -1,14 +1,13 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): residual blocks dropped for a mini-batch at a time.
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382): every mini-batch skips some residual blocks.
 
-Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L); one that does not is its shortcut
-alone, and neither its branch's forward nor backward pass runs. In evaluation every branch takes part, scaled by p_l.
-Weights of a dropped block have no gradient in that step: neither momentum nor weight decay moves them.
+Block l of n takes part in a mini-batch with probability p_l = 1 - l/n (1 - p_L). A dropped block is its shortcut alone:
+its branch runs neither forward nor backward. In evaluation every branch takes part, scaled by p_l. Weights of a dropped
+block have no gradient in that step: neither momentum nor weight decay changes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,41 +17,23 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.methods.base import Method
-from lowcal.methods.momentum import fill_momentum
+from lowcal.method_settings import StochasticDepthSettings
+from lowcal.methods.base import Method, fill_momentum
 from lowcal.methods.residual import ResidualBlock, residual_blocks
 
 
-@dataclass(frozen=True)
-class StochasticDepthSettings:
-    """Settings of `StochasticDepth`.
-
-    Attributes:
-        survival: p_L, the probability with which the last block takes part, above 0 and at most 1.
-    """
-
-    survival: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.survival <= 1:
-            raise LowcalError(
-                f"stochastic-depth: survival is {self.survival!r}; give the last block's probability, "
-                "above 0 and at most 1"
-            )
-
-
 class StochasticDepth(Method):
-    """Plain SGD on a network that is of another, smaller depth in each mini-batch.
+    """SGD on a network of smaller, random depth in every mini-batch.
 
     A pass in training mode is a mini-batch. The network itself is changed only while a pass runs.
     """
 
     name: ClassVar[str] = "stochastic-depth"
     section: ClassVar[str] = "stochastic_depth"
+    settings: StochasticDepthSettings
     unreplayable: ClassVar[str | None] = "other blocks run in each step"
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        settings = StochasticDepthSettings(self.settings.survival)
         self._blocks = residual_blocks(self.model)
         if not self._blocks:
             raise LowcalError(
@@ -61,8 +42,8 @@ class StochasticDepth(Method):
             )
         layers = super()._attach(example_inputs)
         count = len(self._blocks)
-        self.survival = tuple(1 - number / count * (1 - settings.survival) for number in range(1, count + 1))
-        if settings.survival < 1:
+        self.survival = tuple(1 - number / count * (1 - self.settings.survival) for number in range(1, count + 1))
+        if self.settings.survival < 1:
             fill_momentum(self.optimizer)
         # On the processor, whatever the device, so that all ranks draw the same and no step waits.
         self._generator = torch.Generator().manual_seed(self.seed)
@@ -76,11 +57,11 @@ class StochasticDepth(Method):
         return layers
 
     def parallel(self, **ddp_options: Any) -> nn.Module:
-        """DDP that looks in each step for the blocks without gradients, which are the same in all processes."""
+        """DDP that looks in every step for the blocks without gradients, which are the same in all processes."""
         return super().parallel(find_unused_parameters=min(self.survival) < 1, **ddp_options)
 
     def expected_flops(self, step: Callable[[], Any], count: Callable[[Callable[[], Any]], int]) -> float:
-        """The expectation over all gates: a step of all blocks, less what each branch takes while it is dropped."""
+        """The expectation over all gates: a step of all blocks, less each branch's FLOPs times its chance to drop."""
         shapes: list[torch.Size] = []
         handles = [
             block.module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
@@ -100,11 +81,11 @@ class StochasticDepth(Method):
         return flops
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks and the state of the generator that gates are drawn from."""
+        """The blocks, and the state of the generator that draws the gates."""
         return {"blocks": [block.name for block in self._blocks], "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on drawing where `state` was taken."""
+        """Restores the generator."""
         names = [block.name for block in self._blocks]
         if state.get("blocks") != names:
             raise LowcalError(
@@ -121,7 +102,7 @@ class StochasticDepth(Method):
         self._generator = generator
 
     def detach(self) -> None:
-        """Removes the hooks; what remains is the plain network, which does not scale its branches."""
+        """Removes the hooks. The plain network remains, whose branches are not scaled."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.methods import Method
-from lowcal.methods.momentum import fill_momentum
+from lowcal.methods.base import fill_momentum
 from lowcal.training.guard import Guard, overflowed
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

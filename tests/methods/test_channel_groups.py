@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from lowcal import LowcalError
-from lowcal.methods import PruneSettings, build_method
-from lowcal.methods.pruning.groups import find_groups
+from lowcal.method_settings import PruneSettings
+from lowcal.methods import build_method
+from lowcal.methods.channel_groups import find_groups
 from lowcal.models import SmallResNet, build_model
 
-from ...networks import Residual, convnet
-from ...support import sgd, train_step, weights
+from ..networks import Residual, convnet
+from ..support import sgd, train_step, weights
 
 
 def flattened():
@@ -39,8 +40,8 @@ NETWORKS = {
     "resnet8": lambda: SmallResNet((1, 1, 1), classes=3, in_channels=3, width=4),
     "resnet18": lambda: SmallResNet((2, 2, 2, 2), classes=3, in_channels=3, width=4),
     "vgg13": lambda: build_model("vgg13", classes=3, width=4),
-    "resnet34": lambda: build_model("resnet34", classes=3),
-    "resnet50": lambda: build_model("resnet50", classes=3),
+    "resnet34": lambda: build_model("resnet34", classes=3, width=8),
+    "resnet50": lambda: build_model("resnet50", classes=3, width=8),
     "mobilenet_v2": lambda: models.mobilenet_v2(width_mult=0.25, num_classes=3),
     "flattened": flattened,
     "googlenet": lambda: build_model("googlenet", classes=3),
@@ -49,8 +50,8 @@ CHANNELS = {  # groups, and the channels in them, counted by hand from the netwo
     "resnet8": (6, 2 * (4 + 8 + 16)),
     "resnet18": (12, 3 * (4 + 8 + 16 + 32)),
     "vgg13": (10, 2 * (4 + 8 + 16 + 32 + 32)),
-    "resnet34": (20, (64 + 64 * 3) + (128 * 4 + 128) + (256 * 6 + 256) + (512 * 3 + 512)),
-    "resnet50": (37, 64 + (256 + 6 * 64) + (512 + 8 * 128) + (1024 + 12 * 256) + (2048 + 6 * 512)),
+    "resnet34": (20, (8 + 8 * 3) + (16 * 4 + 16) + (32 * 6 + 32) + (64 * 3 + 64)),
+    "resnet50": (37, 8 + (32 + 6 * 8) + (64 + 8 * 16) + (128 + 12 * 32) + (256 + 6 * 64)),
 }
 
 

@@ -1,8 +1,11 @@
-"""Groups of channels that can only be removed together, from a symbolic trace of the network.
+"""Groups of channels that can only be removed together, from a symbolic trace of the network, and their removal.
 
-A convolution makes the channels that the layers behind it use; normalisation, activation, pooling and depthwise
-convolution hand them on; a sum ties its operands' channels together. Channels that go through anything else, and those
-of the network's input and output, are left alone.
+A convolution makes the channels that the next layers use. Normalisation, activation, pooling and depthwise convolution
+pass them on. A sum ties its operands' channels together. Channels that pass through anything else, and those of the
+network's input and output, are never removed.
+
+A parameter that loses channels stays the same object and takes a smaller tensor as its data, so that the optimizer's
+groups and the keys of its state stay valid. Its gradient is dropped: the next backward pass makes one of the new size.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
 
@@ -49,8 +53,8 @@ class Group:
     Attributes:
         channels: how many there are.
         makers: layers of which they are the outputs.
-        users: layers of which they are the inputs; a linear layer behind a flattening has several inputs for each.
-        carriers: normalisations and depthwise convolutions, which have them as both.
+        users: layers of which they are the inputs; a linear layer after flattening has several inputs for each.
+        carriers: normalisations and depthwise convolutions, of which they are both.
     """
 
     channels: int
@@ -70,10 +74,10 @@ class Group:
 
 
 def find_groups(model: nn.Module) -> tuple[Group, ...]:
-    """The groups of `model` whose channels can be removed, in the order in which the forward pass makes them.
+    """The groups of `model` whose channels can be removed, in the order of the forward pass.
 
     Raises:
-        LowcalError: the network's forward pass cannot be traced, or all its channels must stay.
+        LowcalError: the network's forward pass cannot be traced, or no channel can be removed.
     """
     try:
         graph = _Tracer().trace(model)
@@ -93,8 +97,48 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
     return groups
 
 
+def cut(model: nn.Module, optimizer: Optimizer, group: Group, kept: Tensor) -> None:
+    """Removes the group's channels but for those in `kept`, wherever they have weights.
+
+    Args:
+        model: the network.
+        optimizer: its state is cut like the parameters where it has their shape.
+        group: its `channels` is what the network has now.
+        kept: (n,) int64, the numbers of channels, rising.
+    """
+    for name in group.makers:
+        layer = model.get_submodule(name)
+        _cut_tensors(layer, optimizer, 0, kept, ("weight", "bias"))
+        _count(layer, outputs=len(kept))
+    for name in group.users:
+        layer = model.get_submodule(name)
+        index = _spread(kept, layer.get_parameter("weight").shape[1] // group.channels)
+        _cut_tensors(layer, optimizer, 1, index, ("weight",))
+        _count(layer, inputs=len(index))
+    for name in group.carriers:
+        module = model.get_submodule(name)
+        if isinstance(module, _NormBase):
+            index = _spread(kept, module.num_features // group.channels)
+            _cut_tensors(module, optimizer, 0, index, ("weight", "bias", "running_mean", "running_var"))
+            module.num_features = len(index)
+        else:
+            _cut_tensors(module, optimizer, 0, kept, ("weight", "bias"))
+            _count(module, inputs=len(kept), outputs=len(kept), groups=len(kept))
+
+
+def drop_parameters(optimizer: Optimizer, parameters: set[nn.Parameter]) -> None:
+    """Removes `parameters` and their state from the optimizer."""
+    for group in optimizer.param_groups:
+        stays = [parameter not in parameters for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [value for value, is_left in zip(group[key], stays, strict=True) if is_left]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
 class _Tracer(fx.Tracer):
-    """Takes normalisation that is derived from torch's for a whole, as torch's own."""
+    """Does not look into classes derived from torch's normalisation."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or isinstance(m, nn.BatchNorm2d)
@@ -102,7 +146,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(eq=False)
 class _Channels:
-    """What is known so far of one set of channels; `tied_to` is the set that it has become a part of."""
+    """A set of channels; `tied_to` is the set that it became a part of."""
 
     count: int
     is_fixed: bool = False
@@ -139,7 +183,7 @@ class _Flow:
         result = self._result(node)
         if result is None:
             for source in node.all_input_nodes:
-                self._fix(self._values[source])
+                self._values[source].channels.root().is_fixed = True
             result = self._new(0, is_fixed=True)
         self._values[node] = result
 
@@ -187,27 +231,25 @@ class _Flow:
             return None if source.is_flat else source
         if type(module) not in (*_CONVS, nn.Linear) and not isinstance(module, _NormBase):
             return None
-        if id(module._parameters.get("weight")) in self._shared or self._count(module, source) is None:
+        if id(module._parameters.get("weight")) in self._shared or not self._fits(module, source):
             return None
         output = self._past_weight(name, module, source)
         if output is None:
             return None
-        if name in self._ends:  # it runs twice: both times with the same weights
+        if name in self._ends:  # it runs twice, with the same weights
             for earlier, now in zip(self._ends[name], (source, output), strict=True):
                 self._tie(earlier, now)
         self._ends[name] = source, output
         return output
 
-    def _count(self, module: nn.Module, source: _Value) -> int | None:
-        """The channels at the module's input; None if they are not what comes in."""
+    def _fits(self, module: nn.Module, source: _Value) -> bool:
+        """Whether the source's channels are what the module takes; a count of 0 is unknown and fits."""
         count = source.channels.root().count
         if isinstance(module, nn.Linear):
-            fits = source.is_flat and (not count or module.in_features % count == 0)
-        elif isinstance(module, _NormBase):
-            fits = not count or module.num_features % count == 0
-        else:
-            fits = not source.is_flat
-        return count if fits else None
+            return source.is_flat and (not count or module.in_features % count == 0)
+        if isinstance(module, _NormBase):
+            return not count or module.num_features % count == 0
+        return not source.is_flat
 
     def _past_weight(self, name: str, module: nn.Module, source: _Value) -> _Value | None:
         channels = source.channels.root()
@@ -242,9 +284,6 @@ class _Flow:
         self._all.append(channels)
         return _Value(channels, is_flat)
 
-    def _fix(self, value: _Value) -> None:
-        value.channels.root().is_fixed = True
-
     def _tie(self, one: _Value, two: _Value) -> None:
         first, second = one.channels.root(), two.channels.root()
         if first is second:
@@ -257,3 +296,39 @@ class _Flow:
         first.users += second.users
         first.carriers += second.carriers
         second.tied_to = first
+
+
+def _spread(kept: Tensor, positions: int) -> Tensor:
+    """The numbers of the inputs that belong to the channels `kept`; each channel has `positions` inputs."""
+    if positions == 1:
+        return kept
+    return (kept.unsqueeze(1) * positions + torch.arange(positions, device=kept.device)).flatten()
+
+
+def _cut_tensors(module: nn.Module, optimizer: Optimizer, axis: int, index: Tensor, names: tuple[str, ...]) -> None:
+    for name in names:
+        tensor = getattr(module, name, None)
+        if tensor is None:
+            continue
+        index = index.to(tensor.device)
+        state = optimizer.state.get(tensor, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == tensor.shape:
+                state[key] = _taken(value, axis, index)
+        tensor.data = _taken(tensor.detach(), axis, index)
+        tensor.grad = None
+
+
+def _taken(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+    taken = tensor.index_select(axis, index)
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return taken.contiguous(memory_format=torch.channels_last)
+    return taken
+
+
+def _count(layer: nn.Module, **sizes: int) -> None:
+    """Sets the layer's attributes for its size: `inputs`, `outputs`, `groups`."""
+    unit = "features" if isinstance(layer, nn.Linear) else "channels"
+    attributes = {"inputs": f"in_{unit}", "outputs": f"out_{unit}", "groups": "groups"}
+    for key, size in sizes.items():
+        setattr(layer, attributes[key], size)

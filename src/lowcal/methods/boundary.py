@@ -1,4 +1,4 @@
-"""Local learning behind a moving boundary: the paper's method."""
+"""The methods with a moving boundary: local learning (the paper's), layer freezing, and freezing with refreshes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.local import LoCal
+from lowcal.method_settings import LocalSettings
 from lowcal.methods.base import Fact, Method
-from lowcal.methods.settings import LocalSettings, build_schedule
 from lowcal.parallel import DistributedLoCal
-from lowcal.rules import Hebbian, Rule
+from lowcal.rules import Frozen, Hebbian, Rule
+from lowcal.rules import Refresh as RefreshRule
+from lowcal.settings import annotations_of
 from lowcal.supervision import LossTrend, Supervision
 
 
@@ -20,17 +22,18 @@ class Local(Method):
     """The layers before the boundary learn by local updates, the others by SGD."""
 
     name: ClassVar[str] = "local"
+    settings: LocalSettings
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        rule = self._rule(self.settings)
+        rule = self._rule()
         self.period = rule.every
         self._local = LoCal(
             self.model,
             self.optimizer,
             epochs=self.epochs,
             rule=rule,
-            schedule=build_schedule(self.settings.schedule),
-            supervision=self._supervision(self.settings),
+            schedule=self.settings.schedule.build(),
+            supervision=self._supervision(),
             norm_stats=self.settings.norm_stats,
             example_inputs=example_inputs,
         )
@@ -39,18 +42,11 @@ class Local(Method):
         self._facts: dict[str, Fact] = super().facts()
         return self._local.layers
 
-    def _rule(self, settings: LocalSettings) -> Rule:
-        return Hebbian(
-            settings.lr,
-            settings.decay,
-            settings.decay_every,
-            settings.scale,
-            settings.every,
-            decay_from=settings.decay_from,
-        )
+    def _rule(self) -> Rule:
+        return Hebbian(**{name: getattr(self.settings, name) for name in annotations_of(Hebbian)})
 
-    def _supervision(self, settings: LocalSettings) -> Supervision | None:
-        return LossTrend(settings.sign) if settings.supervision else None
+    def _supervision(self) -> Supervision | None:
+        return LossTrend(self.settings.sign) if self.settings.supervision else None
 
     @property
     def boundary(self) -> int:
@@ -62,27 +58,27 @@ class Local(Method):
         self._local.move_to(boundary)
 
     def parallel(self, **ddp_options: Any) -> nn.Module:
-        """The same at each call, since it follows the boundary by itself."""
+        """The same module at every call: it follows the boundary by itself."""
         if self._parallel is None:
             self._parallel = DistributedLoCal(self.model, self._local, **ddp_options)
         return self._parallel
 
     @property
     def phase(self) -> int:
-        """0 in steps in which the rule acts, 1 in those between."""
+        """0 if the rule acts in the next step, else 1."""
         return int(self.boundary > 0 and not self._layers.updates.is_due)
 
     def make_replayable(self, device: torch.device) -> None:
-        """The length and sign of local steps."""
+        """Keeps the length and sign of local steps on `device`."""
         self._layers.make_replayable(device)
 
     def replayed(self) -> None:
-        """Counts the step, and opens or closes the layers before the boundary for the next one."""
+        """Counts the step, and lets the layers before the boundary learn by SGD in the next one or not."""
         if self.boundary:
             self._layers.count_step(applied=self._layers.updates.is_due)
 
     def end_epoch(self, loss: float) -> bool:
-        """Sets the sign of local updates and moves the boundary, as the schedule says."""
+        """Sets the sign of local updates and moves the boundary as the schedule decides."""
         facts: dict[str, Fact] = {"local_lr": self._local.lr, "sign": self._local.sign}
         moved = self._local.end_epoch(loss)
         self._facts = {
@@ -93,7 +89,7 @@ class Local(Method):
         return moved
 
     def facts(self) -> dict[str, Fact]:
-        """The local step's length and sign, the transition layer's change, the updates left out so far."""
+        """The local step's length and sign, the transition layer's change, and the updates skipped so far."""
         return dict(self._facts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,9 +97,37 @@ class Local(Method):
         return self._local.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the controller to where `state` was taken."""
+        """Restores the controller from `state`."""
         self._local.load_state_dict(state)
 
     def detach(self) -> None:
         """Removes the controller's hooks."""
         self._local.detach()
+
+
+class Freeze(Local):
+    """The layers before the boundary keep their weights, the others learn by SGD (Sec. 3.1)."""
+
+    name: ClassVar[str] = "freeze"
+
+    def _rule(self) -> Rule:
+        return Frozen()
+
+    def _supervision(self) -> Supervision | None:
+        return None
+
+    def facts(self) -> dict[str, Fact]:
+        """The transition layer's change."""
+        return {**super().facts(), "local_lr": None, "sign": None}
+
+
+class Refresh(Freeze):
+    """The layers before the boundary keep their weights, but learn by SGD with the others in every n-th step.
+
+    Ours, beyond the paper.
+    """
+
+    name: ClassVar[str] = "refresh"
+
+    def _rule(self) -> Rule:
+        return RefreshRule(self.settings.refresh_every)

@@ -1,1 +1,0 @@
-"""Removing channels from a network: which belong together, and how they are cut out."""

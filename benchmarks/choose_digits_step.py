@@ -5,7 +5,6 @@ Run from the repository's root: python benchmarks/choose_digits_step.py
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from dataclasses import replace
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 
+from common import RESULTS, script
 from lowcal.data import Dataset
 from lowcal.experiments.assemble import build_run, load_data
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
-from lowcal.files import write_json
-from lowcal.report.table import with_spread
+from lowcal.report.table import Column, Table, with_spread
 from lowcal.training.environment import gather_environment
 
 STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # the first is the published one (Sec. 6.1)
@@ -65,28 +64,28 @@ def choose(rows: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script(__doc__, default=RESULTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("results/digits-local-step.json"))
     arguments = parser.parse_args()
     recipe = apply_settings(load_recipe("digits"), ["data.evaluate=validation"])
     data = load_data(recipe, None)
     environment = gather_environment("cpu")
     rows = []
-    print(f"digits, validation split: {len(data.train)} images to train on, {len(data.test)} to validate on")
     for method, lr in [("local", lr) for lr in STEPS] + [(method, None) for method in REFERENCES]:
         own = recipe if lr is None else apply_settings(recipe, [f"local.lr={lr}"])
-        row = measure(own, method, arguments.seeds, data)
-        rows.append(row)
-        error = with_spread(row["top1_error"], row["top1_error_std"], row["n"])
-        print(
-            f"{method:6}  {'' if lr is None else lr:<7}  {error} %  ({row['n']} seeds)",
-            flush=True,
-        )
+        rows.append(measure(own, method, arguments.seeds, data))
+        print(rows[-1], flush=True)
     chosen = choose([row for row in rows if row["method"] == "local"])
-    print(f"chosen: {chosen:g} = {RULE}")
-    recorded = {"recipe": as_dict(recipe), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
-    write_json(arguments.out, {"format": 1, "environment": environment, **recorded, "rows": rows})
+    columns = (
+        Column("method", "method"),
+        Column("lr", "local step", "g"),
+        Column("error", "top-1 error, %", lambda row: with_spread(row["top1_error"], row["top1_error_std"], row["n"])),
+        Column("n", "seeds", "number"),
+    )
+    table = Table(columns, rows)
+    print(table.text(), f"chosen: {chosen:g} = {RULE}", sep="\n\n")
+    facts = {"recipe": as_dict(recipe), "validation_images": len(data.test), "rule": RULE, "chosen": chosen}
+    table.write(arguments.out / "digits-local-step", ("json",), environment=environment, **facts)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,22 @@ finished.
 Speed-ups are those of `steady_speedup`, since other work on the machine comes in bursts.
 """
 
-import argparse
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from common import Log, script, write
 from lowcal.experiments.assemble import find_device
 from lowcal.experiments.reproduce.paper import Cell, compressed_names, published
 from lowcal.experiments.reproduce.results import Results
 from lowcal.experiments.reproduce.run import train_missing
-from lowcal.files import write_json
 from lowcal.report.figures import save
 from lowcal.report.frontier import Spot, frontier
 from lowcal.report.runs import RunData
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.report.table import ABSENT, Column, Table
+from lowcal.training.process import keep_freed_memory
 from steady_speedup import kind_of, steady_times
 
 METHODS = {
@@ -33,25 +32,6 @@ METHODS = {
     "vgg13-cifar10": ("sgd", "local", "freeze", "refresh", "prune"),
 }
 SETTINGS = ("lr_schedule.name=cosine", "optimizer.lr=0.05", "model.width=8", "threads=1", "channels_last=true")
-
-
-class Log:
-    """Prints what is trained."""
-
-    def note(self, text: str) -> None:
-        """Prints `text`."""
-        print(text, flush=True)
-
-    def begin(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-    def step(self, *_: Any) -> None:
-        """Nothing."""
-
-    def epoch(self, arm: Any, record: Any) -> None:
-        """Prints how an epoch went."""
-        words = f"{record['top1_error']:.2f} %, {record['seconds']:.1f} s"
-        print(arm.folder, record["epoch"], record["boundary"], words, flush=True)
 
 
 def cells_of(recipe: str, results: Results) -> list[Cell]:
@@ -114,26 +94,28 @@ def summarise(recipe: str, results: Results, seeds: int) -> list[dict[str, Any]]
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table for the documentation."""
-    lines = [
-        "| method | top-1 error, % | paper's | speed-up | paper's | FLOPs | last boundary | SGD in that time | seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        last = "–" if not any(row["boundary"]) else f"{statistics.mean(row['boundary']):.3g} of {row['layers']}"
-        rival = "–" if row["sgd_in_that_time"] is None else f"{row['sgd_in_that_time']:.2f}"
-        error = "–" if row["paper_top1_error"] is None else f"{row['paper_top1_error']:.2f}"
-        paper = "–" if row["paper_speedup"] is None else f"{row['paper_speedup']:.2f}×"
-        measured = f"{of_seeds(row['top1_error'], row['top1_errors'])} | {error}"
-        speedup = of_seeds(row["steady_speedup"], row["steady_speedups"], "×")
-        work = f"{row['flops_ratio']:.2f}× | {last} | {rival} | {row['seeds']}"
-        lines.append(f"| {row['name']} | {measured} | {speedup} | {paper} | {work} |")
-    return "\n".join(lines) + "\n"
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return the table for the documentation."""
+    columns = (
+        Column("name", "method"),
+        Column("top1_error", "top-1 error, %", lambda row: of_seeds(row["top1_error"], row["top1_errors"])),
+        Column("paper_top1_error", "paper's", ".2f"),
+        Column("speedup", "speed-up", lambda row: of_seeds(row["steady_speedup"], row["steady_speedups"], "×")),
+        Column("paper_speedup", "paper's", ".2f", "×"),
+        Column("flops_ratio", "FLOPs", ".2f", "×"),
+        Column("boundary", "last boundary", _last_boundary),
+        Column("sgd_in_that_time", "SGD in that time", ".2f"),
+        Column("seeds", "seeds", "number"),
+    )
+    return Table(columns, rows)
+
+
+def _last_boundary(row: Mapping[str, Any]) -> str:
+    return f"{statistics.mean(row['boundary']):.3g} of {row['layers']}" if any(row["boundary"]) else ABSENT
 
 
 def of_seeds(value: float, by_seed: Sequence[float], unit: str = "") -> str:
-    """`value` and how far the seeds are apart: both of two, the sample deviation of more."""
+    """Return `value` with the spread of the seeds; of two seeds both values, whose mean `value` need not be."""
     text = f"{value:.2f}{unit}"
     if len(set(by_seed)) < 2:
         return text
@@ -153,9 +135,8 @@ def draw(recipe: str, rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Trains, and writes what is finished."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--scale", default="small")
     parser.add_argument("--only", choices=METHODS)
@@ -175,10 +156,8 @@ def main() -> None:
     for recipe in recipes:
         rows = summarise(recipe, results, arguments.seeds)
         size = results.size_notes([recipe])
-        write_json(arguments.out / f"{recipe}.json", {"format": 1, "size": size, "settings": SETTINGS, "rows": rows})
-        (arguments.out / f"{recipe}.md").write_text(markdown(rows))
+        write(arguments.out / recipe, table(rows), size=size, settings=SETTINGS)
         draw(recipe, rows, arguments.out / f"{recipe}.svg")
-        print(json.dumps(size), markdown(rows), sep="\n")
 
 
 if __name__ == "__main__":

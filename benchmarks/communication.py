@@ -6,7 +6,6 @@ many ranks there are, so one process on the CPU is enough. Writes results/commun
 
 import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowcal
-from lowcal.files import write_json
+from common import BOUNDARY, RESULTS, write
 from lowcal.models import build_model
+from lowcal.report.table import Column, Table
 from lowcal.training.environment import gather_environment
 
-RESULT = Path(__file__).parents[1] / "results" / "communication.json"
 MODELS = {"resnet18": (10, 32), "resnet50": (1000, 64)}  # classes, image size
 RULES = {
     "local": lowcal.Hebbian(),
@@ -28,7 +27,6 @@ RULES = {
     "freeze": lowcal.Frozen(),
     "refresh/4": lowcal.Refresh(every=4),
 }
-MIB = 2**20
 
 
 class Collectives(TorchDispatchMode):
@@ -75,17 +73,16 @@ def counted(name: str, rule: lowcal.Hebbian | lowcal.Frozen) -> list[dict[str, A
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The counted bytes in Markdown, in MiB: a row for each boundary, a column for each method."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"| network | boundary | {' | '.join(methods)} |", f"| --- | ---: |{' ---: |' * len(methods)}"]
-    places: dict[tuple[str, str], dict[str, float]] = {}
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return the counted bytes in MiB: a row for each boundary, a column for each method."""
+    places: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
-        place = row["model"], f"{row['boundary']} of {row['layers']}"
-        places.setdefault(place, {})[row["method"]] = row["reduced_bytes"] / MIB
-    for (model, boundary), found in places.items():
-        lines.append(f"| {model} | {boundary} | {' | '.join(f'{found[method]:.2f}' for method in methods)} |")
-    return "\n".join(lines) + "\n"
+        place = places.setdefault((row["model"], row["boundary"]), dict(row))
+        place[row["method"]] = row["reduced_bytes"]
+    return Table(
+        (Column("model", "network"), BOUNDARY, *(Column(method, method, ".2f", scale=2**20) for method in RULES)),
+        list(places.values()),
+    )
 
 
 def main() -> None:
@@ -100,9 +97,7 @@ def main() -> None:
             for row in counted(name, rule)
         ]
         dist.destroy_process_group()
-    print(table(rows))
-    write_json(RESULT, {"format": 1, "environment": gather_environment("cpu"), "rows": rows})
-    RESULT.with_suffix(".md").write_text(table(rows))
+    write(RESULTS / "communication", table(rows), rows=rows, environment=gather_environment("cpu"))
 
 
 if __name__ == "__main__":

@@ -4,21 +4,20 @@ Nothing is trained: a step's bytes are counted in runs without data, as `lowcal 
 results/growing-batch.json and .md.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowcal.files import write_json
+from common import BOUNDARY, METHOD, RESULTS, write
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 from lowcal.models import build_model
+from lowcal.report.table import Column, Table
+from lowcal.training.batch_growth import next_batch, predicted_peak
 from lowcal.training.cost import dry_cost, held_bytes
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import next_batch, predicted_peak
 
-RESULT = Path(__file__).parents[1] / "results" / "growing-batch.json"
 MODELS = {"resnet18": (10, 32), "vgg13": (10, 32), "resnet50": (1000, 224), "mobilenet_v2": (1000, 224)}
 BATCH = 64  # images, the paper's for one GPU
 EPOCHS = 90
@@ -48,28 +47,32 @@ def counted(name: str, method: str) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each network and method, in Markdown."""
-    lines = ["| network | method | peak of SGD | peak at 0.75 of the layers | doubles from | predicted / counted |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return a row for each network and method."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["network"], row["method"]), []).append(row)
-    for (network, method), found in groups.items():
-        first, last = found[0]["peak_bytes"], found[-1]["peak_bytes"]
+    lines = []
+    for found in groups.values():
         ratios = [row["predicted_bytes"] / row["doubled_peak_bytes"] for row in found]
-        place = next((f"{row['boundary']} of {row['layers']}" for row in found if row["doubles"]), "never")
-        cells = (network, method, f"{first / 2**20:.0f} MiB", f"{last / first:.2f}", place)
-        lines.append(f"| {' | '.join(cells)} | {min(ratios):.3f} to {max(ratios):.3f} |")
-    return "\n".join(lines) + "\n"
+        line = found[0] | {"last": found[-1]["peak_bytes"] / found[0]["peak_bytes"]}
+        line["doubles"] = next((BOUNDARY.cell(row) for row in found if row["doubles"]), "never")
+        lines.append(line | {"ratios": f"{min(ratios):.3f} to {max(ratios):.3f}"})
+    columns = (
+        Column("network", "network"),
+        METHOD,
+        Column("peak_bytes", "peak of SGD", ".0f", " MiB", scale=2**20),
+        Column("last", "peak at 0.75 of the layers", ".2f"),
+        Column("doubles", "doubles from", lambda row: row["doubles"]),
+        Column("ratios", "predicted / counted", lambda row: row["ratios"]),
+    )
+    return Table(columns, lines)
 
 
 def main() -> None:
     """Counts for all networks and methods, prints the table and writes it beside the figures."""
     rows = [row for name in MODELS for method in ("local", "freeze") for row in counted(name, method)]
-    print(table(rows))
-    write_json(RESULT, {"format": 1, "environment": gather_environment("cpu"), "rows": rows})
-    RESULT.with_suffix(".md").write_text(table(rows))
+    write(RESULTS / "growing-batch", table(rows), rows=rows, environment=gather_environment("cpu"))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ About 10 and 15 minutes on one quiet hyperthread.
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowcal.files import write_json
+from common import RESULTS, write
 from lowcal.report.runs import RunData, read_runs
-
-RESULT = Path(__file__).parents[1] / "results" / "prune.json"
+from lowcal.report.table import Column, Table
 
 
 def row(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -58,46 +57,36 @@ def _removals(run: RunData) -> list[int]:
     return [number + 1 for number in range(1, len(counts)) if counts[number] < counts[number - 1]]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A row for each comparison, in Markdown; means over seeds, with the lowest and the highest."""
-    lines = [
-        "| network | r | epochs | top-1 error, %: sgd | prune | channels left | FLOPs of the run | of its last epoch "
-        "| seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for each in rows:
-        settings, whole = each["settings"], each["channels"][0][0]
-        width = settings["model"]["width"]
-        name = f"{each['model']}{f' of width {width}' if width else ''}, {each['dataset']}"
-        left = spread([last for _, last in each["channels"]], 0)
-        cells = [
-            name,
-            f"{settings['prune']['ratio']:g}",
-            str(settings["epochs"]),
-            spread(each["sgd_top1_errors"]),
-            spread(each["prune_top1_errors"]),
-            f"{left} of {whole}",
-            spread(each["flops_ratio"]),
-            spread(each["last_epoch_flops_ratio"]),
-            str(len(each["seeds"])),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return a row for each comparison: means over seeds, with the lowest and the highest."""
+    columns = (
+        Column("network", "network", _network, left=True),
+        Column("r", "r", lambda row: f"{row['settings']['prune']['ratio']:g}"),
+        Column("epochs", "epochs", lambda row: str(row["settings"]["epochs"])),
+        Column("sgd", "top-1 error, %: sgd", lambda row: spread(row["sgd_top1_errors"])),
+        Column("prune", "prune", lambda row: spread(row["prune_top1_errors"])),
+        Column("channels", "channels left", _channels_left),
+        Column("flops", "FLOPs of the run", lambda row: spread(row["flops_ratio"])),
+        Column("last_flops", "of its last epoch", lambda row: spread(row["last_epoch_flops_ratio"])),
+        Column("seeds", "seeds", lambda row: str(len(row["seeds"]))),
+    )
+    return Table(columns, rows)
+
+
+def _network(row: Mapping[str, Any]) -> str:
+    width = row["settings"]["model"]["width"]
+    return f"{row['model']}{f' of width {width}' if width else ''}, {row['dataset']}"
+
+
+def _channels_left(row: Mapping[str, Any]) -> str:
+    return f"{spread([last for _, last in row['channels']], 0)} of {row['channels'][0][0]}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The mean, and the lowest and highest if there are several."""
+    """Return the mean, with the lowest and the highest value if there are several."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def main(folders: Sequence[Path]) -> None:
-    """Writes and prints."""
-    rows = [row(read_runs([folder])) for folder in folders]
-    write_json(RESULT, {"format": 1, "rows": rows})
-    RESULT.with_suffix(".md").write_text(table(rows))
-    print(table(rows))
-
-
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    write(RESULTS / "prune", table([row(read_runs([Path(name)])) for name in sys.argv[1:]]))

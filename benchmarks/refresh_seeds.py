@@ -7,10 +7,12 @@ two compressed runs of the same seed; so does SGD with as many FLOPs, in which t
 Writes OUT/refresh-seeds.json and .md.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
+
+from common import script, write
+from lowcal.report.table import Column, Table, with_spread
 
 NETWORK = "resnet18-cifar10"
 LESS, METHOD, MORE = "sgd-compressed-14", "refresh", "sgd-compressed-16"  # in the order of their time
@@ -34,9 +36,7 @@ def on_line(found: dict[str, list[float]], cost: dict[str, float]) -> list[float
 
 def main() -> None:
     """Reads, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    out = script(__doc__).parse_args().out
     folders = [out / f"{NETWORK}-small", out.with_name(f"{out.name}-seeds")]
     told = {row["name"]: row for row in json.loads((out / f"{NETWORK}.json").read_text())["rows"]}
     found = {name: errors(name, folders) for name in (LESS, METHOD, MORE)}
@@ -56,18 +56,16 @@ def main() -> None:
         {"name": name, "by_seed": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
         for name, values in shown.items()
     ]
-    result = {"format": 1, "network": NETWORK, "rows": rows}
-    (out / "refresh-seeds.json").write_text(json.dumps(result, indent=1) + "\n")
-    seeds = range(len(own))
-    lines = [
-        f"| top-1 error, % | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
-        f"| --- | {' | '.join('---:' for _ in seeds)} | ---: |",
-    ]
-    for row in rows:
-        cells = " | ".join(f"{value:.2f}" for value in row["by_seed"])
-        lines.append(f"| {row['name']} | {cells} | {row['mean']:.2f} ± {row['std']:.2f} |")
-    (out / "refresh-seeds.md").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
+
+    def seed_column(seed: int) -> Column:
+        return Column("", f"seed {seed}", lambda row: f"{row['by_seed'][seed]:.2f}")
+
+    columns = (
+        Column("name", "top-1 error, %"),
+        *map(seed_column, range(len(own))),
+        Column("mean", "mean", lambda row: with_spread(row["mean"], row["std"], len(own))),
+    )
+    write(out / "refresh-seeds", Table(columns, rows), network=NETWORK)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What local updates save beside freezing, in the paper and in measured steps: `savings.py FOLDER`.
 
-A speed-up of s saves the part 1 - 1/s of the time. Reads the results of bench_networks.py in FOLDER, writes
+A speed-up of s saves the part 1 - 1/s of the time. Reads the step times of performance.py in FOLDER, writes
 FOLDER/savings.md. The largest boundary in each is 0.75 L, the cap of the published schedule.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowcal.experiments.reproduce.paper import published
+from lowcal.report.table import Column, Table
 
 NETWORKS = {  # result -> recipe of the paper
     "resnet18-32": "resnet18-cifar10",
@@ -21,12 +22,12 @@ NETWORKS = {  # result -> recipe of the paper
 
 
 def saving(speedup: float) -> float:
-    """The part of the time that a speed-up saves."""
+    """Return the part of the time that a speed-up saves."""
     return 1.0 - 1.0 / speedup
 
 
-def row(name: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The cells of one network; `rows` are those of its result."""
+def row(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of one network; `rows` are those of its result."""
     paper = {method: published(NETWORKS[name], method)[1] for method in ("local", "freeze")}
     at = {(each["method"], each["boundary"]): each for each in rows}
     boundaries = sorted({boundary for _, boundary in at} - {0})
@@ -36,29 +37,32 @@ def row(name: str, rows: list[dict[str, Any]]) -> list[str]:
         found = [saving(at[method, each]["speedup"]) / saving(at["freeze", each]["speedup"]) for each in boundaries]
         return f"{min(found):.2f} to {max(found):.2f}"
 
-    return [
-        name,
-        f"{paper['local']:.2f}×",
-        f"{whole['ideal']:.2f}×",
-        f"{whole['speedup']:.2f}×",
-        f"{saving(paper['local']) / saving(paper['freeze']):.2f}",
-        shares("local"),
-        shares("local/4"),
-    ]
+    return {
+        "network": name,
+        "paper": paper["local"],
+        "ideal": whole["ideal"],
+        "speedup": whole["speedup"],
+        "paper_share": saving(paper["local"]) / saving(paper["freeze"]),
+        "steps": shares("local"),
+        "steps_4": shares("local/4"),
+    }
 
 
 def main(folder: Path) -> None:
-    """Writes and prints the table."""
-    lines = [
-        "| network | `local`: paper | 0.75 L from the first epoch: by FLOPs | by step times "
-        "| saving, local / freeze: paper | steps | steps, local/4 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name in NETWORKS:
-        cells = row(name, json.loads((folder / f"{name}.json").read_text())["rows"])
-        lines.append(f"| {' | '.join(cells)} |")
-    (folder / "savings.md").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
+    """Write and print the table."""
+    columns = (
+        Column("network", "network"),
+        Column("paper", "`local`: paper", ".2f", "×"),
+        Column("ideal", "0.75 L from the first epoch: by FLOPs", ".2f", "×"),
+        Column("speedup", "by step times", ".2f", "×"),
+        Column("paper_share", "saving, local / freeze: paper", ".2f"),
+        Column("steps", "steps", lambda row: row["steps"]),
+        Column("steps_4", "steps, local/4", lambda row: row["steps_4"]),
+    )
+    rows = [row(name, json.loads((folder / f"{name}.json").read_text())["rows"]) for name in NETWORKS]
+    table = Table(columns, rows)
+    table.write(folder / "savings", ("md",))
+    print(table.markdown())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import METHOD
+from lowcal.report.table import Column, Table
+
 Record = Mapping[str, Any]
 Runs = Mapping[str, Mapping[int, Sequence[Record]]]  # name -> seed -> records of the epochs
 PLAIN = "plain"  # the kind of epochs in which the whole network learns by SGD
@@ -61,12 +64,13 @@ def main(folder: Path) -> None:
     times = steady_times(runs)
     flops = {method: sum(e["flops"] for run in seeds.values() for e in run) for method, seeds in runs.items()}
     rows = [
-        f"| {method} | {times['sgd'] / times[method]:.2f}× | {flops[method] / flops['sgd']:.2f}× |"
+        {"method": method, "speedup": times["sgd"] / times[method], "flops": flops[method] / flops["sgd"]}
         for method in sorted(times, key=times.__getitem__, reverse=True)
     ]
-    table = "\n".join(["| method | steady speed-up | FLOPs |", "| --- | ---: | ---: |", *rows])
-    (folder / "steady.md").write_text(table + "\n")
-    print(table)
+    columns = (METHOD, Column("speedup", "steady speed-up", ".2f", "×"), Column("flops", "FLOPs", ".2f", "×"))
+    table = Table(columns, rows)
+    table.write(folder / "steady", ("md",))
+    print(table.markdown())
 
 
 if __name__ == "__main__":

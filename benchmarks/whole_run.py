@@ -13,9 +13,8 @@ minutes for each network on two quiet hyperthreads. Writes OUT/whole-run-RECIPE.
 all the networks that are there.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,28 +23,35 @@ from typing import Any
 
 import torch
 
-import whole_run_table
+from common import METHOD, Log, script
 from lowcal.data import Loader, make_loader
 from lowcal.discovery import trace
 from lowcal.experiments.assemble import find_device, load_data
-from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.backends import cpu_threads, kernels_of
+from lowcal.experiments.bench.predict import fastest_path, flops_speedup, predicted_speedup
+from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod, forward_flops
+from lowcal.experiments.bench.timing import time_in_turn
 from lowcal.experiments.compare import compare
-from lowcal.experiments.kernels import kernels_of
-from lowcal.experiments.predict import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.experiments.reproduce.paper import published
-from lowcal.experiments.threads import cpu_threads
-from lowcal.experiments.timing import take_turns
-from lowcal.experiments.workshop import Arm, Workshop, forward_flops
 from lowcal.layers import recurring_block
 from lowcal.models import build_model
-from lowcal.training.allocator import keep_freed_memory
+from lowcal.report.table import Column, Table
+from lowcal.training.batch_growth import release_memory
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import release
+from lowcal.training.process import keep_freed_memory
 
 METHODS = ("local", "freeze")
 LEAST = 0.98  # measured over predicted speed-up
+FORMAT = 2
+ORDER = (  # the paper's
+    "resnet18-cifar10",
+    "vgg13-cifar10",
+    "resnet34-imagenet",
+    "resnet50-imagenet",
+    "mobilenet_v2-imagenet",
+)
 ROUNDS, WARM_UP = 10, 2  # of step times
 
 
@@ -90,24 +96,6 @@ SIZES = {
 WAYS = {"cpu": ("step=eager", "channels_last=true"), "cuda": ("step=graphed", "precision=bf16", "channels_last=true")}
 
 
-class Quiet:
-    """Says what runs are begun, and nothing of their steps."""
-
-    def note(self, text: str) -> None:
-        """Prints `text`."""
-        print(text, flush=True)
-
-    def begin(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-    def step(self, *_: Any) -> None:
-        """Nothing."""
-
-    def epoch(self, arm: Any, record: Any) -> None:
-        """Prints an epoch's time."""
-        print(arm.folder, record["epoch"], record["boundary"], f"{record['seconds']:.2f} s", flush=True)
-
-
 def shortened(recipe: Recipe, size: Size, ways: Sequence[str], *, synthetic: bool) -> list[str]:
     """The settings that make of the published `recipe` one of `size`."""
     settings = [
@@ -144,25 +132,25 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     recipe = apply_settings(whole, settings)
     data_dir = None if is_synthetic else data_dir
     runs = train(recipe, data_dir, device)
-    release(device)
+    release_memory(device)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
-        shop = Workshop(bench, device, training_images(recipe, data_dir, device))
-        fastest = fastest_published_path(whole, shop)
+        setup = BenchSetup(bench, device, training_images(recipe, data_dir, device))
+        fastest = fastest_published_path(whole, setup)
         on_it = {fastest[len(fastest) // 2], fastest[-1]}  # whether the runs came there or not
         visited = {record["boundary"] for record in chain(*runs.values())}
-        times = step_times(shop, sorted((visited | on_it) - {0}))
+        times = step_times(setup, sorted((visited | on_it) - {0}))
         environment = gather_environment(str(device))
     return {
-        "format": whole_run_table.FORMAT,
+        "format": FORMAT,
         "recipe": name,
         "model": recipe.model.name,
         "width": size.width,
         "images": "synthetic" if is_synthetic else recipe.data.name,
         "image_size": image_size(whole),
         "settings": settings,
-        "layers": len(shop.order.layers),
-        "rows": [row(name, method, runs, times, shop, fastest) for method in METHODS],
+        "layers": len(setup.order.layers),
+        "rows": [row(name, method, runs, times, setup, fastest) for method in METHODS],
         "fastest_published_path": fastest,
         "runs": {
             method: {key: [record[key] for record in records] for key in ("boundary", "seconds", "step")}
@@ -178,7 +166,7 @@ def train(recipe: Recipe, data_dir: Path | None, device: torch.device) -> dict[s
     methods = ("sgd", *METHODS)
     with TemporaryDirectory() as name:
         out = Path(name) / "runs"
-        compare(recipe, methods, 1, out, data_dir=data_dir, device=device, watcher=Quiet())
+        compare(recipe, methods, 1, out, data_dir=data_dir, device=device, watcher=Log())
         logs = {method: out / f"{method}-seed{recipe.seed}" / "epochs.jsonl" for method in methods}
         return {method: [json.loads(line) for line in log.read_text().splitlines()] for method, log in logs.items()}
 
@@ -211,34 +199,27 @@ def training_images(recipe: Recipe, data_dir: Path | None, device: torch.device)
     )
 
 
-def fastest_published_path(whole: Recipe, shop: Workshop) -> list[int]:
+def fastest_published_path(whole: Recipe, setup: BenchSetup) -> list[int]:
     """The boundary in each epoch of the published run if Algorithm 1 always moves as soon as it may."""
-    layers = shop.order.layers
+    layers = setup.order.layers
     return fastest_path(
         whole.local.schedule.build(),
         layers=len(layers),
-        block=recurring_block(shop.model, layers),
+        block=recurring_block(setup.model, layers),
         epochs=whole.epochs,
     )
 
 
-def step_times(shop: Workshop, boundaries: Sequence[int]) -> dict[tuple[str, int], dict[str, Any]]:
+def step_times(setup: BenchSetup, boundaries: Sequence[int]) -> dict[tuple[str, int], dict[str, Any]]:
     """The step of sgd, and of each of `METHODS` at 0 and at `boundaries`, in ms; `ready_ms` is what the move took."""
     places = [("sgd", 0), ("local", 0), *((method, boundary) for boundary in boundaries for method in METHODS)]
-    arms = {place: Arm(shop, *place) for place in places}
-    works = {f"{method} {boundary}": arm.work(shop) for (method, boundary), arm in arms.items()}
-    taken = take_turns(works, rounds=ROUNDS, warm_up=WARM_UP, device=shop.device)
+    methods = {place: TimedMethod(setup, *place) for place in places}
+    works = {f"{method} {boundary}": timed.work(setup) for (method, boundary), timed in methods.items()}
+    taken = time_in_turn(works, rounds=ROUNDS, warm_up=WARM_UP, device=setup.device)
     times = {}
-    for (method, boundary), arm in arms.items():
-        timing = taken[f"{method} {boundary}"]
-        times[method, boundary] = {
-            "method": method,
-            "boundary": boundary,
-            "step_ms": timing.median,
-            "step_ms_q25": timing.q25,
-            "step_ms_q75": timing.q75,
-            "ready_ms": arm.move_ms,
-        }
+    for (method, boundary), timed in methods.items():
+        timing = taken[f"{method} {boundary}"].fields("step_ms")
+        times[method, boundary] = {"method": method, "boundary": boundary, **timing, "ready_ms": timed.move_ms}
     return times
 
 
@@ -247,7 +228,7 @@ def row(
     method: str,
     runs: dict[str, list[dict[str, Any]]],
     times: dict[tuple[str, int], dict[str, Any]],
-    shop: Workshop,
+    setup: BenchSetup,
     fastest: Sequence[int],
 ) -> dict[str, Any]:
     """What is said of one method: the speed-ups of the paper, measured, predicted and at most."""
@@ -258,7 +239,7 @@ def row(
     known = {
         "sgd_ms": times["sgd", 0]["step_ms"],
         "step_ms": {boundary: time["step_ms"] for boundary, time in own.items()},
-        "forward_flops": shop.forward_flops,
+        "forward_flops": setup.forward_flops,
     }
     measured, predicted = seconds["sgd"] / seconds[method], predicted_speedup(method, path, **known)
     return {
@@ -270,7 +251,7 @@ def row(
         "ratio": measured / predicted,
         "moves_share": sum(own[boundary]["ready_ms"] for boundary in set(path) - {0}) / 1000.0 / seconds[method],
         "most_by_steps": predicted_speedup(method, fastest, **known),
-        "most_by_flops": flops_speedup(method, fastest, published_flops(shop.settings)),
+        "most_by_flops": flops_speedup(method, fastest, published_flops(setup.settings)),
     }
 
 
@@ -281,11 +262,40 @@ def published_flops(settings: BenchSettings) -> list[float]:
     return forward_flops(model, images, trace(model, images).layers)
 
 
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """Return a row for each network and method."""
+    columns = (
+        Column("network", "network, images", _network, left=True),
+        METHOD,
+        Column("last_boundary", "last boundary", lambda row: f"{row['last_boundary']} of {row['layers']}"),
+        Column("paper", "paper", ".2f", "×"),
+        Column("measured", "measured", ".2f", "×"),
+        Column("predicted", "predicted for its path", ".2f", "×"),
+        Column("ratio", "measured / predicted", ".3f"),
+        Column("most_by_steps", "published schedule at most: by step times", ".2f", "×"),
+        Column("most_by_flops", "by FLOPs", ".2f", "×"),
+    )
+    return Table(columns, [{**result, **found} for result in results for found in result["rows"]])
+
+
+def _network(row: Mapping[str, Any]) -> str:
+    width = f" of width {row['width']}" if row["width"] else ""
+    return f"{row['model']}{width}, {row['images']} {row['image_size']}x{row['image_size']}"
+
+
+def write_table(folder: Path) -> Table:
+    """Write the table of the results in `folder`, without those of an older format; return it."""
+    results = [json.loads(file.read_text()) for file in folder.glob("whole-run-*.json")]
+    found = table(sorted((r for r in results if r["format"] == FORMAT), key=lambda r: ORDER.index(r["recipe"])))
+    found.write(folder / "whole-runs", ("md",))
+    return found
+
+
 def write(name: str, device: torch.device, data_dir: Path | None, out: Path) -> None:
-    """Measures one network of `SIZES`, and writes its figures and the table of all that are there."""
+    """Measure one network of `SIZES`, and write its figures and the table of all that are in `out`."""
     result = measure(name, SIZES[device.type][name], WAYS[device.type], device, data_dir)
     (out / f"whole-run-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(whole_run_table.write(out))
+    print(write_table(out).markdown())
     for found in result["rows"]:
         verdict = "met" if found["ratio"] >= LEAST else "missed"
         print(
@@ -295,9 +305,8 @@ def write(name: str, device: torch.device, data_dir: Path | None, out: Path) -> 
 
 
 def main() -> None:
-    """Trains, measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
+    """Train, measure, print and write."""
+    parser = script(__doc__)
     parser.add_argument("--only", choices=SIZES["cpu"], help="one network alone")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10; without it these networks too get synthetic images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

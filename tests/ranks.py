@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowcal.training.ranks import Ranks
+from lowcal.training.distributed import TrainingGroup
 
 from .world import together
 
@@ -46,5 +46,5 @@ def on_two_ranks(train: Callable[..., Any], *arguments: Any, cuda: bool = False)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def _keep(ranks: Ranks, train: Callable[..., Any], folder: str, arguments: Any) -> None:
+def _keep(ranks: TrainingGroup, train: Callable[..., Any], folder: str, arguments: Any) -> None:
     torch.save(train(ranks.rank, *arguments), f"{folder}/{ranks.rank}.pt")

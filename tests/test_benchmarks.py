@@ -2,25 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import bench_networks
 import cifar10
-import cpu
-import gpu
-import memory_formats
+import performance
 import prune_runs
 import savings
 import steady_speedup
-import step_kinds
+import steps
 import whole_run
-import whole_run_table
-from lowcal.experiments.bench_settings import BenchSettings
+from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
-from lowcal.experiments.workshop import Workshop
 from lowcal.models import build_model
 from lowcal.training import graphed
 
@@ -79,7 +75,7 @@ def test_the_papers_speedup_and_what_its_schedule_gives_at_most_stand_beside_it(
 
 def test_at_most_is_by_the_flops_of_the_published_network_on_the_published_path():
     settings = BenchSettings("resnet18", batch=1, image_size=32, width=1, every=1)
-    path = whole_run.fastest_published_path(load_recipe(NAME), Workshop(settings, CPU))
+    path = whole_run.fastest_published_path(load_recipe(NAME), BenchSetup(settings, CPU))
     # Eq. 2 for 21 layers, blocks of 2, 90 epochs: K = 11, so a move every 12 epochs.
     assert path == [2 * (epoch // 12) for epoch in range(90)]
     # A layer's forward pass in units of a 3x3 convolution of the first stage: of its 64 channels, at 32x32.
@@ -93,7 +89,7 @@ def test_a_table_of_all_networks_in_the_papers_order(result, tmp_path):
     other = {**result, "recipe": "mobilenet_v2-imagenet", "model": "mobilenet_v2"}
     for name, content in (("a", other), ("b", result), ("old", {"format": 1})):
         (tmp_path / f"whole-run-{name}.json").write_text(json.dumps(content))
-    lines = whole_run_table.write(tmp_path).splitlines()
+    lines = whole_run.write_table(tmp_path).markdown().splitlines()
     assert (tmp_path / "whole-runs.md").read_text().splitlines() == lines
     networks = [line.split(" | ")[0].removeprefix("| ").split(" ")[0] for line in lines[2:]]
     assert networks == ["resnet8", "resnet8", "mobilenet_v2", "mobilenet_v2"]
@@ -116,117 +112,96 @@ def test_shortened_recipes_are_whole_and_their_networks_can_be_had(kind, name):
         build_model(recipe.model.name, classes=size.classes, width=recipe.model.width)
 
 
-def test_the_kinds_of_step_take_turns(graphs, monkeypatch):
-    result = step_kinds.measure(NETWORK, ("eager", "graphed"), CPU)
+def test_the_kinds_of_step_are_timed_in_turn(graphs, tmp_path):
+    steps.write_kinds(tmp_path / "kinds", NETWORK, ("eager", "graphed"), CPU)
+    result = json.loads((tmp_path / "kinds.json").read_text())
     assert [(row["step"], row["method"], row["boundary"]) for row in result["rows"]] == [
         (kind, method, boundary)
         for kind in ("eager", "graphed")
         for method, boundary in (("sgd", 0), ("local", 0), ("local", 5), ("freeze", 5))
     ]
     assert all(row["plain_over_step"] == result["plain_step_ms"] / row["step_ms"] for row in result["rows"])
-    assert len(step_kinds.table(result).splitlines()) == 2 + 8
+    assert len((tmp_path / "kinds.md").read_text().splitlines()) == 2 + 8
 
 
-def test_memory_formats_take_turns(monkeypatch):
-    monkeypatch.setattr(memory_formats, "ROUNDS", 1)
-    result = memory_formats.measure({"tiny": NETWORK}, CPU)
-    assert [(row["method"], row["boundary"]) for row in result["rows"]] == [
-        ("sgd", 0), ("local", 0), ("local", 5), ("freeze", 5)
-    ]  # fmt: skip
-    assert all(row["first_over_last"] == row["first"]["median"] / row["last"]["median"] for row in result["rows"])
-    assert len(memory_formats.table(result).splitlines()) == 2 + 4
+def test_memory_formats_are_timed_in_turn(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "FORMAT_ROUNDS", 1)
+    steps.write_formats(tmp_path / "formats", {"tiny": NETWORK}, CPU)
+    rows = json.loads((tmp_path / "formats.json").read_text())["rows"]
+    assert [(row["method"], row["boundary"]) for row in rows] == [("sgd", 0), ("local", 0), ("local", 5), ("freeze", 5)]
+    assert all(row["first_over_last"] == row["first"]["median"] / row["last"]["median"] for row in rows)
+    assert len((tmp_path / "formats.md").read_text().splitlines()) == 2 + 4
 
 
 @pytest.fixture
-def small_gpu(graphs, monkeypatch):
-    """gpu.py on the processor, with tiny networks and graphs in software."""
-    as_there = {"precision": "bf16", "channels_last": True}
-    tiny = replace(NETWORK, layers=False, boundaries=(0.5,), **as_there)
-    small = dict.fromkeys(bench_networks.NETWORKS["cuda"], tiny)
+def script(graphs, monkeypatch, tmp_path):
+    """performance.py with tiny networks; "cuda" runs on the processor, with graphs in software."""
+    tiny = replace(NETWORK, layers=False, boundaries=(0.5,), precision="bf16", channels_last=True)
     for kind in ("cpu", "cuda"):
-        monkeypatch.setitem(bench_networks.NETWORKS, kind, small)
-        monkeypatch.setitem(whole_run.SIZES, kind, dict.fromkeys(whole_run.SIZES[kind], TINY))
-    monkeypatch.setattr(whole_run, "load_recipe", tiny_recipe)
-    monkeypatch.setitem(whole_run.WAYS, "cpu", whole_run.WAYS["cuda"])
-    monkeypatch.setitem(step_kinds.KINDS, "cpu", ("eager", "graphed"))
-    monkeypatch.setattr(whole_run, "ROUNDS", 1)
-    monkeypatch.setattr(gpu, "DEVICE", CPU)
+        monkeypatch.setitem(performance.NETWORKS, kind, dict.fromkeys(performance.NETWORKS[kind], tiny))
+    monkeypatch.setattr(steps, "FORMAT_ROUNDS", 1)
+    monkeypatch.setitem(steps.KINDS, "cpu", ("eager", "graphed"))
 
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["performance.py", "--out", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as ended:
-            gpu.main()
+            performance.main()
         return ended.value.code
 
     return run
 
 
-def test_the_gpu_script_measures_and_trains(small_gpu, tmp_path, capsys):
-    assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 0
-    assert small_gpu("--part", "kinds", "--out", tmp_path, "--only", "resnet18-32-*") == 0
-    assert small_gpu("--part", "small-runs", "--out", tmp_path, "--only", f"*{NAME}") == 0
-    shown = capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *(f"resnet18-32-{step}.{kind}" for step in ("graphed", "eager") for kind in ("json", "md", "svg")),
-        "resnet18-32-kinds.json",
-        "resnet18-32-kinds.md",
-        f"whole-run-{NAME}.json",
-        "whole-runs.md",
-    }
-    assert json.loads((tmp_path / "resnet18-32-graphed.json").read_text())["settings"]["step"] == "graphed"
-    assert json.loads((tmp_path / f"whole-run-{NAME}.json").read_text())["runs"]["sgd"]["step"] == ["graphed"] * 4
-    assert "move, seconds" in shown
-    assert "moves took" in shown
-
-
-def test_the_cpu_script_measures_all(small_gpu, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory_formats, "ROUNDS", 1)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["cpu.py", "--out", str(tmp_path), *arguments])
-        cpu.main()
-
-    for pattern in ("vgg13-32", "memory-*", "*-kinds", f"whole-run-{NAME}"):
-        run("--only", pattern)
+def test_the_script_measures_what_is_asked_for(script, tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(whole_run, "write", lambda name, *_: trained.append(name))
+    for pattern in ("vgg13-32", "memory-*", f"whole-run-{NAME}"):
+        assert script("--only", pattern) == 0
+    assert trained == [NAME]
     assert {path.name for path in tmp_path.iterdir()} == {
         *(f"vgg13-32.{kind}" for kind in ("json", "md", "svg")),
-        *(f"{name}.{kind}" for name in ("memory-formats", "resnet18-32-kinds") for kind in ("json", "md")),
-        f"whole-run-{NAME}.json",
-        "whole-runs.md",
+        *(f"memory-formats.{kind}" for kind in ("json", "md")),
     }
-    assert len(cpu.pieces(None)) == len(bench_networks.NETWORKS["cpu"]) + 2 + len(whole_run.SIZES["cpu"])
-    with pytest.raises(SystemExit):
-        run("--only", "resnet81")
-    assert "no piece is called 'resnet81'; there are resnet18-32" in capsys.readouterr().err
+    assert "move / step" in capsys.readouterr().out
+    assert script("--only", "resnet81") == 2
+    assert "no such piece; there are resnet18-32" in capsys.readouterr().err
 
 
-def test_the_gpu_script_covers_the_papers_networks():
-    found = gpu.parts()
+def test_whole_runs_are_written_with_the_table_of_all(result, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(whole_run, "measure", lambda *_: result)
+    whole_run.write(NAME, CPU, None, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"whole-run-{NAME}.json", "whole-runs.md"}
+    assert "moves took" in capsys.readouterr().out
+
+
+def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(script, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(steps, "write_steps", fail)
+    assert script("--only", "resnet18-32*") == 1
+    assert "resnet18-32: RuntimeError: no such kernel\n" in capsys.readouterr().out.partition("left out:")[2]
+    assert (tmp_path / "resnet18-32-kinds.json").exists(), "the part after it"
+    monkeypatch.setitem(performance.SECONDS, "cpu", -1)
+    assert script("--part", "large-runs") == 1
+    assert capsys.readouterr().out.count("the time is up") == 3
+
+
+def test_the_gpu_parts_cover_the_papers_networks_and_kinds(monkeypatch):
+    found = performance.parts(torch.device("cuda"))
     assert {name for part in ("small-runs", "large-runs") for name in found[part]} == {
         f"whole-run-{name}" for name in whole_run.SIZES["cuda"]
     }
     assert {name.partition("-imagenet")[0].partition("-cifar10")[0] for name in whole_run.SIZES["cuda"]} == {
-        settings.model for settings in bench_networks.NETWORKS["cuda"].values()
+        settings.model for settings in performance.NETWORKS["cuda"].values()
     }
-
-
-def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(small_gpu, tmp_path, capsys, monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("no such kernel\nand more")
-
-    monkeypatch.setattr(gpu, "measure", fail)
-    assert small_gpu("--part", "steps", "--out", tmp_path, "--only", "resnet18-32-*") == 1
-    left_out = capsys.readouterr().out.partition("left out:")[2]
-    assert "resnet18-32-eager: RuntimeError: no such kernel\n" in left_out
-    assert small_gpu("--out", tmp_path, "--only", "resnet18-32-*") == 1
-    assert (tmp_path / "resnet18-32-kinds.json").exists(), "the part after it"
-
-    assert small_gpu("--part", "kinds", "--out", tmp_path, "--only", "resnet81*") == 2
-    assert "no such piece; there are resnet18-32-graphed" in capsys.readouterr().err
-
-    monkeypatch.setattr(gpu, "SECONDS", -1)
-    assert small_gpu("--part", "large-runs", "--out", tmp_path) == 1
-    assert capsys.readouterr().out.count("the time is up") == 3
+    settings = {}
+    monkeypatch.setattr(steps, "write_steps", lambda stem, each, *_: settings.update({stem.name: each}))
+    for piece in found["steps"].values():
+        piece(Path("out"))
+    assert {name: each.step for name, each in settings.items()} == {
+        **{f"{name}-graphed": "graphed" for name in performance.NETWORKS["cuda"]},
+        **{f"{name}-eager": "eager" for name in ("resnet18-32", "resnet50-224")},
+    }
 
 
 def slowed_runs():
@@ -272,7 +247,7 @@ def test_one_fast_epoch_among_many_of_sgd_decides_nothing():
 
 
 def test_of_two_seeds_both_are_shown():
-    assert cifar10.of_seeds(1.5, [1.0, 2.0], "×") == "1.50× (1.00 to 2.00)"
+    assert cifar10.of_seeds(1.25, [1.0, 2.0], "×") == "1.25× (1.00 to 2.00)"
     assert cifar10.of_seeds(2.0, [1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert cifar10.of_seeds(2.0, [2.0]) == cifar10.of_seeds(2.0, [2.0, 2.0]) == "2.00"
 
@@ -284,8 +259,10 @@ def test_what_local_updates_save_beside_freezing():
         {"method": "freeze", "boundary": 5, "speedup": 2.0, "ideal": 1.5},  # 0.5
         {"method": "local/4", "boundary": 5, "speedup": 1.6, "ideal": 1.4},  # 0.375
     ]
-    cells = savings.row("resnet18-32", rows)
-    assert cells[1:] == ["1.51×", "1.20×", "1.25×", "0.86", "0.40 to 0.40", "0.75 to 0.75"]
+    row = savings.row("resnet18-32", rows)
+    assert (row["paper"], row["ideal"], row["speedup"]) == (1.51, 1.2, 1.25)
+    assert row["paper_share"] == pytest.approx((1 - 1 / 1.51) / (1 - 1 / 1.65))
+    assert (row["steps"], row["steps_4"]) == ("0.40 to 0.40", "0.75 to 0.75")
 
 
 def test_what_was_pruned_is_told_from_the_runs():
@@ -316,7 +293,7 @@ def test_what_was_pruned_is_told_from_the_runs():
     assert row["flops_ratio"] == [0.8, 0.8]
     assert row["last_epoch_flops_ratio"] == [0.6, 0.4]
     assert row["code"] == ["0123456789ab"]
-    line = prune_runs.table([row]).splitlines()[-1]
+    line = prune_runs.table([row]).markdown().splitlines()[-1]
     assert "| 11.00 (10.00 to 12.00) | 12.50 (11.00 to 14.00) | 12 (10 to 15) of 20 |" in line
     with pytest.raises(SystemExit):
         prune_runs.row(runs[1:])

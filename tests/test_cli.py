@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lowcal.cli import main
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
 
 # A network and images small enough for a test: 64 images, 2 epochs, four steps each.
 SMALL = [
@@ -47,27 +47,26 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_compare_prints_one_table_and_writes_runs_and_report(here, capsys):
-    assert main(["compare", *small(), "--seeds", "2", "--out", "out"]) == 0
+    assert main(["compare", *small(), "--methods", "sgd,local", "--seeds", "2", "--out", "out"]) == 0
     text = capsys.readouterr().out
     first, *others = text.splitlines()
     assert first == (
-        "ResNet8 of width 4 on synthetic images (4 classes, 8x8), 2 epochs, 64 images: "
-        "sgd, local, freeze, 2 seeds each; in out"
+        "ResNet8 of width 4 on synthetic images (4 classes, 8x8), 2 epochs, 64 images: sgd, local, 2 seeds each; in out"
     )
     assert max(map(len, others)) <= 100
     table = text[text.index("method") :].splitlines()
     assert all(len(line) <= 80 for line in table)
-    assert [line.split()[0] for line in table[2:5]] == ["sgd", "local", "freeze"]
+    assert [line.split()[0] for line in table[2:4]] == ["sgd", "local"]
     assert table[3].endswith("3/10")
     assert "out/report.html" in text
     assert {entry.name for entry in (here / "out").iterdir()} == {
-        *(f"{method}-seed{seed}" for method in ("sgd", "local", "freeze") for seed in (0, 1)),
+        *(f"{method}-seed{seed}" for method in ("sgd", "local") for seed in (0, 1)),
         *("summary.json", "summary.csv", "summary.md", "report.html"),
     }
     rows = json.loads((here / "out" / "summary.json").read_text())["rows"]
     fields = "method seeds epochs top1_error top1_error_std seconds speedup flops_ratio peak_memory_bytes boundary"
     assert set(fields.split()) <= set(rows[0])
-    assert [row["seeds"] for row in rows] == [2, 2, 2]
+    assert [row["seeds"] for row in rows] == [2, 2]
     # An arm in a comparison trains as it does alone.
     assert main(["train", "--method", "local", *small("seed=1"), "--out", "alone"]) == 0
     assert lines(here / "alone") == lines(here / "out" / "local-seed1")
@@ -165,17 +164,6 @@ def test_titles_say_what_ran_and_not_what_the_recipe_is_called(here, capsys):
     assert "The boundary of local never moved" in output
 
 
-def test_runs_of_other_images_beside_one_another_are_told(here, capsys):
-    images = "data={name: synthetic, train_images: %s, test_images: 32, image_size: 8, classes: 4}"
-    for method, count in (("sgd", 64), ("local", 32)):
-        assert main(["train", "--method", method, *small(images % count), "--out", method, "--quiet"]) == 0
-    assert main(["report", "sgd", "local", "--out", "both"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "errors and times are not compared: sgd images.train=64, " in shown
-    sgd, local = json.loads((here / "both" / "summary.json").read_text())["rows"]
-    assert (sgd["speedup"], local["speedup"]) == (1.0, None)
-
-
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["compare", "--help"], ["--version"]])
 def test_help_and_version(arguments, capsys):
     assert main(arguments) == 0
@@ -192,17 +180,12 @@ def test_no_line_of_the_help_is_cut_at_80_columns(monkeypatch, capsys):
     assert "..." not in commands
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_trains_by_a_setting(here, precision, capsys):
-    assert main(["train", *small(f"precision={precision}", "step=eager"), "--out", "out", "--quiet"]) == 0
-
-
 # Mistakes
 
 
-def folders(root: Path, classes: dict[str, int], test_classes: dict[str, int] | None = None) -> Path:
-    for part, counts in (("train", classes), ("test", test_classes or classes)):
-        for label, count in counts.items():
+def folders(root: Path, classes: dict[str, int]) -> Path:
+    for part in ("train", "test"):
+        for label, count in classes.items():
             (root / part / label).mkdir(parents=True)
             for index in range(count):
                 Image.new("RGB", (8, 8), (index * 10, 40, 90)).save(root / part / label / f"{index}.png")
@@ -223,23 +206,12 @@ WRONG = {
     "option of other programs": (["compare", "--epochs", "3"], "no option '--epochs'; use --set epochs=3"),
     "the same with =": (["train", "--epochs=3"], "no option '--epochs'; use --set epochs=3"),
     "rate": (["train", "--lr", "0.1", "--quiet"], "no option '--lr'; use --set optimizer.lr=0.1"),
-    "batch option": (["sweep", "--batch", "64"], "no option '--batch'; use --set batch=64"),
-    "model option": (["reproduce", "table1", "--model", "vgg13"], "no option '--model'; use --set model.name=vgg13"),
-    "width option": (["compare", "--width", "8"], "no option '--width'; use --set model.width=8"),
-    "seed option": (["compare", "--seed", "3"], "no option '--seed'; use --set seed=3"),
-    "option with a dash": (["train", "--weight-decay", "0"], "use --set optimizer.weight_decay=0"),
     "option without its value": (["train", "--seed", "--quiet"], "no option '--seed'; use --set seed=VALUE"),
     "value for a shell": (["train", "--precision", "a b"], "use --set 'precision=a b'"),
     "option of a section": (["train", "--decay-every", "3"], "no option '--decay-every'; use --set local"),
     "command without settings": (["layers", "--lr", "1"], "no option '--lr'; "),
-    "option without value": (["compare", "--recipe"], "--recipe"),
-    "missing option": (["layers"], "'--model'"),
-    "missing argument": (["report", "--out", "out"], "runs"),
-    "extra argument": (["compare", "digits"], "digits"),
     "seeds 0": (["compare", "--seeds", "0"], "'--seeds'"),
-    "seeds x": (["compare", "--seeds", "x"], "'--seeds'"),
     "recipe": (["compare", "--recipe", "digit"], "did you mean 'digits'"),
-    "recipe file": (["compare", "--recipe", "none.yaml"], "none.yaml"),
     "method": (["compare", "--methods", "sgd,lokal"], "did you mean 'local'"),
     "methods combined": (["compare", "--methods", "sgd,local+prune"], "methods cannot be combined yet; choose one"),
     "method that does not apply": (
@@ -256,52 +228,26 @@ WRONG = {
     ),
     "method of train": (["train", "--method", "freese"], "did you mean 'freeze'"),
     "method twice": (["compare", "--methods", "sgd,sgd"], "twice"),
-    "no method": (["compare", "--methods", ""], "unknown method"),
     "model": (["compare", "--set", "model.name=resnet9"], "did you mean"),
-    "model of layers": (["layers", "--model", "resnet9"], "did you mean"),
     "model and channels": (["compare", "--set", "model.name=mobilenet_v2"], "3 channels"),
     "model and width": (["layers", "--model", "alexnet", "--width", "8"], "width"),
-    "model and size": (["layers", "--model", "vgg13", "--image-size", "8"], "vgg13"),
-    "dataset": (["compare", "--set", "data.name=cifar"], "data.name=cifar"),
     "key": (["compare", "--set", "schedule.alpha=1"], "did you mean 'local.schedule.alpha'"),
-    "no value": (["compare", "--set", "epochs"], "key=value"),
-    "type": (["compare", "--set", "epochs=ten"], "epochs=ten: must be a whole number"),
     "epochs": (["compare", "--set", "epochs=0"], "epochs=0"),
-    "alpha": (["compare", "--set", "local.schedule.alpha=-1"], "local.schedule.alpha=-1"),
-    "max_fraction": (["compare", "--set", "local.schedule.max_fraction=1.5"], "at most 1"),
-    "shift": (["compare", "--set", "local.schedule.shift=0"], "at least 1"),
-    "lr": (["compare", "--set", "optimizer.lr=-0.1"], "optimizer.lr=-0.1"),
-    "local lr": (["compare", "--set", "local.lr=-1"], "local.lr=-1"),
-    "batch": (["compare", *small("batch=65")], "batch=65: is larger than the data (64 training images)"),
     "too many layers": (["compare", *small("local.schedule.epochs={1: 10}")], "10 layers at epoch 1"),
-    "layers shrink": (["compare", *small("local.schedule.epochs={1: 3, 2: 1}")], "never moves back"),
     "data folder": (["compare", *IMAGES, "--data-dir", "none"], "none"),
     "no data folder": (["compare", *IMAGES], "--data-dir"),
-    "empty folder": (["compare", *IMAGES, "--data-dir", "empty"], "empty"),
-    "one class": (["compare", *IMAGES, "--data-dir", "one"], "cat"),
-    "classes differ": (["compare", *IMAGES, "--data-dir", "differ"], "bird"),
-    "truncated image": (["compare", *IMAGES, "--data-dir", "truncated"], "2.png"),
-    "zero-byte image": (["compare", *IMAGES, "--data-dir", "zero"], "2.png"),
     "no image": (["compare", *IMAGES, "--data-dir", "text"], "2.png"),
     "device": (["compare", "--device", "gpu"], "unknown device 'gpu'"),
     "absent device": (["compare", "--device", "cuda:99"], "--device cpu"),
     "resume without folder": (["train", "--resume"], "--out"),
-    "resume nothing": (["train", "--resume", "--out", "out"], "out"),
     "report of nothing": (["report", "none", "--out", "out"], "none"),
     "report without folder": (["report", "empty"], "--out"),
-    "report of an empty folder": (["report", "empty", "--out", "out"], "empty"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "expected"), WRONG.values(), ids=list(WRONG))
 def test_a_mistake_ends_in_one_line_that_names_it_and_writes_nothing(here, arguments, expected, capsys):
     if "--data-dir" in arguments:
-        png = folders(here / "good", {"cat": 4, "dog": 4}) / "train" / "cat" / "2.png"
-        (here / "empty").mkdir()
-        folders(here / "one", {"cat": 4})
-        folders(here / "differ", {"cat": 4, "dog": 4}, {"cat": 4, "bird": 4})
-        broken(here / "truncated", png.read_bytes()[:40])
-        broken(here / "zero", b"")
         broken(here / "text", b"not an image at all")
     elif "empty" in arguments:
         (here / "empty").mkdir()
@@ -391,9 +337,9 @@ def interrupted(arguments: list[str], epochs: int, monkeypatch: pytest.MonkeyPat
         return main(arguments)
 
 
-@pytest.mark.parametrize(("command", "epochs"), [("train", 0), ("train", 3), ("compare", 4)])
+@pytest.mark.parametrize(("command", "epochs"), [("train", 0), ("compare", 3)])
 def test_ctrl_c_tells_how_to_go_on_and_that_gives_the_same_run(here, command, epochs, monkeypatch, capsys):
-    arguments = [command, *small("epochs=4")]
+    arguments = [command, *small("epochs=3"), *(["--methods", "sgd,local"] if command == "compare" else [])]
     assert main([*arguments, "--out", "whole", "--quiet"]) == 0
     capsys.readouterr()
     assert interrupted(arguments, epochs, monkeypatch) == 130
@@ -402,7 +348,7 @@ def test_ctrl_c_tells_how_to_go_on_and_that_gives_the_same_run(here, command, ep
     assert error.count("\n") == 1
     assert main(shlex.split(error.partition("go on with: lowcal ")[2])) == 0
     stopped = here / "runs" / ("digits" if command == "compare" else "digits-local")
-    names = ["sgd-seed0", "local-seed0", "freeze-seed0"] if command == "compare" else [""]
+    names = ["sgd-seed0", "local-seed0"] if command == "compare" else [""]
     for name in names:
         assert lines(stopped / name) == lines(here / "whole" / name)
         assert (stopped / name / "summary.json").is_file()
@@ -473,21 +419,20 @@ def test_a_real_ctrl_c_in_a_process(here):
     assert error.startswith("lowcal: stopped; go on with: lowcal train ")
 
 
-@pytest.mark.parametrize(("command", "number"), [("train", signal.SIGTERM), ("compare", signal.SIGUSR1)])
-def test_a_scheduler_s_signal_in_a_process_saves_and_the_line_goes_on(here, command, number):
-    data = "data={name: synthetic, train_images: 2000, test_images: 32, image_size: 8, classes: 4}"
-    options = [*small("epochs=3"), "--set", data, "--out", "out"]
-    arguments = [sys.executable, "-m", "lowcal", command, *options]
+def test_a_schedulers_signal_in_a_process_saves_and_the_line_goes_on(here):
+    data = "data={name: synthetic, train_images: 1000, test_images: 32, image_size: 8, classes: 4}"
+    options = [*small("epochs=2"), "--set", data, "--out", "out"]
+    arguments = [sys.executable, "-m", "lowcal", "compare", "--methods", "sgd,local", *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if " 1/3 " in line:
+            if " 1/2 " in line:
                 break
-        process.send_signal(number)
+        process.send_signal(signal.SIGUSR1)
         _, error = process.communicate(timeout=120)
     error = error.removeprefix("Matplotlib is building the font cache; this may take a moment.\n")  # on a new machine
     assert process.returncode == 75
-    assert error.startswith(f"lowcal: stopped by {number.name}; go on with: lowcal {command} ")
+    assert error.startswith("lowcal: stopped by SIGUSR1; go on with: lowcal compare ")
     assert error.count("\n") == 1
     result = subprocess.run(
         [sys.executable, "-m", *shlex.split(error.partition("go on with: ")[2])],
@@ -529,9 +474,8 @@ def test_a_closed_pipe_is_quiet(here):
     assert result.returncode in {0, 141}
 
 
-def test_the_published_recipe_and_its_twin_train(here, capsys):
-    for name in ("resnet18-cifar10", "resnet18-cifar10-modern"):
-        settings = ["epochs=1", "batch=8", "model.width=4"]
-        data = "data={name: synthetic, train_images: 16, test_images: 8, image_size: 8, classes: 2}"
-        options = [part for setting in (*settings, data) for part in ("--set", setting)]
-        assert main(["train", "--recipe", name, *options, "--out", name, "--quiet"]) == 0
+def test_a_published_recipe_trains_in_low_precision(here):
+    data = "data={name: synthetic, train_images: 16, test_images: 8, image_size: 8, classes: 2}"
+    settings = ["epochs=1", "batch=8", "model.width=4", "precision=bf16", data]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert main(["train", "--recipe", "resnet18-cifar10-modern", *options, "--out", "run", "--quiet"]) == 0

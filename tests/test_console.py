@@ -5,7 +5,7 @@ from rich.console import Console
 
 from lowcal.console import Display, clock, comparison_text, layers_text
 from lowcal.experiments.arms import Arm
-from lowcal.training.trainer import Progress
+from lowcal.training.epoch import Progress
 
 
 def row(**changes):

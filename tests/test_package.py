@@ -30,7 +30,7 @@ LEVELS = [
     {"training"},
     {"report"},
     {"experiments"},
-    {"console", "console_bench"},
+    {"console"},
     {"commands"},
     {"cli", "__main__"},
 ]
@@ -85,7 +85,7 @@ def test_report_reads_run_folders_only(path):
         assert parts[0] not in ("torch", "torchvision"), f"report imports {name}"
         if parts[0] == "lowcal" and len(parts) > 1 and parts[1] in LEVEL:
             assert parts[1] in allowed, f"report imports {name}"
-            assert parts[1] != "training" or name in ("lowcal.training", "lowcal.training.record"), name
+            assert parts[1] != "training" or name in ("lowcal.training", "lowcal.training.run_folder"), name
 
 
 CORE = [path for path in MODULES if LEVEL.get(room_of(path), 99) <= LEVEL["local"]] + [SOURCE / "__init__.py"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch._dynamo  # DDP needs it, which takes seconds: loaded here once, not in each process
 
-from lowcal.training.joining import joined
-from lowcal.training.launch import Launch
+from lowcal.training.distributed import joined
+from lowcal.training.process import Launch
 
 CPU = torch.device("cpu")
 

@@ -38,7 +38,7 @@ def damage(trials: Trials, *, truncations: int, flips: int) -> list[Tally]:
     def is_passed_over(content: bytes) -> bool:
         (run / PRESENT).write_bytes(content)
         checkpoint = load_checkpoint(run)
-        return checkpoint is not None and checkpoint.path == run / PREVIOUS and len(checkpoint.passed_over) == 1
+        return checkpoint is not None and checkpoint.path == run / PREVIOUS and len(checkpoint.skipped) == 1
 
     cut = Tally("checkpoint truncated", "at a random length")
     for length in generator.sample(range(len(whole)), truncations):

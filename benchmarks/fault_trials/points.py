@@ -85,12 +85,11 @@ def plant(fault: Callable[[], None], at: Point) -> None:
     """Lets `fault` come in this process at the point `at`."""
     import lowcal.files as files
     import lowcal.training.checkpoint as checkpoint
-    import lowcal.training.finish as finish
-    import lowcal.training.record as record
-    import lowcal.training.trainer as trainer
+    import lowcal.training.epoch as epoch
+    import lowcal.training.run_folder as record
     from lowcal.methods.boundary import Local
-    from lowcal.training.part import Part
-    from lowcal.training.record import RunFolder
+    from lowcal.training.epoch_state import EpochState
+    from lowcal.training.run_folder import RunFolder
 
     reached = 0
 
@@ -136,13 +135,13 @@ def plant(fault: Callable[[], None], at: Point) -> None:
             writing(files, "environment.json")
         case "step":  # warm-up and dry runs step too, so training is known by what it notes down
             if at.number == 1:
-                around(trainer, "train_epoch")
+                around(epoch.EpochLoop, "_take_steps")
                 return
-            ended = Part.add
+            ended = EpochState.add
 
-            def add(part: Part, *args: Any) -> None:
+            def add(state: EpochState, *args: Any) -> None:
                 nonlocal reached
-                ended(part, *args)
+                ended(state, *args)
                 reached += 1
                 if reached == at.number - 1:
                     around_optimizer()
@@ -157,9 +156,9 @@ def plant(fault: Callable[[], None], at: Point) -> None:
 
                 torch.optim.SGD.step = stepped
 
-            Part.add = add
+            EpochState.add = add
         case "evaluation":
-            evaluate = trainer.evaluate
+            evaluate = epoch.evaluate
 
             def evaluated(model: Any, batches: Any, **kwargs: Any) -> Any:
                 def watched() -> Any:
@@ -170,7 +169,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
 
                 return evaluate(model, watched(), **kwargs)
 
-            trainer.evaluate = evaluated
+            epoch.evaluate = evaluated
         case "move":
             around(Local, "end_epoch")
         case "log":
@@ -182,7 +181,7 @@ def plant(fault: Callable[[], None], at: Point) -> None:
         case "rename":
             around(Path, "replace", after=True, only=lambda path, target: target.name == checkpoint.PREVIOUS)
         case "finish":
-            writing(finish, finish.WEIGHTS, finish.SAFE_WEIGHTS)
+            writing(checkpoint, checkpoint.WEIGHTS, checkpoint.SAFE_WEIGHTS)
             writing(files, "summary.json")
         case _:
             raise ValueError(f"no place {at.place!r}")

@@ -66,7 +66,7 @@ class Trials:
 
         One that had not even its folder is started anew, by the same command.
         """
-        from lowcal.training.record import RunFolder
+        from lowcal.training.run_folder import RunFolder
 
         data = self.more[self.more.index("--data-dir") :] if "--data-dir" in self.more else ()
         more = ("--resume", *data) if RunFolder.holds_run(run) else self.more

@@ -1,10 +1,11 @@
-"""The command `lowcal`: what it answers, and how it ends.
+"""The command `lowcal`: its entry point, its error lines and its exit codes.
 
-A mistake by the user ends with exit code 2 and one line on standard error; Ctrl-C with 130, SIGTERM and SIGUSR1 with
-75, each with a line that says how to go on; a closed pipe quietly with 141. Of several processes one speaks.
+A mistake by the user ends with exit code 2 and one line on standard error. Ctrl-C ends with 130, SIGTERM and SIGUSR1
+with 75, each with a line that says how to continue. A closed pipe ends with 141 and no line. One of several processes
+prints.
 
-Importing this file takes milliseconds, so that `main` begins before anything can go wrong: Ctrl-C while torch is
-imported, or a library that is not installed, is answered in one line too.
+Importing this file takes milliseconds, so that `main` also handles Ctrl-C during the import of torch, and a library
+that is not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lowcal.training.watchdog import INTERRUPTED, PREEMPTED, SIGNALS
+from lowcal.training.signals import INTERRUPTED, PREEMPTED, SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,12 +33,12 @@ STOPPED = "stopped; nothing was written"
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
-        with _ending_at_once():  # torch takes seconds
-            from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to the program)
-            from lowcal.training.allocator import keep_freed_memory
+        with _exit_on_signal():  # imports take seconds
+            from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to `app`)
+            from lowcal.training.process import keep_freed_memory
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # an output without UTF-8 shows '?' for '±'
+                stream.reconfigure(errors="replace")  # without UTF-8, '±' becomes '?'
         keep_freed_memory()
         return _answer(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
@@ -53,7 +54,7 @@ def _answer(arguments: list[str]) -> int:
     from lowcal.commands.common import Stopped, app
     from lowcal.errors import LowcalError
 
-    # Of click, or of typer where that brings a click of its own.
+    # From click, or from typer's own copy of click.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:
         code = app(arguments, prog_name="lowcal", standalone_mode=False, obj=arguments)
@@ -69,19 +70,19 @@ def _answer(arguments: list[str]) -> int:
     except SystemExit:  # typer's own answer to a closed pipe
         return CLOSED_PIPE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is still buffered
         return CLOSED_PIPE
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        return _end(f"{what}{error.strerror or error}; mend that and start again", MISTAKE)
+        return _end(f"{what}{error.strerror or error}; fix that and start again", MISTAKE)
     if code == INTERRUPTED:  # typer's own answer to Ctrl-C
         return _end(STOPPED, INTERRUPTED)
     return code or 0
 
 
 @contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Within it a signal ends the program with one line: an exception can be lost in what is being imported."""
+def _exit_on_signal() -> Iterator[None]:
+    """Exit with one line at a signal: an import may lose an exception."""
 
     def end(number: int, frame: FrameType | None) -> None:
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
@@ -98,15 +99,15 @@ def _ending_at_once() -> Iterator[None]:
 
 
 def _end(message: str, code: int) -> int:
-    from lowcal.training.launch import is_spokesman
+    from lowcal.training.process import reports_end
 
-    if is_spokesman():
+    if reports_end():
         print("lowcal:", " ".join(message.split()), file=sys.stderr, flush=True)
     return code
 
 
 def _usage(error: Any) -> str:
-    """A mistake in the command line itself, with the nearest option or the place to look."""
+    """Return the line for a mistake in the command line, with the nearest option or the command's --help."""
     from lowcal.errors import nearest
 
     text = error.format_message()
@@ -121,7 +122,7 @@ def _usage(error: Any) -> str:
 
 
 def _meant_setting(error: Any) -> str:
-    """The `--set` that does what an option that does not exist was meant to do; "" where there is none."""
+    """Return a hint at the `--set` that an unknown option was meant to be; "" if there is none."""
     options = [name for option in error.ctx.command.params for name in option.opts]
     if "--set" not in options:
         return ""
@@ -135,7 +136,7 @@ def _meant_setting(error: Any) -> str:
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """The value that `option` has among the command's `arguments`: `--epochs 3` or `--epochs=3`; None without one."""
+    """Return the value of `option` in `arguments` (`--epochs 3` or `--epochs=3`); None without one."""
     for argument, following in pairwise([*arguments, "--"]):
         name, equals, value = argument.partition("=")
         if name == option:

@@ -1,4 +1,4 @@
-"""What the command shows: progress while arms train, and tables at the end."""
+"""What the command prints: progress while runs train, and tables at the end."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lowcal.report.runs import MOVING
 from lowcal.report.table import ABSENT, Column, Table, memory, of_two, with_spread
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 @dataclass
 class _Line:
-    """The latest of one arm."""
+    """The latest state of one arm."""
 
     finished: int
     epochs: int
@@ -37,9 +37,9 @@ class _Line:
 
 
 class Display:
-    """Shows the arms at work: live lines on a terminal, else a plain line per epoch, with `quiet` nothing.
+    """Shows progress: live lines on a terminal, else a plain line per epoch, and nothing with `quiet`.
 
-    A context manager; the live lines vanish on leaving it.
+    A context manager; the live lines vanish at its end.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -67,7 +67,7 @@ class Display:
             self._print(text)
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
-        """Start the lines of these arms; the time left counts `later` epochs that come after them."""
+        """Start the lines of these arms; the time left includes `later` epochs of other arms after them."""
         self._later = later
         self._lines = {arm: _Line(done, arm.epochs or epochs) for arm, done in zip(arms, finished, strict=True)}
         self._started, self._before = time.monotonic(), self._work()
@@ -75,7 +75,7 @@ class Display:
             self._live.start()
 
     def step(self, arm: Arm, progress: Progress) -> None:
-        """Take in a sign of life; the live lines show it when they are next drawn."""
+        """Store the progress within an epoch; the next refresh of the live lines shows it."""
         line = self._lines[arm]
         line.part = progress.step / progress.steps
         line.loss = line.loss if progress.loss is None else progress.loss
@@ -83,7 +83,7 @@ class Display:
         line.speed = progress.images_per_second
 
     def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
-        """Take in an epoch's end; without live lines it is printed."""
+        """Store the end of an epoch; print a line if there are no live lines."""
         line = self._lines[arm]
         line.finished, line.part, line.loss = record["epoch"] + 1, 0.0, record["train_loss"]
         line.boundary = f"{record['boundary']}/{record['layers']}"
@@ -99,14 +99,14 @@ class Display:
         sys.stdout.flush()
 
     def _print(self, text: str) -> None:
-        """Print a line, broken between words on a terminal alone."""
+        """Print a line; only a terminal breaks it between words."""
         self._console.print(text, soft_wrap=not self._console.is_terminal)
 
     def _work(self) -> float:
         return sum(line.finished + line.part for line in self._lines.values())
 
     def _left(self) -> float | None:
-        """Seconds until all arms have ended, at the pace so far; None before there is one."""
+        """Return the seconds until all arms end, from the speed so far; None before there is one."""
         done, now = self._work(), time.monotonic()
         if done <= self._before:
             return None
@@ -119,7 +119,7 @@ class Display:
             grid.add_column(justify="right" if column in {1, 5} else "left", no_wrap=True)
         longest = max((len(arm.folder) for arm in self._lines), default=0)
         for arm, line in self._lines.items():
-            # The longest name and the bar share 26 columns, so that a line fits in 80.
+            # The longest name and the bar have 26 columns together, so that a line fits in 80.
             bar = ProgressBar(total=line.epochs, completed=line.finished + line.part, width=max(4, 26 - longest))
             epoch = min(line.finished + 1, line.epochs)
             grid.add_row(
@@ -130,11 +130,11 @@ class Display:
                 f"boundary {line.boundary or '-'}",
                 _speed(line.speed),
             )
-        return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be taken up again"))
+        return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be resumed"))
 
 
 def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of a comparison, one row per method as `summary.json` holds them; at most 80 columns."""
+    """Return the table of a comparison from the rows of its `summary.json`, at most 80 columns wide."""
     columns = (
         Column("method", "method"),
         Column("top1_error", "top-1 error %", _error),
@@ -148,12 +148,12 @@ def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """The text broken between words at 80 columns."""
+    """Return the text broken between words at 80 columns."""
     return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def layers_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of a network's layers in execution order."""
+    """Return the table of a network's layers in execution order."""
     columns = (
         Column("index", "#", "number"),
         Column("name", "layer"),
@@ -167,7 +167,7 @@ def layers_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A time that is left: 3:05 (minutes), 1:02:03 (hours)."""
+    """Return a time as 3:05 (minutes) or 1:02:03 (hours)."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -194,7 +194,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _error(row: Mapping[str, Any]) -> str:
-    """A mean, of two seeds the two values themselves, so that the table stays within its width."""
+    """Return a mean with its deviation; for two seeds only the two values, so that the table fits in its width."""
     error, deviation = row["top1_error"], row["top1_error_std"]
     if row["seeds"] == 2 and error is not None and deviation is not None:
         low, high = of_two(error, deviation)
@@ -207,7 +207,7 @@ def _speedup(row: Mapping[str, Any]) -> str:
 
 
 def _memory(row: Mapping[str, Any]) -> str:
-    """The peak of all epochs and that of the last one, in one unit: 16.6→9.02MiB."""
+    """Return the peak of all epochs and that of the last one in one unit: 16.6→9.02MiB."""
     peak, last = row["peak_memory_bytes"], row["last_memory_bytes"]
     if last == peak:
         return memory(peak)

@@ -14,8 +14,8 @@ from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSetting
 from lowcal.methods import METHODS, Method, build_method
 from lowcal.models import build_model
 from lowcal.strided import slice_inputs
-from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions
+from lowcal.training.step_modes import build_step
 
 from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights

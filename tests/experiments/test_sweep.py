@@ -24,7 +24,7 @@ from lowcal.experiments.search_space import variants
 from lowcal.experiments.sweep import Sweep, sweep
 from lowcal.experiments.sweep_storage import open_study, storage_url
 from lowcal.experiments.sweep_worker import MOST_DEATHS, Worker
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -88,6 +88,13 @@ def stop_after(monkeypatch, epochs, error=KeyboardInterrupt):
     return lambda: monkeypatch.setattr(Run, "run_epoch", whole)
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Leaves out the trial builds of the network, which take half the time of a short sweep."""
+    for module in ("sweep", "sweep_worker"):
+        monkeypatch.setattr(f"lowcal.experiments.{module}.check", lambda *arguments: None)
+
+
 # One worker
 
 SEARCHES = ("local.lr=1e-4:1e-2:log", "local.schedule.shift=null,1,2")
@@ -135,7 +142,7 @@ def test_the_first_trial_has_the_recipes_own_settings_where_they_are_searched(fi
     assert plan(f"local.lr={2 * own.lr}:{20 * own.lr}:log", trials=2).start is None
 
 
-def test_a_finished_sweep_grows_and_what_a_worker_chooses_depends_on_the_seed_alone(finished, tmp_path):
+def test_a_finished_sweep_grows_and_what_a_worker_chooses_depends_on_the_seed_alone(finished, tmp_path, unchecked):
     out, summary, _ = finished
     shutil.copytree(out, tmp_path / "grown")
     diary = Diary()
@@ -150,7 +157,7 @@ def test_a_finished_sweep_grows_and_what_a_worker_chooses_depends_on_the_seed_al
     assert diary.epochs == []  # the runs of the lost database are found again
 
 
-def test_another_sweep_in_the_same_place_is_refused_and_the_message_says_what_differs(finished):
+def test_another_sweep_in_the_same_place_is_refused_and_the_message_says_what_differs(finished, unchecked):
     out = finished[0]
     for other, expected in (
         (plan(*SEARCHES, trials=1, seeds=2), "--trials 1: the sweep 'digits-local' has 2 already"),
@@ -187,7 +194,7 @@ def test_a_grid_runs_each_combination_once_in_order(tmp_path):
     assert states(tmp_path / "out") == ["COMPLETE"] * 3 + ["PRUNED"]
 
 
-def test_a_trial_that_diverges_does_not_stop_the_others(tmp_path):
+def test_a_trial_that_diverges_does_not_stop_the_others(tmp_path, unchecked):
     diary = Diary()
     summary = run(plan("optimizer.lr=1e30,0.01", sampler="grid"), tmp_path / "out", diary).summary
     bad, good = summary["rows"]
@@ -196,7 +203,7 @@ def test_a_trial_that_diverges_does_not_stop_the_others(tmp_path):
     assert any("trial 0 gave no result" in note for note in diary.notes)
 
 
-def test_an_error_of_the_machine_stops_the_worker_and_the_trial_goes_on_later(tmp_path, monkeypatch):
+def test_an_error_of_the_machine_stops_the_worker_and_the_trial_goes_on_later(tmp_path, monkeypatch, unchecked):
     full = LowcalError("cannot write checkpoint.pt: No space left on device")
     full.__cause__ = OSError(28, "No space left")
     restore = stop_after(monkeypatch, 0, full)
@@ -207,7 +214,9 @@ def test_an_error_of_the_machine_stops_the_worker_and_the_trial_goes_on_later(tm
     assert run(plan(*TWO, trials=1), tmp_path / "out").summary["rows"][0]["reason"] is None
 
 
-def test_a_stopped_worker_gives_its_trial_back_and_the_next_continues_from_its_checkpoint(tmp_path, monkeypatch):
+def test_a_stopped_worker_gives_its_trial_back_and_the_next_continues_from_its_checkpoint(
+    tmp_path, monkeypatch, unchecked
+):
     out, made = tmp_path / "out", plan(*TWO, trials=1, settings=["epochs=3"])
     restore = stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -228,7 +237,7 @@ def test_a_stopped_worker_gives_its_trial_back_and_the_next_continues_from_its_c
     assert states(out) == ["FAIL", "FAIL", "COMPLETE"]
 
 
-def test_a_trial_that_workers_die_of_is_given_up(tmp_path, monkeypatch):
+def test_a_trial_that_workers_die_of_is_given_up(tmp_path, monkeypatch, unchecked):
     out, made = tmp_path / "out", plan(*TWO, trials=1)
     stop_after(monkeypatch, 0, ZeroDivisionError)
     for _ in range(MOST_DEATHS):
@@ -243,7 +252,7 @@ def test_a_trial_that_workers_die_of_is_given_up(tmp_path, monkeypatch):
 # Several workers
 
 
-def test_a_killed_workers_trial_is_taken_up_by_another(tmp_path, monkeypatch):
+def test_a_killed_workers_trial_is_taken_up_by_another(tmp_path, monkeypatch, unchecked):
     out, made = tmp_path / "out", plan(*TWO, trials=2, settings=["epochs=3"], lease=2)
     restore = stop_after(monkeypatch, 2)
     with monkeypatch.context() as patch:
@@ -267,7 +276,7 @@ def _unless_failed(storage, trial_id, state, values=None, _whole=optuna.storages
     return state != optuna.trial.TrialState.FAIL and _whole(storage, trial_id, state, values)
 
 
-def test_a_worker_whose_trial_was_taken_leaves_it(tmp_path, monkeypatch):
+def test_a_worker_whose_trial_was_taken_leaves_it(tmp_path, monkeypatch, unchecked):
     out, whole, lost = tmp_path / "out", Run.run_epoch, []
 
     def stalled(run, progress=None):

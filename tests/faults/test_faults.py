@@ -55,7 +55,7 @@ def test_a_run_that_loads_files_killed_at_any_point_goes_on_bit_for_bit(file_tri
 def test_a_folder_half_made_is_named_when_it_is_to_be_resumed(trials):
     run = trials.broken(Point("creation", 3), kill, -signal.SIGKILL)
     assert train(run, "--resume") == 2
-    assert "start the run anew, without --resume" in errors_of(run).read_text()
+    assert "start the run again, without --resume" in errors_of(run).read_text()
     assert trials.goes_on(run)
 
 

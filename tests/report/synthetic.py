@@ -1,6 +1,6 @@
 """Run folders with chosen numbers, for the report's tests."""
 
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 MACHINE = {
     "device": "cpu",

@@ -10,9 +10,8 @@ from scipy.stats import binom, binomtest
 
 from lowcal.errors import LowcalError
 from lowcal.report.comparison import comparison_table, difference_interval, make_rows, wilson
+from lowcal.report.headline import common_title, comparison_notes, headline
 from lowcal.report.runs import RunData, read_runs
-from lowcal.report.titles import common_title
-from lowcal.report.words import comparison_notes, headline
 
 from .synthetic import MACHINE, write_run
 
@@ -189,59 +188,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert [run.method for run in read_runs([tmp_path])] == ["local"]
 
 
-def test_headline_says_what_came_out(tmp_path):
-    write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.3)
-    write_run(tmp_path, "freeze", 0, error=10.4, seconds=10.0, boundary=4)
-    write_run(tmp_path, "local", 0, error=9.96, seconds=15.0, boundary=4)
-    write_run(tmp_path, "prune", 0, error=10.0, seconds=12.3)
-    assert headline(list(rows_of(tmp_path).values())) == (
-        "local trained 1.22× slower than SGD at −0.04 points of top-1 error; freeze 1.23× faster at +0.4 points; "
-        "prune took as long as SGD at +0.00 points. With one seed, small differences may be chance."
-    )
-
-
-def test_headline_says_when_the_seeds_spread_hides_a_difference(tmp_path):
-    for seed, shift in enumerate((0.0, 1.0)):
-        write_run(tmp_path, "sgd", seed, error=10 + shift, seconds=12.0)
-        write_run(tmp_path, "freeze", seed, error=10.2 + shift, seconds=10.0, boundary=4)
-        write_run(tmp_path, "local", seed, error=15 + shift, seconds=10.0, boundary=4)
-    assert headline(list(rows_of(tmp_path).values())) == (
-        "local trained 1.20× faster than SGD at +5.0 points of top-1 error; "
-        "freeze 1.20× faster at +0.2 points (within the seeds' spread)."
-    )
-
-
-def test_headline_without_a_comparison(tmp_path):
-    write_run(tmp_path / "a", "freeze", error=10.0, seconds=12.0)
-    assert headline(list(rows_of(tmp_path / "a").values())) == (
-        "freeze reached 10.00 % top-1 error in 12.0 s of training. No sgd run to compare with."
-    )
-    write_run(tmp_path / "b", "sgd", done=1)
-    assert headline(list(rows_of(tmp_path / "b").values())).startswith("No run is finished yet")
-
-
 IMAGES = {"train": 300, "train_of": 50_000, "test": 400, "test_of": 10_000, "classes": 10, "folder": None}
-
-
-def test_a_boundary_that_never_moved_is_said_in_the_place_of_a_comparison(tmp_path):
-    write_run(tmp_path, "sgd", error=10.0, seconds=12.0)
-    write_run(tmp_path, "local", error=10.4, seconds=10.0)
-    rows = list(rows_of(tmp_path).values())
-    assert headline(rows) == "the boundary of local never moved, so that it trained as SGD does."
-    assert comparison_notes(read_runs([tmp_path]), rows) == [
-        "The boundary of local never moved, so that it trained as SGD does: differences from sgd are chance."
-    ]
-
-
-def test_a_speedup_within_the_spread_of_its_seeds_is_said(tmp_path):
-    for seed, (sgd, local, freeze) in enumerate([(12.0, 10.8, 8.0), (10.0, 10.8, 7.0)]):
-        write_run(tmp_path, "sgd", seed, seconds=sgd)
-        write_run(tmp_path, "local", seed, seconds=local, boundary=4, error=30.0)  # 1.11 and 0.93 times as fast
-        write_run(tmp_path, "freeze", seed, seconds=freeze, boundary=4, error=30.0)
-    rows = list(rows_of(tmp_path).values())
-    assert "local trained 1.02× faster than SGD (within the seeds' spread) at +20.0 points" in headline(rows)
-    assert "freeze 1.46× faster at +20.0 points" in headline(rows)
-    assert "Speed-up within the spread of its seeds: local." in comparison_notes(read_runs([tmp_path]), rows)
 
 
 def test_runs_of_other_images_or_networks_are_told_and_not_compared(tmp_path):

@@ -40,9 +40,9 @@ def test_figures_over_epochs_count_from_one_in_the_units_of_their_title(runs):
     np.testing.assert_allclose(means["local"], [(1, 2), (2, 2), (3, 2)])
     means, _ = lines_of(figures.step_time(runs))
     np.testing.assert_allclose(means["local"][:, 1], 300)
-    means, _ = lines_of(figures.train_loss(runs))
+    means, _ = lines_of(figures.loss(runs, images="train"))
     np.testing.assert_allclose(means["local"][:, 1], [2, 1, 2 / 3])
-    means, _ = lines_of(figures.test_loss(runs))
+    means, _ = lines_of(figures.loss(runs, images="test"))
     np.testing.assert_allclose(means["local"][:, 1], [2.5, 1.25, 2.5 / 3])
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import lowcal
 from lowcal.errors import LowcalError
-from lowcal.report import write_report
+from lowcal.report.page import write_report
+from lowcal.report.runs import code_note, read_runs
 
 from .synthetic import MACHINE, write_run
 
@@ -60,11 +61,14 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def comparison(root):
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A folder with the report of a comparison, and what `write_report` returned."""
+    root = tmp_path_factory.mktemp("comparison")
     for seed in (0, 1):
         write_run(root, "sgd", seed, error=10.0 + seed, seconds=12.0, flops=3000)
         write_run(root, "freeze", seed, error=12.0 + seed, seconds=8.0, flops=2400, boundary=4)
-    return root
+    return root, write_report(root)
 
 
 def test_the_notes_say_how_a_batch_changed(tmp_path):
@@ -76,9 +80,9 @@ def test_the_notes_say_how_a_batch_changed(tmp_path):
     assert "no memory for 128 in epoch 3." in text
 
 
-def test_a_comparison_gets_its_four_files_with_the_same_numbers(tmp_path):
-    report = write_report(comparison(tmp_path))
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_a_comparison_gets_its_four_files_with_the_same_numbers(comparison):
+    root, report = comparison
+    summary = json.loads((root / "summary.json").read_text())
     assert summary == report.summary
     assert [list(row) for row in summary["rows"]] == [FIELDS, FIELDS]
     freeze = summary["rows"][1]
@@ -88,15 +92,15 @@ def test_a_comparison_gets_its_four_files_with_the_same_numbers(tmp_path):
     assert summary["environment"] == MACHINE
     assert summary["settings"] == {"name": "digits", "epochs": 3, "optimizer": {"lr": 0.05}}
     assert summary["unfinished"] == []
-    with (tmp_path / "summary.csv").open() as file:
+    with (root / "summary.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["method"] for line in lines] == ["sgd", "freeze"]
     assert list(lines[0]) == FIELDS
     assert float(lines[1]["speedup"]) == 1.5
-    markdown = (tmp_path / "summary.md").read_text()
+    markdown = (root / "summary.md").read_text()
     assert "| freeze | 12.50 (12.00 to 13.00) | 8.00 s (8.00 to 8.00) | 1.50× (1.50 to 1.50) | 0.80× |" in markdown
     assert "freeze trained 1.50× faster than SGD at +2.0 points of top-1 error" in markdown
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+    assert sorted(path.name for path in root.iterdir() if path.is_file()) == [
         "report.html",
         "summary.csv",
         "summary.json",
@@ -104,9 +108,8 @@ def test_a_comparison_gets_its_four_files_with_the_same_numbers(tmp_path):
     ]
 
 
-def test_the_page_is_well_formed_and_shows_the_table_the_figures_and_the_settings(tmp_path):
-    write_report(comparison(tmp_path))
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+def test_the_page_is_well_formed_and_shows_the_table_the_figures_and_the_settings(comparison):
+    page = Page((comparison[0] / "report.html").read_text(encoding="utf-8"))
     assert len(page.ids) == len(set(page.ids))
     assert page.tags.count("svg") == page.tags.count("figure") == 6
     text = " ".join(page.pieces)
@@ -120,9 +123,8 @@ def test_the_page_is_well_formed_and_shows_the_table_the_figures_and_the_setting
     assert "different machines" not in text
 
 
-def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
-    write_report(comparison(tmp_path))
-    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_page_needs_no_network_and_runs_no_script(comparison):
+    markup = (comparison[0] / "report.html").read_text(encoding="utf-8")
     page = Page(markup)
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert all(reference.startswith("#") for reference in page.references)
@@ -131,9 +133,8 @@ def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", markup)
 
 
-def test_the_figures_are_well_formed_and_follow_the_pages_colours(tmp_path):
-    write_report(comparison(tmp_path))
-    markup = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_figures_are_well_formed_and_follow_the_pages_colours(comparison):
+    markup = (comparison[0] / "report.html").read_text(encoding="utf-8")
     for svg in re.findall(r"<svg.*?</svg>", markup, re.DOTALL):
         root = ElementTree.fromstring(svg)
         assert set(root.attrib) == {"viewBox", "role", "aria-label"}
@@ -174,7 +175,7 @@ def test_unfinished_runs_are_shown_and_marked(tmp_path):
 def test_runs_of_different_code_are_named(tmp_path):
     write_run(tmp_path, "sgd", machine=MACHINE | {"code": "aaaa00000000"})
     write_run(tmp_path, "local", boundary=4, machine=MACHINE | {"code": "aaaa00000000", "commit": None})
-    assert write_report(tmp_path, tmp_path / "report").notes == []
+    assert code_note(read_runs([tmp_path])) is None
     write_run(tmp_path, "freeze", boundary=4, machine=MACHINE | {"code": "bbbb00000000"})
     write_run(tmp_path, "prune")  # of a time without digests: its commit says what it is
     report = write_report(tmp_path, tmp_path / "report")
@@ -197,7 +198,7 @@ def test_runs_of_several_folders_go_to_a_new_one(tmp_path):
     assert write_report([tmp_path / "a"], out).summary["rows"][0]["method"] == "sgd"
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 40])
+@pytest.mark.parametrize("epochs", [1, 40])
 def test_any_number_of_epochs_and_unrecorded_values_can_be_drawn(tmp_path, epochs):
     write_run(tmp_path, "sgd", epochs=epochs, error=float("nan") if epochs == 1 else 0.0, seconds=0.0)
     report = write_report(tmp_path)
@@ -231,12 +232,12 @@ def test_bad_input_writes_nothing(tmp_path):
 
 def test_the_report_needs_no_torch(tmp_path):
     """Its modules are loaded with torch made impossible to import, without the package's own __init__."""
-    comparison(tmp_path)
+    write_run(tmp_path, "sgd")
     code = (
         "import sys, types; from pathlib import Path\n"
         "package = types.ModuleType('lowcal'); package.__path__ = [sys.argv[1]]\n"
-        "sys.modules.update({'lowcal': package, 'torch': None, 'torchvision': None})\n"
-        "from lowcal.report import write_report; write_report(Path(sys.argv[2]))\n"
+        "sys.modules.update({'lowcal': package, 'torch': None, 'torchvision': None, 'pydantic': None})\n"
+        "from lowcal.report.page import write_report; write_report(Path(sys.argv[2]))\n"
     )
     source = Path(lowcal.__file__).parent
     done = subprocess.run(

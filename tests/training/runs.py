@@ -14,9 +14,10 @@ from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSetting
 from lowcal.methods import build_method, find_method
 from lowcal.models import BasicBlock
 from lowcal.synced_norm import synchronise
-from lowcal.training.ranks import Ranks
-from lowcal.training.record import RunFolder
-from lowcal.training.trainer import Run
+from lowcal.training.batch_growth import BatchGrowth
+from lowcal.training.distributed import TrainingGroup
+from lowcal.training.run import Run, RunOptions
+from lowcal.training.run_folder import RunFolder
 
 MOVES = {1: 1, 3: 4}
 OTHER_SETTINGS = {
@@ -64,19 +65,19 @@ def make_run(
     local: LocalSettings | None = None,
     model: nn.Module | None = None,
     lr_at: Callable[[int], float] = lambda epoch: 0.1 * 0.7**epoch,
-    checkpoint: bool = True,
     fused: bool = False,
-    ranks: Ranks | None = None,
+    growth: BatchGrowth | None = None,
+    group: TrainingGroup | None = None,
     device: str = "cpu",
     images_count: int = 22,
     **options: Any,
 ) -> Run:
-    """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `Run`."""
+    """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `RunOptions`."""
     torch.manual_seed(seed)
     model = (network() if model is None else model).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01, fused=fused)
-    ranks = ranks or Ranks()
-    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "shard": ranks.shard, "device": device}
+    group = group or TrainingGroup()
+    statistics = {"mean": (0.5, 0.5), "std": (0.25, 0.25), "shard": group.shard, "device": device}
     train = Batches(
         images(images_count),
         batch=5,
@@ -85,7 +86,7 @@ def make_run(
         augmentation=Augmentation(pad=1, flip=True),
         **statistics,
     )
-    if RunFolder.holds_run(path) or not ranks.is_main:
+    if RunFolder.holds_run(path) or not group.is_main:
         folder = RunFolder(path)
     else:
         identity = {
@@ -99,27 +100,13 @@ def make_run(
         }
         folder = RunFolder.create(path, recipe="name: tiny\n", environment={"device": "cpu"}, identity=identity)
     own = OTHER_SETTINGS.get(find_method(method).section, local or settings())
-    attached = build_method(
-        method, model, optimizer, own, epochs=epochs, example_inputs=train.sample_input(1), seed=seed
-    )
-    if ranks.world > 1:
+    example = train.sample_input(1)
+    attached = build_method(method, model, optimizer, own, epochs=epochs, example_inputs=example, seed=seed)
+    if group.world > 1:
         synchronise(model)
-    return Run(
-        model=model,
-        optimizer=optimizer,
-        method=attached,
-        train=train,
-        test=Batches(images(13, seed=6), batch=8, **statistics),
-        epochs=epochs,
-        lr_at=lr_at,
-        precision=precision,
-        device=device,
-        folder=folder,
-        seed=seed,
-        checkpoint=checkpoint,
-        ranks=ranks,
-        **options,
-    )
+    test = Batches(images(13, seed=6), batch=8, **statistics)
+    plan = RunOptions(epochs, lr_at, torch.device(device), precision=precision, seed=seed, **options)
+    return Run(model, optimizer, attached, train, test, folder, plan, growth=growth, group=group)
 
 
 def run_on(run: Run, epochs: int | None = None) -> Run:
@@ -151,6 +138,11 @@ def outcome(run: Run) -> dict[str, Any]:
 def log(run: Run) -> list[dict[str, Any]]:
     """The run's records without the times in them."""
     return [{k: v for k, v in record.items() if k not in TIMES} for record in run.folder.read_epochs()]
+
+
+def untimed(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's summary without its training time."""
+    return {name: value for name, value in summary.items() if name != "seconds"}
 
 
 def spoilt(*places: int, spoil: Callable[[Tensor], Any], training: bool = True) -> nn.Module:

@@ -75,19 +75,19 @@ def test_the_newest_is_loaded_and_the_one_before_it_kept(tmp_path):
     for epoch in range(1, 5):
         save_checkpoint(tmp_path, state(epoch))
         assert loaded(tmp_path) == epoch
-        assert load_checkpoint(tmp_path).passed_over == ()
+        assert load_checkpoint(tmp_path).skipped == ()
     assert names(tmp_path) == {PRESENT, PREVIOUS}
     (tmp_path / PRESENT).unlink()
     assert loaded(tmp_path) == 3
 
 
-def test_a_truncated_file_is_passed_over(folder):
+def test_a_truncated_file_is_skipped(folder):
     whole = (folder / PRESENT).read_bytes()
     generator = random.Random(0)
     for length in {0, 1, len(MAGIC), 80, 90, 91, len(whole) - 1, *generator.sample(range(len(whole)), 50)}:
         (folder / PRESENT).write_bytes(whole[:length])
         assert loaded(folder) == 1
-        (note,) = load_checkpoint(folder).passed_over
+        (note,) = load_checkpoint(folder).skipped
         assert str(folder / PRESENT) in note
         assert "\n" not in note
     (folder / PRESENT).write_bytes(whole + b"\0")
@@ -104,14 +104,14 @@ def test_a_flipped_bit_is_noticed(folder):
         (folder / PRESENT).write_bytes(damaged)
         checkpoint = load_checkpoint(folder)
         assert checkpoint.path == folder / PREVIOUS
-        assert len(checkpoint.passed_over) == 1
+        assert len(checkpoint.skipped) == 1
 
 
 def test_the_checkpoint_gone_on_from_outlives_the_damaged_one(folder):
     (folder / PRESENT).write_bytes(b"damaged")
     settle(load_checkpoint(folder).path)
     assert loaded(folder) == 1
-    assert load_checkpoint(folder).passed_over == ()
+    assert load_checkpoint(folder).skipped == ()
     save_checkpoint(folder, state(3))
     (folder / PRESENT).write_bytes(b"damaged too")
     assert loaded(folder) == 1
@@ -128,14 +128,14 @@ def test_the_checkpoint_gone_on_from_outlives_the_damaged_one(folder):
         (wrapped(b"nothing that torch.save wrote"), "holds something other"),
     ],
 )
-def test_a_foreign_file_is_passed_over(folder, content, reason):
+def test_a_foreign_file_is_skipped(folder, content, reason):
     (folder / PRESENT).write_bytes(content)
     assert loaded(folder) == 1
-    assert reason in load_checkpoint(folder).passed_over[0]
+    assert reason in load_checkpoint(folder).skipped[0]
 
 
 @pytest.mark.parametrize("value", [3, [1, 2], {"model": 1}])
-def test_what_is_no_state_is_passed_over(folder, value):
+def test_what_is_no_state_is_skipped(folder, value):
     file = io.BytesIO()
     torch.save(value, file)
     (folder / PRESENT).write_bytes(wrapped(file.getvalue()))

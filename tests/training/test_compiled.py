@@ -16,8 +16,8 @@ from lowcal.methods import METHODS, build_method
 from lowcal.models import BasicBlock, build_model
 from lowcal.training import compiled
 from lowcal.training.compiled import CompiledStep, find_blocks
-from lowcal.training.modes import build_step
 from lowcal.training.step import EagerStep, StepOptions
+from lowcal.training.step_modes import build_step
 
 from ..networks import images
 from ..support import same, weights
@@ -55,8 +55,8 @@ def attached(model, name="local", optimizer=None, **values):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_bitwise_the_eager_one(tmp_path, counter, method):
-    """Fifty steps with two moves, or channels removed, or blocks dropped; the smaller last batches are in it."""
-    epochs, local = 10, settings(every=2, refresh_every=3)
+    """Thirty steps with two moves, or channels removed, or blocks dropped; the smaller last batches are in it."""
+    epochs, local = 6, settings(every=2, refresh_every=3)
     runs = [
         run_on(make_run(tmp_path / step, method, epochs=epochs, local=local, step=step, fused=True))
         for step in ("eager", "compiled")
@@ -67,14 +67,14 @@ def test_a_run_is_bitwise_the_eager_one(tmp_path, counter, method):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_and_guard(tmp_path, counter, precision):
-    options = {"precision": precision, "max_skips": 2, "fused": True, "epochs": 5}
+    options = {"precision": precision, "max_skips": 2, "fused": True, "epochs": 4}
     runs = [run_on(make_run(tmp_path / step, step=step, **options)) for step in ("eager", "compiled")]
     assert same(*map(outcome, runs))
 
 
 def test_running_statistics_of_the_prefix(tmp_path, counter):
     local = settings(norm_stats="running")
-    runs = [run_on(make_run(tmp_path / step, local=local, step=step, epochs=5)) for step in ("eager", "compiled")]
+    runs = [run_on(make_run(tmp_path / step, local=local, step=step, epochs=4)) for step in ("eager", "compiled")]
     assert same(*map(outcome, runs))
 
 

@@ -10,8 +10,8 @@ from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
 from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
-from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions
+from lowcal.training.step_modes import build_step
 
 from ..networks import convnet
 from ..support import same, sgd, snapshot

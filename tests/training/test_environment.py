@@ -1,6 +1,6 @@
 import shutil
 import subprocess
-import sys
+from pathlib import Path
 
 from lowcal.training.environment import PACKAGE, code_digest, gather_environment
 
@@ -32,8 +32,24 @@ def test_the_digest_is_of_the_names_and_contents_of_the_source_files(tmp_path):
 
 
 def test_a_copy_of_the_package_has_its_digest(tmp_path):
-    """As an installed one has that of the clone it was made from; compiled files beside it change nothing."""
+    """As an installed package has that of the clone it was made from."""
     copied = shutil.copytree(PACKAGE, tmp_path / "lowcal")
-    command = "from lowcal.training.environment import code_digest; print(code_digest())"
-    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == code_digest() == code_digest(copied) == gather_environment("cpu")["code"]
+    assert code_digest(copied) == code_digest() == gather_environment("cpu")["code"]
+
+
+def test_environment_says_what_ran():
+    environment = gather_environment("cpu")
+    assert environment["device"] == "cpu"
+    assert environment["threads"] >= 1
+    assert set(environment) == {
+        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "code", "commit",
+        "started",
+    }  # fmt: skip
+    head = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if head.returncode == 0 and environment["commit"]:
+        assert environment["commit"].removesuffix("-dirty") == head.stdout.strip()

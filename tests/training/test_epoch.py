@@ -1,85 +1,119 @@
-import time
+"""An epoch's losses and skipped steps, and the evaluation of a network."""
 
 import pytest
 import torch
+from torch import nn
 
-from lowcal.data import Batches, Images
-from lowcal.training.epoch import train_epoch
-from lowcal.training.part import DivergedError, Part
+from lowcal import LowcalError
+from lowcal.training.epoch import evaluate
+from lowcal.training.epoch_state import DivergedError, EpochState
+
+from ..networks import convnet, images
+from ..support import same, weights
+from .runs import make_run, spoilt
 
 CPU = torch.device("cpu")
 
 
-def batches(count: int) -> Batches:
-    images = Images(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
-    return Batches(images, batch=2, mean=(0.0,), std=(1.0,))
+def steps(losses, skipped=(), sizes=None, before=0):
+    """An epoch with these losses; the steps in `skipped`, counted from 1, were skipped."""
+    epoch = EpochState(len(losses), CPU, in_a_row=before)
+    for number, loss in enumerate(losses, start=1):
+        shape = (2 if sizes is None else sizes[number - 1], 1, 2, 2)
+        epoch.add(torch.tensor(loss), torch.tensor(number in skipped), shape, 0.1 * number)
+    return epoch
 
 
-class Step:
-    """A step that only gives the losses of `losses`, and says that it skipped those of `skipped`, counted from 1."""
+def test_a_loss_that_is_not_finite_is_found_within_a_hundred_steps(tmp_path):
+    taken = []
 
-    def __init__(self, losses, skipped=()):
-        self.losses, self.taken, self.skips, self.skipped = losses, 0, skipped, None
+    def spoil(scores):
+        taken.append(1)
+        return scores * torch.inf if len(taken) == 130 else None
 
-    def __call__(self, *given):
-        self.taken += 1
-        self.skipped = torch.tensor(self.taken in self.skips)
-        return torch.tensor(self.losses(self.taken))
-
-
-def trained(step, count, part=None, **options):
-    loader = batches(count)
-    part = Part(len(loader), CPU) if part is None else part
-    train_epoch(step, loader, part, device=CPU, epoch=0, epochs=1, boundary=0, layers=1, **options)
-    return part
-
-
-def test_a_loss_that_is_not_finite_is_found_within_a_hundred_steps():
-    step = Step(lambda number: torch.inf if number == 130 else 1.0)
-    with pytest.raises(DivergedError, match="loss became inf") as error:
-        trained(step, 600)
-    assert error.value.step == 130
-    assert step.taken == 200
+    run = make_run(tmp_path / "run", "sgd", model=spoilt(*range(400), spoil=spoil), images_count=210, checkpoint=False)
+    run.train.batch = 1
+    with pytest.raises(LowcalError, match="loss became nan at step 130 of epoch 1"):
+        run.run_epoch()
+    assert len(taken) == 200
 
 
 def test_the_mean_loss_weighs_each_image_alike():
-    part = trained(Step([0.0, 1.0, 2.0, 6.0].__getitem__), 5)
-    assert part.mean_loss() == pytest.approx((2 * 1 + 2 * 2 + 1 * 6) / 5)
-    assert (part.steps, part.images) == (3, 5)
-    assert dict(part.shape_counts()) == {(2, 1, 2, 2): 2, (1, 1, 2, 2): 1}
-    assert 0 < part.facts()["step_ms"] < 1000 * part.seconds
+    epoch = steps([1.0, 2.0, 6.0], sizes=[2, 2, 1])
+    assert epoch.mean_loss() == pytest.approx((2 * 1 + 2 * 2 + 1 * 6) / 5)
+    assert (epoch.steps, epoch.images) == (3, 5)
+    epoch.seconds = 2.0
+    assert epoch.facts() == {
+        "seconds": 2.0, "steps": 3, "step_ms": pytest.approx(200), "images_per_second": 2.5, "skipped_steps": 0
+    }  # fmt: skip
 
 
 def test_skipped_steps_are_counted_and_their_losses_left_out():
-    part = trained(Step([0.0, 1.0, torch.nan, 6.0].__getitem__, {2}), 5, max_skips=1)
-    assert part.mean_loss() == pytest.approx((2 * 1 + 1 * 6) / 3)
-    assert part.facts()["skipped_steps"] == 1
-    assert part.in_a_row() == 0
+    epoch = steps([1.0, torch.nan, 6.0], {2}, sizes=[2, 2, 1])
+    epoch.check(max_skips=1)
+    epoch.seconds = 1.0
+    assert epoch.mean_loss() == pytest.approx((2 * 1 + 1 * 6) / 3)
+    assert epoch.facts()["skipped_steps"] == 1
+    assert epoch.final_skips() == 0
 
 
 @pytest.mark.parametrize(("skips", "before", "last"), [({3, 4, 5}, 0, 5), ({1, 2}, 1, 2), ({9, 10, 12}, 0, None)])
 def test_too_many_skipped_steps_in_a_row_end_the_run_across_epochs_too(skips, before, last):
-    step, part = Step(lambda number: 1.0, skips), Part(12, CPU, in_a_row=before)
+    epoch = steps([1.0] * 12, skips, before=before)
     if last is None:
-        assert trained(step, 24, part, max_skips=2).in_a_row() == 1
+        epoch.check(max_skips=2)
+        assert epoch.final_skips() == 1
         return
     with pytest.raises(DivergedError, match=r"3 steps in a row were skipped.*guard.max_skips is 2") as error:
-        trained(step, 24, part, max_skips=2)
+        epoch.check(max_skips=2)
     assert error.value.step == last
 
 
-def test_time_in_pauses_is_not_counted():
-    class Pause:
-        calls = 0
+@pytest.mark.parametrize("sizes", [(12,), (5, 5, 2), (1, 11)])
+def test_it_is_the_mean_over_images_whatever_the_batches(sizes):
+    model = convnet()
+    inputs, labels = (torch.cat(part) for part in zip(*images(3, size=4), strict=True))
+    model(inputs)
+    batches = list(zip(inputs.split(sizes), labels.split(sizes), strict=True))
+    before = weights(model)
+    loss, error = evaluate(model, batches, device=CPU, precision="float32")
+    scores = model(inputs).detach().double()
+    log_odds = scores - scores.exp().sum(1, keepdim=True).log()
+    expected = -sum(float(row[label]) for row, label in zip(log_odds, labels, strict=True)) / 12
+    wrong = sum(int(row.argmax()) != int(label) for row, label in zip(scores, labels, strict=True))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert error == pytest.approx(100 * wrong / 12)
+    assert 0 < wrong < 12
+    assert same(weights(model), before)
 
-        def is_due(self):
-            return True
 
-        def __call__(self):
-            self.calls += 1
-            time.sleep(0.1)
+def test_what_a_network_keeps_from_it_serves_in_training():
+    class Caching(nn.Module):
+        """Keeps its position embedding for the size it has seen last, as some networks do."""
 
-    pause = Pause()
-    part = trained(Step(lambda number: 1.0), 6, pause=pause)
-    assert pause.calls == 3
-    assert part.seconds < 0.1
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, torch.Tensor] = {}
+            self.head = nn.Linear(72, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.flatten(1)
+            if len(x) not in self.kept:
+                self.kept[len(x)] = torch.linspace(0, 1, x.shape[1]).expand_as(x).clone()
+            return self.head(x * self.kept[len(x)])
+
+    model = Caching()
+    inputs, labels = images(1)[0]
+    evaluate(model, [(inputs, labels)], device=CPU, precision="float32")
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    assert model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_is_near_single(precision):
+    model = convnet().eval()
+    batches = images(2)
+    single, _ = evaluate(model, batches, device=CPU, precision="float32")
+    mixed, _ = evaluate(model, batches, device=CPU, precision=precision)
+    assert mixed == pytest.approx(single, rel=0.02)
+    assert mixed != single

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowcal.experiments.kernels import kernels
+from lowcal.experiments.backends import kernels
 from lowcal.methods import METHODS
-from lowcal.training.part import Part
+from lowcal.training.epoch_state import EpochState
 
 from .runs import log, make_run, network, run_on, settings
-from .test_growth import growing
+from .test_batch_growth import growing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = "cuda"
@@ -53,16 +53,16 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize("step", ["eager", "graphed"])
 def test_no_step_waits_for_the_device(tmp_path, step):
     run = run_on(run_of(tmp_path / "run", step, max_skips=3), 2)  # the second, like the one to come, has a local layer
-    drawn, part = run.train.raw_batches(), Part(len(run.train), run.device)
-    first = next(drawn)  # with it all that an epoch draws comes to the device
+    drawn, epoch = run.train.raw_batches(), EpochState(len(run.train), run.options.device)
+    step, first = run._steps.step, next(drawn)  # with it all that an epoch draws comes to the device
     run.model.train()
     try:
         torch.cuda.set_sync_debug_mode("error")
         for given in (first, *drawn):
-            part.add(run._step(*given), run._step.skipped, (len(given[0]),), 0.0)
+            epoch.add(step(*given), step.skipped, (len(given[0]),), 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert part.done == len(run.train)
+    assert epoch.done == len(run.train)
 
 
 def test_graphs_are_gone_after_a_move(tmp_path):
@@ -70,7 +70,7 @@ def test_graphs_are_gone_after_a_move(tmp_path):
     held = []
     for _ in range(4):
         run.method.move_to(run.method.boundary + 1)
-        run._renew()
+        run._loop.rebuild()
         run.run_epoch()
         gc.collect()
         held.append(torch.cuda.memory_allocated())

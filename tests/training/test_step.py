@@ -6,8 +6,8 @@ from torch import nn
 
 from lowcal import LowcalError
 from lowcal.methods.base import SGD
-from lowcal.training.modes import build_step
 from lowcal.training.step import StepOptions, autocast, build_scaler
+from lowcal.training.step_modes import build_step
 
 from ..networks import convnet, images
 from ..support import same, sgd, train_step, weights

@@ -1,4 +1,4 @@
-"""What the commands share: the program, options, folders, and how a signal ends a run."""
+"""What the commands share: the app, options, default folders, and the end of a run by a signal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Annotated
 
 import typer
 
-from lowcal.training.interrupt import Interrupted, catch_signals, end
-from lowcal.training.launch import Launch, is_lost
-from lowcal.training.watchdog import INTERRUPTED, PREEMPTED
+from lowcal.training.process import Launch, is_lost
+from lowcal.training.signals import INTERRUPTED, PREEMPTED, Interrupted, catch_signals, ignore_signals
 
 app = typer.Typer(
     name="lowcal",
@@ -42,7 +41,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the resu
 
 
 class Stopped(Exception):
-    """A signal in a run; the message says how to go on, `code` is the command's."""
+    """A signal stopped a run; the message says how to go on, `code` is the exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -51,9 +50,11 @@ class Stopped(Exception):
 
 @contextmanager
 def resumable(context: typer.Context, folder: Path, more: Sequence[str], grace: float | None = 30.0) -> Iterator[None]:
-    """Turns a signal, or the end of another process, into the command that goes on: this one with `more` arguments.
+    """Raise `Stopped` at a signal or at the end of another process, with the command that resumes the run.
 
-    A signal that is not heeded for `grace` seconds (None: for ever) ends the program from outside.
+    Args:
+        more: arguments that the command needs to resume.
+        grace: seconds after a signal until a program that does not end is killed; None: no limit.
     """
     go_on = f"go on with: {_program()} {shlex.join([*context.obj, *more])}"
     try:
@@ -66,7 +67,7 @@ def resumable(context: typer.Context, folder: Path, more: Sequence[str], grace: 
                 yield
             except RuntimeError as error:
                 if is_lost(error):
-                    end()  # torchrun sends SIGTERM to those that are left, which must not come before their last words
+                    ignore_signals()  # torchrun sends SIGTERM, which must not suppress the last message
                 raise
         return
     except KeyboardInterrupt as error:
@@ -91,6 +92,6 @@ def _program() -> str:
 
 
 def free_folder(wanted: Path) -> Path:
-    """`wanted`, or with the first of -2, -3, ... added that does not exist yet."""
+    """Return `wanted`, or the first of WANTED-2, WANTED-3, ... that does not exist."""
     candidates = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
     return next(path for path in chain([wanted], candidates) if not os.path.lexists(path))

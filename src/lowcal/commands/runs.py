@@ -20,10 +20,10 @@ from lowcal.commands.common import (
     resumable,
 )
 from lowcal.errors import LowcalError
-from lowcal.training.launch import Launch
+from lowcal.training.process import Launch
 
 if TYPE_CHECKING:
-    from lowcal.report import Report
+    from lowcal.report.page import Report
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +66,7 @@ def compare(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
-    from lowcal.report.titles import title
+    from lowcal.report.headline import title
 
     chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
     folder = out or free_folder(Path("runs") / chosen.name)
@@ -117,8 +117,8 @@ def train(
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
+    from lowcal.report.headline import title
     from lowcal.report.table import duration
-    from lowcal.report.titles import title
 
     launch = Launch.read()
     if extend and not resume:
@@ -135,19 +135,19 @@ def train(
     from lowcal.experiments.train import started_with
     from lowcal.experiments.train import train as run
     from lowcal.methods import find_method
-    from lowcal.training.joining import joined
+    from lowcal.training.distributed import joined
 
-    with joined(find_device(device, launch)) as ranks:
+    with joined(find_device(device, launch)) as group:
         if resume and out is not None:
-            kept, kept_method = started_with(out, ranks)
+            kept, kept_method = started_with(out, group)
             chosen, method = (chosen if recipe else apply_settings(kept, changes)), method or kept_method
         method = method or "local"
         find_method(method)  # refuses an unknown one before anything is said of the run
-        folder = out or Path(ranks.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
+        folder = out or Path(group.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
         grace = chosen.checkpoint.grace
-        with resumable(context, folder, more, grace), Display(quiet=quiet or not ranks.is_main) as display:
-            among = f" by {ranks.world} processes" if ranks.world > 1 else ""
+        with resumable(context, folder, more, grace), Display(quiet=quiet or not group.is_main) as display:
+            among = f" by {group.world} processes" if group.world > 1 else ""
             display.note(f"{title(as_dict(chosen))}: {method}{among}; in {folder}")
             summary = run(
                 chosen,
@@ -156,10 +156,10 @@ def train(
                 resume=resume,
                 extend=extend,
                 data_dir=data_dir,
-                ranks=ranks,
+                group=group,
                 watcher=display,
             )
-    if not ranks.is_main:
+    if not group.is_main:
         return
     print(
         f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
@@ -208,7 +208,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
 ) -> None:
     """Make a table and an HTML page from run folders."""
-    from lowcal.report import write_report
+    from lowcal.report.page import write_report
 
     _show(write_report(runs, out))
 

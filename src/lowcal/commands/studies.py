@@ -55,10 +55,11 @@ def bench(
 
     Beside it stand a plain loop and the limit, the least time that the step can take.
     """
-    from lowcal.console_bench import bench_text
     from lowcal.experiments.assemble import find_device
-    from lowcal.experiments.bench import bench as run
-    from lowcal.experiments.bench_settings import BenchSettings, parse_boundaries
+    from lowcal.experiments.bench.run import bench as run
+    from lowcal.experiments.bench.setup import BenchSettings, parse_boundaries
+    from lowcal.experiments.bench.show import bench_text
+    from lowcal.experiments.bench.show import plot as draw
     from lowcal.files import atomic_write
     from lowcal.models import MODELS
 
@@ -83,13 +84,11 @@ def bench(
         rounds=rounds,
         layers=layer_times,
     )
-    result = run(settings, find_device(device), (lambda text: None) if quiet else print).as_dict()
+    result = run(settings, find_device(device), (lambda text: None) if quiet else print)
     print(bench_text(result))
     if json_file:
         atomic_write(json_file, (json.dumps(result, indent=1) + "\n").encode())
     if plot:
-        from lowcal.experiments.bench_plot import plot as draw
-
         draw(result, plot)
 
 
@@ -168,8 +167,8 @@ def sweep(
     from lowcal.experiments.recipe_text import as_dict, load_recipe
     from lowcal.experiments.sweep import Sweep
     from lowcal.experiments.sweep import sweep as run
+    from lowcal.report.headline import title
     from lowcal.report.sweep import sweep_text
-    from lowcal.report.titles import title
 
     plan = Sweep(
         load_recipe(recipe),

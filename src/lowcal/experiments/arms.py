@@ -1,4 +1,4 @@
-"""What runs and who watches: the arms of an experiment, and the interface through which progress is shown."""
+"""The arms of an experiment, and the interface that shows their progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Arm:
     """One training run of an experiment: a method and a seed.
 
     Attributes:
-        variant: names the settings in which it differs from the experiment's other runs of its method; "" for none.
-        epochs: its epochs where they differ from the other arms'.
+        variant: names the settings that differ from the other arms of the same method; "" for none.
+        epochs: its number of epochs, if that differs from the other arms.
     """
 
     method: str
@@ -31,19 +31,19 @@ class Arm:
 
 
 class Watcher(Protocol):
-    """Is told what happens, as it happens; `lowcal.console` shows it on a terminal."""
+    """Receives what happens in a run; `lowcal.console` shows it on a terminal."""
 
     def note(self, text: str) -> None:
-        """Something worth a line, such as a run that is taken up again."""
+        """A line for the user, such as that a run is resumed."""
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
-        """The arms that run from here on in turn, and the epochs that each has behind it.
+        """The arms that now run in turn, and the finished epochs of each.
 
-        Each has `epochs` epochs unless it says otherwise; `later` epochs of other arms come after these.
+        Each has `epochs` epochs unless the arm sets its own; `later` epochs of other arms follow.
         """
 
     def step(self, arm: Arm, progress: Progress) -> None:
-        """A sign of life within an epoch."""
+        """Progress within an epoch."""
 
     def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
         """An epoch has ended; `record` is its line in `epochs.jsonl`."""

@@ -12,20 +12,20 @@ from torch.optim import SGD
 from lowcal.data import Dataset, Loader, Shard, load, make_loader
 from lowcal.data.decoders import available_workers
 from lowcal.errors import LowcalError
-from lowcal.experiments.memory_format import puts_channels_last
+from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.strided import slice_inputs
 from lowcal.synced_norm import synchronise
+from lowcal.training.batch_growth import BatchGrowth
+from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import gather_environment
-from lowcal.training.growth import Growth
-from lowcal.training.launch import ALONE, Launch
-from lowcal.training.modes import find_step
-from lowcal.training.ranks import Ranks
-from lowcal.training.record import RunFolder
-from lowcal.training.trainer import Run
+from lowcal.training.process import ALONE, Launch
+from lowcal.training.run import Run, RunOptions
+from lowcal.training.run_folder import RunFolder
+from lowcal.training.step_modes import find_step
 
 EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
 
@@ -113,26 +113,26 @@ def build_run(
     data: Dataset,
     device: torch.device,
     reopen: bool = False,
-    ranks: Ranks | None = None,
+    group: TrainingGroup | None = None,
 ) -> Run:
     """A run of `method` under `recipe`, whose seed decides the initial weights and the batches.
 
     Args:
-        folder: the run folder. It is created; with `reopen` it must exist, and `Run.resume` continues from it.
-        ranks: the processes that divide each mini-batch among them.
+        folder: its run folder, which is made; with `reopen` it must be there, and `Run.resume` goes on with it.
+        group: the processes that share each mini-batch.
     """
-    ranks = ranks or Ranks()
+    group = group or TrainingGroup()
     torch.manual_seed(recipe.seed)
     model, optimizer, attached, sliced = _parts(recipe, method, data, device)
-    if recipe.sync_batch_norm and ranks.world > 1:
+    if recipe.sync_batch_norm and group.world > 1:
         synchronise(model)
-    if reopen or not ranks.is_main:
+    if reopen or not group.is_main:
         files = RunFolder(folder)
     else:
         files = RunFolder.create(
             folder,
             recipe=dump_recipe(recipe),
-            environment={**gather_environment(str(device)), "ranks": ranks.world, "sliced_layers": sliced},
+            environment={**gather_environment(str(device)), "ranks": group.world, "sliced_layers": sliced},
             identity={
                 "method": method,
                 "recipe": recipe.name,
@@ -145,22 +145,24 @@ def build_run(
             },
         )
     return Run(
-        model=model,
-        optimizer=optimizer,
-        method=attached,
-        train=_loader(recipe, data, device, ranks.shard, training=True),
-        test=_loader(recipe, data, device, ranks.shard, training=False),
-        epochs=recipe.epochs,
-        lr_at=lr_at(recipe),
-        precision=recipe.precision,
-        device=device,
-        folder=files,
-        seed=recipe.seed,
-        checkpoint_minutes=recipe.checkpoint.minutes,
-        max_skips=recipe.guard.max_skips,
-        step=recipe.step,
+        model,
+        optimizer,
+        attached,
+        _loader(recipe, data, device, group.shard, training=True),
+        _loader(recipe, data, device, group.shard, training=False),
+        files,
+        RunOptions(
+            epochs=recipe.epochs,
+            lr_at=lr_at(recipe),
+            device=device,
+            precision=recipe.precision,
+            seed=recipe.seed,
+            step=recipe.step,
+            max_skips=recipe.guard.max_skips,
+            checkpoint_minutes=recipe.checkpoint.minutes,
+        ),
         growth=_growth(recipe.batch, len(data.train)),
-        ranks=ranks,
+        group=group,
     )
 
 
@@ -197,9 +199,9 @@ def _parts(
     return model, optimizer, attached, sliced
 
 
-def _growth(batch: BatchSettings, images: int) -> Growth:
+def _growth(batch: BatchSettings, images: int) -> BatchGrowth:
     most = images if batch.grow else batch.size
-    return Growth(batch.size, most=most, limit=batch.memory_limit, scale_lr=batch.scale_lr)
+    return BatchGrowth(batch.size, most=most, limit=batch.memory_limit, scale_lr=batch.scale_lr)
 
 
 def _loader(recipe: Recipe, data: Dataset, device: torch.device, shard: Shard, *, training: bool) -> Loader:

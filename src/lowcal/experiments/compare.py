@@ -1,4 +1,4 @@
-"""Methods side by side: trained in turn, epoch by epoch, so that a machine's drift hits all alike."""
+"""Methods side by side: trained in turn, epoch by epoch, so that a drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lowcal.data import Dataset
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.folders import (
     name_other_code,
     recipe_in,
@@ -20,15 +21,13 @@ from lowcal.experiments.folders import (
     refuse_unwritable,
     refuse_used,
 )
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
-from lowcal.experiments.threads import cpu_threads
 from lowcal.methods import METHODS, find_method
-from lowcal.report import Report, write_report
+from lowcal.report.page import Report, write_report
+from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import code_digest
-from lowcal.training.ranks import Ranks
-from lowcal.training.record import RunFolder
-from lowcal.training.trainer import Run
+from lowcal.training.run import Run
+from lowcal.training.run_folder import RunFolder
 
 
 def compare(
@@ -43,8 +42,8 @@ def compare(
 ) -> Report:
     """Train every method with `seeds` seeds, counted up from the recipe's, and write the report to `out`.
 
-    Each run has a folder of its own in `out`. Runs that are there already are taken up where they stopped, so that
-    an interrupted comparison is finished by calling this again.
+    Each run has its own folder in `out`. Existing runs are resumed, so calling this again finishes an interrupted
+    comparison.
 
     Raises:
         LowcalError: a method is unknown or does not apply, `out` holds something else or another recipe's runs, the
@@ -79,9 +78,9 @@ def train_in_turn(
     watcher: Watcher,
     later: int = 0,
 ) -> None:
-    """Train the arms to their ends, one epoch each in turn; the order goes round, so that none is always first.
+    """Train the arms to their ends, one epoch each in turn; the order rotates, so that none is always first.
 
-    `later` epochs of other arms come after these; the watcher is told.
+    `later` is the number of epochs of other arms that follow; the watcher shows it.
     """
     with cpu_threads(recipe.threads), kernels_of(recipe):
         data = data.to(device)  # once for all arms
@@ -90,7 +89,7 @@ def train_in_turn(
 
 
 def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, epochs: int, later: int = 0) -> None:
-    """Train runs that are prepared to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
+    """Train prepared runs to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
     watcher.begin(arms, [run.finished for run in runs], epochs, later=later)
     for run in runs:
         run.warm_up()
@@ -112,23 +111,23 @@ def prepare(
     data: Dataset,
     device: torch.device,
     watcher: Watcher,
-    ranks: Ranks | None = None,
-    anew: bool = False,
+    group: TrainingGroup | None = None,
+    start_over: bool = False,
 ) -> Run:
-    """The run of an arm: a new one, or the one that is in `folder` already, from its newest checkpoint on.
+    """The run of an arm: a new one, or the one in `folder`, resumed from its newest checkpoint.
 
-    One that `RunFolder.may_be_replaced` is replaced if it is to begin `anew`, or has another recipe.
+    A run that `may_be_replaced` is replaced if `start_over` is set or its recipe differs.
     """
-    ranks = ranks or Ranks()
+    group = group or TrainingGroup()
     own = replace(recipe, seed=arm.seed)
-    reopen, replaced = ranks.from_main(lambda: _clear(folder, own, len(data.classes), anew=anew))
+    reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), start_over=start_over))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
-    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, ranks=ranks)
+    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, group=group)
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
-        if ranks.is_main:
+        if group.is_main:
             name_other_code([folder], watcher)
             if not run.done:
                 run.folder.note_code(code_digest())
@@ -139,16 +138,16 @@ def prepare(
     return run
 
 
-def _clear(folder: Path, recipe: Recipe, classes: int, *, anew: bool) -> tuple[bool, bool]:
-    """Whether the run in `folder` goes on, and whether there was one that is removed now.
+def _clear(folder: Path, recipe: Recipe, classes: int, *, start_over: bool) -> tuple[bool, bool]:
+    """Whether the run in `folder` continues, and whether one has been removed.
 
     Raises:
-        LowcalError: it would go on, but was started on images of another number of classes.
+        LowcalError: it would continue, but was started on images of another number of classes.
     """
     if not RunFolder.holds_run(folder):
         return False, False
     files = RunFolder(folder)
-    replaced = files.may_be_replaced() and (anew or recipe_in(folder) != recipe)
+    replaced = files.may_be_replaced() and (start_over or recipe_in(folder) != recipe)
     if replaced:
         files.clear()
         return False, True
@@ -166,7 +165,7 @@ def advance(arm: Arm, run: Run, watcher: Watcher, way_out: Callable[[RunFolder],
     try:
         record = run.run_epoch(lambda progress: watcher.step(arm, progress))
     except LowcalError as error:
-        way = f"; {way_out(run.folder)}" if way_out and run.ranks.is_main and run.folder.divergence() else ""
+        way = f"; {way_out(run.folder)}" if way_out and run.group.is_main and run.folder.divergence() else ""
         # The cause tells a full disk from a bad setting.
         raise LowcalError(f"{arm.folder}: {error}{way}") from error.__cause__
     watcher.epoch(arm, record)
@@ -184,11 +183,11 @@ def _refuse_wrong_names(methods: Sequence[str]) -> None:
     for method in methods:
         find_method(method)
     if len(set(methods)) < len(methods):
-        raise LowcalError(f"methods {','.join(methods)}: one is named twice; name each once")
+        raise LowcalError(f"methods {','.join(methods)}: one is given twice; give each once")
 
 
 def _refuse_strange(out: Path, recipe: Recipe) -> None:
-    """Refuse a folder with something other than this comparison's runs in it."""
+    """Refuse a folder that holds anything other than runs of this comparison."""
     if RunFolder.holds_run(out):
         raise LowcalError(f"{out} is a single run, not a comparison; choose another --out")
     ours = re.compile(rf"({'|'.join(METHODS)})-seed\d+")

@@ -1,4 +1,4 @@
-"""Output folders: what may be written to, and whether what lies there is the same experiment."""
+"""Output folders: whether they can be written to, and whether they hold the same experiment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lowcal.experiments.arms import Watcher
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import differences, parse_recipe
 from lowcal.training.environment import code_digest
-from lowcal.training.record import RunFolder, code_of
+from lowcal.training.run_folder import RunFolder, code_of
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Try whether `path`, which may not exist yet, can be written to; nothing is left behind.
+    """Check that `path`, which may not exist yet, can be written to; nothing is left behind.
 
     Raises:
         LowcalError: it cannot.
@@ -37,9 +37,9 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_used(path: Path, kind: str) -> None:
-    """Refuse what is there already and is not a folder without anything in it; `kind` says what it should be.
+    """Refuse a path that exists and is not an empty folder; `kind` says what it should be.
 
-    The temporary file that a crash left in the first write to a folder is nothing.
+    A temporary file that a crash left in the first write to the folder is ignored.
     """
     if os.path.lexists(path) and not path.is_dir():
         raise LowcalError(f"{path} is not a folder; choose another --out")
@@ -55,12 +55,12 @@ def recipe_in(folder: Path) -> Recipe:
 
 
 def name_other_code(folders: Iterable[Path], watcher: Watcher) -> None:
-    """Tell the watcher which of the runs in `folders` were made by other code than the present."""
+    """Tell the watcher which of the runs in `folders` were made by other code than this."""
     made = {folder.name: code_of(RunFolder(folder).read_environment()) for folder in folders}
     others = [f"{name} ({code})" for name, code in made.items() if code != code_digest()]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        watcher.note(f"made by other code than the present ({code_digest()}): {', '.join(others[:3])}{more}")
+        watcher.note(f"made by other code than this ({code_digest()}): {', '.join(others[:3])}{more}")
 
 
 def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[str] = frozenset()) -> None:
@@ -73,5 +73,6 @@ def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[st
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LowcalError(
-            f"{folder} was started with another recipe: {changed[0]}{more}; go on with that one or choose another --out"
+            f"{folder} was started with another recipe: {changed[0]}{more}; "
+            "continue with that one or choose another --out"
         )

@@ -18,7 +18,7 @@ import yaml
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import BatchSettings, Recipe
-from lowcal.report.titles import title
+from lowcal.report.headline import title
 from lowcal.settings import SettingError, allowed, annotations_of, plain_types
 
 MOST_CHANGES = 6  # that a label names

@@ -21,9 +21,9 @@ from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import as_dict, differences, dump_recipe, parse_recipe, show_value
 from lowcal.experiments.search_space import base_recipe, grid, own_point, parse_search, refuse_unused, variants
 from lowcal.methods import find_method
+from lowcal.report.headline import title
 from lowcal.report.sweep import SweepReport, write_sweep
-from lowcal.report.titles import title
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 OBJECTIVES = ("top1_error", "best_top1_error", "seconds", "flops")
 SAMPLERS = ("tpe", "random", "grid")

@@ -34,11 +34,11 @@ from lowcal.experiments.recipe import DataSettings, Recipe
 from lowcal.experiments.recipe_text import apply_settings, show_value
 from lowcal.experiments.search_space import grid, label
 from lowcal.experiments.sweep_storage import STORAGE_ERRORS
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lowcal.experiments.sweep import Sweep
-    from lowcal.training.trainer import Progress
+    from lowcal.training.epoch import Progress
 
 MEANS = ("top1_error", "best_top1_error", "seconds", "flops", "boundary", "layers")
 MOST_DEATHS = 3  # workers in a row that may die on a trial without finishing an epoch

@@ -1,4 +1,4 @@
-"""Methods side by side: one row a method, over its seeds, and the table of them."""
+"""Compare methods: one row per method, over its seeds, and the table of all rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +9,6 @@ from typing import Any
 from lowcal.report.runs import MOVING, RunData, by_method, differing
 from lowcal.report.table import ABSENT, Column, Table, time_unit, with_spread
 
-__all__ = ["Row", "comparison_table", "difference_interval", "make_rows", "wilson"]
-
 _Z = 1.959964  # of a 95 % interval
 
 
@@ -18,12 +16,14 @@ _Z = 1.959964  # of a 95 % interval
 class Row:
     """One method: means over its seeds, with sample deviations (None for one seed).
 
-    top1_error in percent (last epoch's), seconds of training, peak_memory_bytes the highest of all seeds, and
-    last_memory_bytes that of the last epoch. `test_images` are those that the error is of; `top1_error_low` and
-    `top1_error_high` are its 95 % interval for so many images (Wilson), None where their number is not known.
-    `speedup` and `flops_ratio` are against the sgd run of the same seed, network and images on the same device, None
-    without one.
-    `finished` is False for a method of which no run is finished; its row is what the runs have so far.
+    Attributes:
+        top1_error: of the last epoch, in percent, on `test_images` images; `top1_error_low` and `top1_error_high` are
+            its 95 % interval (Wilson), None if the number of images is not known.
+        seconds: of training.
+        speedup: against the sgd run with the same seed, network and images on the same device; None without one.
+            So is `flops_ratio`.
+        peak_memory_bytes: the highest of all seeds; `last_memory_bytes` is that of the last epoch.
+        finished: False if no run of the method is finished; the row then has the results so far.
     """
 
     method: str
@@ -47,12 +47,12 @@ class Row:
 
     @property
     def never_moved(self) -> bool:
-        """Whether the method has a boundary, which stayed at 0 to the end, so that it trained as sgd does."""
+        """Whether the method has a boundary that stayed at 0, so that it trained as sgd does."""
         return self.finished and self.method in MOVING and self.boundary == 0
 
     @property
     def is_speedup_in_spread(self) -> bool:
-        """Whether the seeds' speed-ups are so far apart that their mean says nothing."""
+        """Whether the speed-up differs from 1 by no more than the deviation over seeds."""
         if self.method == "sgd" or self.speedup is None or self.speedup_std is None:
             return False
         return abs(self.speedup - 1) <= self.speedup_std
@@ -65,7 +65,7 @@ class Row:
 
 
 def make_rows(runs: Iterable[RunData]) -> list[Row]:
-    """Return one row a method; where some of a method's runs are finished, the others do not count."""
+    """Return one row per method, from its finished runs, or from all of them if none is finished."""
     groups = {method: _counting(group) for method, group in by_method(runs).items()}
     baseline = {run.seed: run for run in groups.get("sgd", []) if run.finished}
     return [_row(method, group, baseline) for method, group in groups.items()]
@@ -123,7 +123,7 @@ def _deviation(values: Sequence[float | None]) -> float | None:
 def comparison_table(
     rows: Sequence[Row], title: str = "", *, lead: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> Table:
-    """Return the rows as a table, whose times are in one unit."""
+    """Return the rows as a table, with all times in one unit."""
     longest = max((row.seconds for row in rows), default=0.0)
     unit, scale = time_unit(longest)
     columns = (
@@ -155,7 +155,7 @@ def _boundary(row: Mapping[str, Any]) -> str:
 
 
 def wilson(error: float, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of an error (percent) that was measured on so many images (Wilson 1927)."""
+    """Return the 95 % interval of an error (percent) that was measured on `images` images (Wilson 1927)."""
     share, width = error / 100, _Z**2 / images
     middle = (share + width / 2) / (1 + width)
     reach = sqrt(width * share * (1 - share) + width**2 / 4) / (1 + width)
@@ -163,9 +163,9 @@ def wilson(error: float, images: int) -> tuple[float, float]:
 
 
 def difference_interval(error: float, baseline: float, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of `error` - `baseline` in points, both on so many images (Newcombe 1998, method 10).
+    """Return the 95 % interval of `error` - `baseline` in points, each on `images` images (Newcombe 1998, method 10).
 
-    It takes the two for independent, so that on the same images it is rather too wide.
+    It assumes independent errors, so for errors on the same images it is too wide.
     """
     low, high = wilson(error, images)
     base_low, base_high = wilson(baseline, images)

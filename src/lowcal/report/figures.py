@@ -1,13 +1,16 @@
-"""The report's figures: a mean line for each method, a thin line for each seed.
+"""The report's figures: a mean line for each method and a thin line for each seed.
 
 Each function takes runs (of `runs.read_runs`) and returns a matplotlib Figure; `save` writes it to a file.
 """
 
+import html
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,21 +25,8 @@ from lowcal.files import atomic_write
 from lowcal.report.runs import RunData, by_method
 from lowcal.report.table import time_unit
 
-__all__ = [
-    "FIGURES",
-    "batch",
-    "boundary",
-    "colours",
-    "error_against_time",
-    "peak_memory",
-    "save",
-    "step_time",
-    "test_loss",
-    "train_loss",
-]
-
 INK = "#24292f"
-# On a light and on a dark page; Okabe and Ito's hues, told apart by colour-blind readers too.
+# On a light and on a dark page; Okabe and Ito's hues, which colour-blind readers can tell apart.
 _COLOURS = {
     "sgd": (INK, "#e6edf3"),
     "local": ("#0072b2", "#56b4e9"),
@@ -46,10 +36,10 @@ _COLOURS = {
     "prune": ("#a8487f", "#e79cc6"),
 }
 _OTHERS = (("#6a3fb5", "#b79cf0"), ("#7a6a00", "#cfc04a"), ("#8c2d2d", "#f08a8a"))
-# Lines that coincide stay visible: the later one leaves gaps.
+# Gaps in the later of two lines keep an earlier, equal line visible.
 _DASHES: dict[str, Any] = {"freeze": (0, (4, 2)), "refresh": (0, (1, 1.5)), "prune": (0, (6, 2, 1, 2))}
 
-NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _STYLE: dict[Any, Any] = {
     "figure.figsize": (4.9, 3.6),
     "figure.dpi": 72,
@@ -72,6 +62,12 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "lowcal",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
 
+_LEFT_OUT = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", re.DOTALL)
+_NAMESPACES = re.compile(r' (?:xmlns(?::\w+)?|version)="[^"]*"')
+_SIZE = re.compile(r' (?:width|height)="[^"]*"')
+_FONT = re.compile(r"font: (?:(bold|[0-9]+) )?([0-9.]+px) [^;\"]*")
+_FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
+
 Line = list[tuple[float, float]]
 
 
@@ -85,7 +81,7 @@ def colours(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def error_against_time(runs: Sequence[RunData]) -> Figure:
-    """Top-1 error (percent) after each epoch against the training time until then."""
+    """Draw top-1 error (percent) after each epoch against the training time so far."""
     longest = max(run.results["seconds"] for run in runs)
     unit, scale = time_unit(longest)
     figure = _figure(
@@ -101,7 +97,7 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
 
 
 def boundary(runs: Sequence[RunData]) -> Figure:
-    """The boundary in each epoch: how many leading layers did not back-propagate (the paper's Figure 3)."""
+    """Draw the boundary in each epoch: the leading layers that did not back-propagate (the paper's Figure 3)."""
     layers = max(run.results["layers"] for run in runs)
     figure = _epoch_figure(runs, "boundary", f"Boundary, of {layers} layers", steps=True)
     axes = figure.axes[0]
@@ -111,58 +107,75 @@ def boundary(runs: Sequence[RunData]) -> Figure:
 
 
 def step_time(runs: Sequence[RunData]) -> Figure:
-    """The time of one training step (ms) in each epoch (the paper's Figure 4)."""
+    """Draw the time of a training step (ms) in each epoch (the paper's Figure 4)."""
     return _epoch_figure(runs, "step_ms", "Time of a training step, ms", from_zero=True)
 
 
 def peak_memory(runs: Sequence[RunData]) -> Figure:
-    """The peak memory of training in each epoch (the paper's Figure 4)."""
+    """Draw the peak memory of training in each epoch (the paper's Figure 4)."""
     highest = max(record["peak_memory_bytes"] for run in runs for record in run.records)
     power, unit = (3, "GiB") if highest >= 1024**3 else (2, "MiB")
     return _epoch_figure(runs, "peak_memory_bytes", f"Peak memory, {unit}", scale=1024**power, from_zero=True)
 
 
 def batch(runs: Sequence[RunData]) -> Figure:
-    """The images in a mini-batch in each epoch (the paper's Figure 4)."""
+    """Draw the images in a mini-batch in each epoch (the paper's Figure 4)."""
     return _epoch_figure(runs, "batch", "Images in a mini-batch", steps=True, from_zero=True)
 
 
-def train_loss(runs: Sequence[RunData]) -> Figure:
-    """The mean loss over each epoch's training images."""
-    return _epoch_figure(runs, "train_loss", "Training loss", logarithmic=True)
+def loss(runs: Sequence[RunData], *, images: str) -> Figure:
+    """Draw the mean loss in each epoch on the training or test images (`images`: "train" or "test")."""
+    title = "Training loss" if images == "train" else "Test loss"
+    return _epoch_figure(runs, f"{images}_loss", title, logarithmic=True)
 
-
-def test_loss(runs: Sequence[RunData]) -> Figure:
-    """The mean loss over the test images after each epoch."""
-    return _epoch_figure(runs, "test_loss", "Test loss", logarithmic=True)
-
-
-test_loss.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name looks like
 
 FIGURES: dict[str, Callable[[Sequence[RunData]], Figure]] = {
     "error-against-time": error_against_time,
     "boundary": boundary,
     "step-time": step_time,
     "peak-memory": peak_memory,
-    "train-loss": train_loss,
-    "test-loss": test_loss,
+    "train-loss": partial(loss, images="train"),
+    "test-loss": partial(loss, images="test"),
 }
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to `path`, on white, as its suffix says: .svg or .png; LowcalError for another."""
+    """Write a figure on white to `path`, an .svg or .png; LowcalError for another suffix."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise LowcalError(f"a figure cannot be written as {path.name!r}; give a name that ends in .svg or .png")
     stream = io.BytesIO()
-    options = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 200}
+    options = {"metadata": _NO_METADATA} if kind == "svg" else {"dpi": 200}
     with style():
         figure.savefig(stream, format=kind, facecolor="white", **options)
     atomic_write(path, stream.getvalue())
 
 
+def inline_svg(figure: Figure, name: str, colours: Sequence[str], label: str) -> str:
+    """Return a figure as an <svg> element; `label` is read out, `name` keeps its ids apart from others'.
+
+    What is drawn in the i-th of `colours` (#rrggbb) gets the colour `var(--series-i)`, which the page
+    defines; axes and text get the page's text colour, and the text its font.
+    """
+    stream = io.StringIO()
+    with style(), mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+    whole = stream.getvalue()
+    opening, rest = whole[whole.index("<svg") :].split(">", 1)
+    opening = _SIZE.sub("", _NAMESPACES.sub("", opening))
+    rest = _LEFT_OUT.sub("", rest).replace("xlink:href", "href")
+    rest = re.sub(r'\bid="', f'id="{name}-', rest)
+    rest = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", rest)
+    rest = _FONT.sub(lambda found: f"font-weight: {found[1] or 400}; font-size: {found[2]}", rest)
+    rest = _FAMILY.sub("", rest)
+    for index, colour in enumerate(colours):
+        if colour != INK:
+            rest = rest.replace(colour, f"var(--series-{index})")
+    return f'{opening} role="img" aria-label="{html.escape(label)}">{rest.replace(INK, "currentColor")}'
+
+
 def style() -> AbstractContextManager[None]:
-    """Return the context in which figures are made and written."""
+    """Return the context for making and writing figures."""
     return mpl.rc_context(_STYLE)
 
 
@@ -231,7 +244,7 @@ def _columns(line: Line) -> tuple[list[float], list[float]]:
 
 
 def _average(lines: Sequence[Line]) -> Line:
-    """The mean of x and of y over the epochs that all lines have."""
+    """Return the mean of x and of y over the epochs that all lines have."""
     return [(mean(x for x, _ in points), mean(y for _, y in points)) for points in zip(*lines, strict=False)]
 
 

@@ -12,15 +12,11 @@ from markupsafe import Markup
 from lowcal.errors import LowcalError
 from lowcal.files import FORMAT, atomic_write, read_json
 from lowcal.report.comparison import Row, comparison_table, make_rows
-from lowcal.report.figures import FIGURES, colours
+from lowcal.report.figures import FIGURES, colours, inline_svg
+from lowcal.report.headline import batch_changes, common_title, comparison_notes, headline
 from lowcal.report.runs import RunData, by_method, code_note, read_runs
-from lowcal.report.svg import inline_svg
 from lowcal.report.table import Table, spread_notes
-from lowcal.report.titles import common_title
-from lowcal.report.words import batch_changes, comparison_notes, headline
-from lowcal.training.record import RunFolder
-
-__all__ = ["Report", "write_report"]
+from lowcal.training.run_folder import RunFolder
 
 _CAPTIONS = {
     "error-against-time": "Lower and further left is better. A line ends with its last epoch.",
@@ -30,7 +26,7 @@ _CAPTIONS = {
     "train-loss": "Mean over each epoch's training images.",
     "test-loss": "On the test images, after each epoch.",
 }
-# environment.json's names, in the page's words; `started` and `commit` are treated apart.
+# The names in environment.json and the page's words for them.
 _ENVIRONMENT = {
     "device": "device",
     "device_name": "processor",
@@ -48,7 +44,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: `summary` is summary.json's content, `notes` what a reader of the table must know beside it."""
+    """What `write_report` wrote: `summary` is the content of summary.json, `notes` explain the table."""
 
     rows: Sequence[Row]
     summary: dict[str, Any]
@@ -60,9 +56,13 @@ class Report:
 def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report:
     """Write `summary.json`, `summary.csv`, `summary.md` and `report.html` to `out`.
 
-    `runs` is a comparison's folder (then `out` may be left out: they go there) or several folders, each of a
-    run or of a comparison. LowcalError, and nothing written, if the runs cannot be read or shown together, or if
-    `out` holds a run or another program's summary.json.
+    Args:
+        runs: a comparison's folder, or several folders, each of a run or of a comparison.
+        out: may be None for a comparison's folder, which is then used.
+
+    Raises:
+        LowcalError: the runs cannot be read or shown together, or `out` holds a run or another program's
+            summary.json; nothing is written.
     """
     paths = [runs] if isinstance(runs, Path) else list(runs)
     if out is None:
@@ -109,20 +109,20 @@ def _summary(runs: Sequence[RunData]) -> dict[str, Any]:
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """The one value that all have, else the different ones in a text."""
+    """Return the value that all share, else a text with the different ones."""
     known = list(dict.fromkeys(value for value in values if value is not None))
     return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
 
 
 def _origin(summary: dict[str, Any]) -> list[str]:
-    """Where the runs were made, and by which recipe."""
+    """Return where the runs were made, and by which recipe."""
     machine = summary["environment"]
     ran = f"Ran on {machine['device_name'] or machine['device']}, torch {machine['torch']}."
     return [ran, f"Recipe: {summary['label'] or summary['recipe']}."]
 
 
 def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]) -> list[str]:
-    """What a reader of the table must know beside it."""
+    """Return the notes that explain the table."""
     notes = [*spread_notes(row.seeds for row in rows), *comparison_notes(runs, rows)]
     if changed := [f"{run.name} {change}" for run in runs if (change := batch_changes(run))]:
         notes.append(f"Batch: {'; '.join(changed)}.")
@@ -165,7 +165,7 @@ def _spoken(name: str) -> str:
 
 
 def _recipes(runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    """The different recipes (but for the seed) with the names of the runs that used each."""
+    """Return the different recipes (apart from the seed) with the names of their runs."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
         groups.setdefault(repr(run.settings), []).append(run)

@@ -1,4 +1,4 @@
-"""What the report knows of a run, read from its folder."""
+"""Read runs from their folders."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,20 @@ from typing import Any
 import yaml
 
 from lowcal.errors import LowcalError, is_count
-from lowcal.training.record import RunFolder, code_of
-
-__all__ = ["MOVING", "RunData", "by_method", "code_note", "differing", "method_order", "read_run", "read_runs"]
+from lowcal.training.run_folder import RunFolder, code_of
 
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
-# Settings of how images are read, not of which they are.
+# Settings of how images are read, not of which images.
 _READING = ("workers", "download", "on_error")
 _ORDER = ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune")
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: which it is, what each epoch gave, and its results so far.
+    """One run: its identity, its epochs, and its results so far.
 
     `results`: top1_error (percent, last epoch), seconds, flops, peak_memory_bytes, boundary, layers, epochs.
-    `images`: how many were read, and from what; None in runs that did not write it down.
+    `images`: the counts and the source of the images; None in runs that did not record them.
     """
 
     path: Path
@@ -49,12 +47,12 @@ class RunData:
 
     @property
     def machine(self) -> tuple[Any, ...]:
-        """What must be alike for times to be compared."""
+        """What must be equal for times to be compared."""
         return tuple(self.environment.get(name) for name in ("device", "device_name", "threads"))
 
     @property
     def code(self) -> str:
-        """Tells the code that made it from other versions."""
+        """Identifies the version of the code that made the run."""
         return code_of(self.environment)
 
     @cached_property
@@ -70,7 +68,7 @@ class RunData:
 
     @property
     def subject(self) -> dict[str, Any]:
-        """What must be alike for errors and times to be compared: network and images, as settings with their keys."""
+        """What must be equal for errors and times to be compared: network and images, by setting."""
         found = {f"images.{name}": value for name, value in (self.images or {}).items()}
         for section in ("model", "data"):
             values = self.settings.get(section)
@@ -80,24 +78,24 @@ class RunData:
 
     @property
     def titled(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What `common_title` takes."""
+        """The arguments for `common_title`."""
         known = {"model": {"name": self.model}, "data": {"name": self.dataset}, "epochs": self.planned}
         return known | self.settings, self.images
 
     @property
     def test_images(self) -> int | None:
-        """How many images the errors are of; None where that is not known."""
+        """The number of test images; None if it is not known."""
         return self.images["test"] if self.images else self.subject.get("data.test_images")
 
 
 def differing(one: RunData, other: RunData) -> list[str]:
-    """The keys of `subject` whose values differ; a key that one of the two did not write down is no difference."""
+    """Return the keys of `subject` whose values differ; a key that only one run recorded does not count."""
     left, right = one.subject, other.subject
     return [key for key in left if key in right and left[key] != right[key]]
 
 
 def read_run(path: Path) -> RunData:
-    """Read one run folder, finished or still going; LowcalError that names the file if it cannot be shown."""
+    """Read one run folder, finished or not; LowcalError that names the file if it cannot be shown."""
     folder = RunFolder.open(path)
     identity = folder.read_identity()
     summary = folder.read_summary()
@@ -158,7 +156,7 @@ def by_method(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
 
 
 def code_note(runs: Iterable[RunData]) -> str | None:
-    """A sentence that says which code made which of `runs`; None if it is the same for all."""
+    """Return a sentence on which code made which of `runs`; None if the code is the same for all."""
     groups: dict[str, list[str]] = {}
     for run in runs:
         groups.setdefault(run.code, []).append(run.name)
@@ -204,12 +202,12 @@ def _refuse_unless_seeds_of_one(group: Sequence[RunData]) -> None:
 
 
 def _unlabelled(run: RunData) -> dict[str, Any]:
-    """The settings without the label, which says the same in other words in runs of other versions."""
+    """Return the settings without the label, whose wording differs between versions."""
     return {name: value for name, value in run.settings.items() if name != "label"}
 
 
 def _images(value: Any, path: Path) -> dict[str, Any] | None:
-    """What a run wrote down of its images; LowcalError if it is damaged."""
+    """Return the counts of images that a run recorded; LowcalError if they are damaged."""
     if value is None:
         return None
     counts = ("train", "train_of", "test", "test_of", "classes")

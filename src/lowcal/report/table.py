@@ -12,20 +12,6 @@ from typing import Any
 
 from lowcal.files import FORMAT, atomic_write, finite
 
-__all__ = [
-    "ABSENT",
-    "Column",
-    "Table",
-    "amount",
-    "duration",
-    "escaped",
-    "memory",
-    "of_two",
-    "spread_notes",
-    "time_unit",
-    "with_spread",
-]
-
 ABSENT = "–"
 
 Row = Mapping[str, Any]

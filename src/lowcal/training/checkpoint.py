@@ -1,24 +1,30 @@
-"""Checkpoints that a crash, a full disk or a damaged file cannot take away.
+"""Checkpoints that survive a crash, a full disk and a damaged file.
 
-A new file is written beside the present one, which then becomes the previous one; each of the three names is looked at
-when loading.
+A new file is written beside the present one, which then becomes the previous one. Loading looks for all three
+names. The weights of a finished run are written beside them.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from lowcal.errors import LowcalError
-from lowcal.files import DamagedError, load_checked, save_checked
+from lowcal.files import DamagedError, atomic_write, load_checked, save_checked
 
 FORMAT = 4  # 1 had no part of an epoch, 2 no growth of the batch, 3 two generators of mini-batches
 KIND = "checkpoint"
 PRESENT = "checkpoint.pt"
 PREVIOUS = "checkpoint.prev.pt"
 NEXT = "checkpoint.next.pt"
+WEIGHTS = "model.pt"
+SAFE_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,19 @@ class Checkpoint:
     Attributes:
         state: what was saved, its tensors on the processor.
         path: the file it was read from.
-        passed_over: for each newer file that could not be used, which one and why.
+        skipped: for each newer file that could not be used, its name and the reason.
     """
 
     state: dict[str, Any]
     path: Path
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Saves `state`, tensors and plain values only, as the newest checkpoint in `folder` and keeps the one before.
+    """Saves `state`, tensors and plain values only, as the newest checkpoint in `folder`, and keeps the one before.
 
     Raises:
-        LowcalError: the system refuses; the checkpoints that were there are intact then.
+        LowcalError: the system refuses; the existing checkpoints are then intact.
     """
     save_checked(folder / NEXT, KIND, {"format": FORMAT, **state})
     _rename(folder)
@@ -49,8 +55,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 def settle(path: Path) -> None:
     """Makes the checkpoint in `path` the present one, instead of newer ones that are damaged.
 
-    So a saving that a crash broke off before its renaming is ended, and the next one keeps this checkpoint, and not a
-    damaged one, as the previous.
+    This finishes a save that a crash interrupted before its renaming. The next save then keeps this checkpoint as the
+    previous one, and not a damaged one.
 
     Raises:
         LowcalError: the system refuses.
@@ -63,7 +69,7 @@ def settle(path: Path) -> None:
 
 
 def _rename(folder: Path) -> None:
-    """Makes the next checkpoint the present one, and that the previous one."""
+    """Makes the next checkpoint the present one, and the present one the previous one."""
     if (folder / PRESENT).exists():
         _replace(folder / PRESENT, folder / PREVIOUS)
     _replace(folder / NEXT, folder / PRESENT)
@@ -79,28 +85,50 @@ def _replace(path: Path, target: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder` that is whole; None if it has none at all.
+    """The newest undamaged checkpoint in `folder`; None if there is none at all.
 
     Raises:
         LowcalError: none of those there can be used, or one was written by another version of lowcal.
     """
     # The next one is there only if a crash came between its writing and its renaming.
     paths = [folder / name for name in (NEXT, PRESENT, PREVIOUS) if (folder / name).exists()]
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in paths:
         try:
             state = load_checked(path, KIND)
             if "format" not in state:
                 raise DamagedError("does not hold a run's state")
         except DamagedError as error:
-            passed_over.append(f"{path} {error}")
+            skipped.append(f"{path} {error}")
             continue
         if state["format"] != FORMAT:
             raise LowcalError(
                 f"{path} has checkpoint format {state['format']!r}, this lowcal reads {FORMAT}; "
                 "resume with the lowcal that wrote it"
             )
-        return Checkpoint(state, path, tuple(passed_over))
-    if passed_over:
-        raise LowcalError(f"no checkpoint can be used: {'; '.join(passed_over)}; start the run anew in another folder")
+        return Checkpoint(state, path, tuple(skipped))
+    if skipped:
+        raise LowcalError(f"no checkpoint can be used: {'; '.join(skipped)}; start a new run in another folder")
     return None
+
+
+def export_weights(model: nn.Module, folder: Path) -> None:
+    """Writes the `state_dict` as `model.pt`, for `torch.load` with `weights_only`, and as `model.safetensors`.
+
+    The tensors are on the CPU and share no memory. Without the safetensors library the second file is left out.
+
+    Raises:
+        LowcalError: the system refuses; no part of a file is left.
+    """
+    weights = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    atomic_write(folder / WEIGHTS, buffer.getbuffer())
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        return
+    atomic_write(folder / SAFE_WEIGHTS, save(weights, metadata={"format": "pt"}))

@@ -1,4 +1,4 @@
-"""The step with the network's blocks compiled, each by itself, so that a move compiles only those that it changes."""
+"""The step with compiled blocks. Each block is compiled separately, so a move compiles only the blocks it changes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ _HOOKS = (
 
 
 class CompiledStep:
-    """The eager step on a network whose blocks are compiled (`find_blocks`); build another after each move.
+    """The eager step on a network whose blocks are compiled (`find_blocks`); build another one after each move.
 
-    Blocks that are alike share what is compiled, in all networks of the process. A block is compiled anew when what
-    learns in it has changed, and for its input needing a gradient or not: a bounded number of times in a run.
-    Dropped blocks and evaluation run as they are.
-
-    Mini-batches of another size than the whole one's, such as an epoch's last, run as they are.
+    Equal blocks share compiled code, in all networks of the process. A block is compiled again when what learns in it
+    has changed, and once each for an input with and without a gradient: a bounded number of times in a run. Dropped
+    blocks and evaluation are not compiled. Neither are mini-batches of another size than the full one, such as the last
+    of an epoch.
 
     Raises:
         LowcalError: the network has no block.
@@ -61,20 +60,20 @@ class CompiledStep:
 
     @property
     def skipped(self) -> Tensor | None:
-        """As `Step` says."""
+        """See `Step`."""
         return self._step.skipped
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        """Trains on one mini-batch; as `Step` says.
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Trains on one mini-batch; see `Step`.
 
         Raises:
-            LowcalError: a block cannot be compiled, or was given a hook after the step was built.
+            LowcalError: a block cannot be compiled, or a hook was registered on it after the step was built.
         """
         if RemovableHandle.next_id != self._last_hook:  # somewhere in the process a hook was registered
             self._check_hooks()
-        self._switch.on = self._batch in (None, len(given[0]))
+        self._switch.on = self._batch in (None, len(batch[0]))
         try:
-            return self._step(*given)
+            return self._step(*batch)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
             raise LowcalError(f"a block cannot be compiled ({lines[0]}); use step=eager") from error
@@ -86,7 +85,7 @@ class CompiledStep:
         for name, found in hooks.items():
             if found != self._hooks[name]:
                 raise LowcalError(
-                    f"hooks on '{name}' have changed since it was compiled, which compiled code does not heed; "
+                    f"hooks on '{name}' have changed since it was compiled, and compiled code does not run them; "
                     "register hooks before the step is built, or use step=eager"
                 )
         self._last_hook = RemovableHandle.next_id
@@ -100,10 +99,10 @@ class CompiledStep:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The parts of `model` that are compiled one by one, by name.
+    """The modules of `model` that are compiled separately, by name.
 
-    They are the outermost modules of a class that recurs in the network and holds weight layers, and what else of it
-    holds several modules but none of those, such as a stem.
+    They are the outermost modules that hold weight layers and whose class occurs several times in the network, and
+    the outermost other modules that hold weight layers but none of these, such as a stem.
     """
     layers = set(weight_layers(model).values())
 
@@ -137,7 +136,7 @@ class _Switch:
 
 
 class _Call:
-    """What calling a block does: the compiled code in training steps, else what it always did."""
+    """What calling a block does: the compiled code in training steps, else the usual call."""
 
     def __init__(self, block: nn.Module, compiled: Callable[..., Any], switch: _Switch) -> None:
         self._block, self._compiled, self._switch = block, compiled, switch
@@ -150,7 +149,7 @@ class _Call:
 
 
 def _signature(block: nn.Module) -> Hashable:
-    """Alike in two blocks only if the same code will do for both, as far as guards would not see it."""
+    """Equal for two blocks only if they can share compiled code; covers what guards do not check."""
     parameters = tuple((p.shape, p.stride(), p.dtype, p.requires_grad) for p in block.parameters())
     hooks = tuple(len(getattr(module, kind)) for module in block.modules() for kind in _HOOKS)
     return type(block), repr(block), parameters, hooks
@@ -160,10 +159,10 @@ _compiled_code: dict[Hashable, Callable[..., Any]] = {}
 
 
 def _compiled(key: Hashable) -> Callable[..., Any]:
-    """What calls a block of this key, compiled.
+    """The compiled function that calls a block with this key.
 
-    It has a code object of its own, since compiled code is kept, looked up and counted (``recompile_limit``) by code
-    object; `nn.Module.compile` would have a single one for all modules.
+    It has its own code object, because torch stores, finds and counts compiled code (``recompile_limit``) by code
+    object; `nn.Module.compile` has a single one for all modules.
     """
     if key not in _compiled_code:
         code = _call_block.__code__.replace(co_name=f"block_{len(_compiled_code)}")
@@ -173,7 +172,7 @@ def _compiled(key: Hashable) -> Callable[..., Any]:
         options["guard_filter_fn"] = _without_hook_numbers
         _compiled_code[key] = torch.compile(
             function,
-            fullgraph=True,  # a limit that is hit, or a graph that breaks, is an error instead of a slow step
+            fullgraph=True,  # at the limit, or at a graph break, an error instead of a slow step
             dynamic=False,
             backend=BACKEND,
             options=options,

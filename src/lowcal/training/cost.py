@@ -1,8 +1,9 @@
-"""What a training step costs, from a dry run that computes nothing."""
+"""What training costs: FLOPs and memory of a step from a dry run that computes nothing, and of a run's epochs."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowcal.data import Shard
 from lowcal.methods import Method
 from lowcal.training.step import PRECISIONS, EagerStep, StepOptions
 
@@ -36,15 +38,15 @@ class Cost:
 
 
 def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32") -> Cost:
-    """The cost of one training step of `method` where it stands, found on a copy of its network without data.
+    """The cost of one training step of `method` at its present boundary, from a copy of its network without data.
 
     Args:
-        method: attached to a network; nothing of either changes.
+        method: attached to a network; neither changes.
         shape: of the mini-batch's images, (N, C, H, W).
         precision: "float32", "bf16" or "fp16".
     """
-    # Autocast passes meta tensors by; fake ones, which take longer, it converts. Only what is made here may be fake:
-    # a method goes on drawing real numbers.
+    # Autocast ignores meta tensors but converts fake ones, which are slower. Only what is made here may be fake: a
+    # method still draws real numbers.
     is_mixed = PRECISIONS[precision] is not None
     device = torch.device("cpu" if is_mixed else "meta")
     with torch.random.fork_rng([]), _LiveBytes() as live:
@@ -63,7 +65,7 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """A step of gradients alone, after which the optimizer holds what it holds between steps."""
+    """Takes an optimizer step without a forward pass, so that the optimizer has all of its state."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
@@ -80,10 +82,10 @@ def _count(work: Callable[[], Any]) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's FLOP counter, made right for grouped convolutions.
+    """torch's FLOP counter, corrected for grouped convolutions.
 
-    Alone it multiplies their weight gradients' FLOPs by the number of groups (torch 2.15), which for the depthwise
-    layers of MobileNetV2 is most of all that it counts.
+    torch multiplies the FLOPs of their weight gradients by the number of groups (torch 2.15). For the depthwise layers
+    of MobileNetV2 that is most of its count.
     """
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
@@ -104,7 +106,7 @@ def _convolution_backward_flops(
     wanted: Sequence[bool],
     **_: Any,
 ) -> int:
-    """Either product, for the input's or the weight's gradient, takes what the forward pass takes."""
+    """The product for the gradient of the input, and that for the weight, each cost as much as the forward pass."""
     positions = inputs if transposed else gradient
     return 2 * math.prod(positions) * math.prod(weight[1:]) * sum(wanted[:2])
 
@@ -123,7 +125,7 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, *, gradients: bool = True
 
 
 def _empty_copies(model: nn.Module, optimizer: Optimizer, device: torch.device) -> tuple[nn.Module, Optimizer]:
-    """Copies on `device` whose tensors have their originals' shapes, strides and types, but no values."""
+    """Copies on `device` with the shapes, strides and types of the originals, but no values."""
     empties: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
@@ -137,7 +139,7 @@ def _empty_copies(model: nn.Module, optimizer: Optimizer, device: torch.device) 
 
 
 def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's settings without those that ask for a device's own kernels."""
+    """A parameter group's settings without those that select kernels of a device."""
     return {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
 
 
@@ -163,7 +165,7 @@ def _batch_norm_backward(
     )
 
 
-# Without values torch (2.15) takes these apart into dozens of operations in Python, most of a dry run's time.
+# Without values torch (2.15) decomposes these into dozens of operations in Python, most of the time of a dry run.
 _SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.native_batch_norm.default: _batch_norm,
     torch.ops.aten._native_batch_norm_legit.default: _batch_norm,
@@ -172,7 +174,7 @@ _SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages of all tensors that were made while it is entered and still live."""
+    """Counts the bytes of the storages of all tensors that were created while it is entered and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,3 +201,64 @@ class _LiveBytes(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class CostMeter:
+    """Counts an epoch's FLOPs by dry runs, and its memory by the device if that counts it, else by dry runs too.
+
+    Args:
+        method: attached to the network; `reset` must be called when either changes.
+        device: the device of the network.
+        precision: of its steps.
+        world: processes that share each mini-batch.
+    """
+
+    def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
+        self._method, self._device, self._precision = method, device, precision
+        self._largest = Shard(0, world)
+        self._costs: dict[tuple[int, ...], Cost] = {}
+        # Bytes, in the epochs since `reset`: a step that is replayed on the device allocates only once.
+        self._peak = 0
+        self._others = 0  # bytes on the device that belong to data sets and to other runs
+
+    def reset(self) -> None:
+        """Forgets the cost of steps so far."""
+        self._costs.clear()
+        self._peak = 0
+
+    def start(self) -> None:
+        """Starts to count peak memory."""
+        if self._device.type == "cuda":
+            gc.collect()  # copies from the warm-up would be counted as another run's, and freed within the epoch
+            torch.cuda.reset_peak_memory_stats(self._device)
+            own = held_bytes(self._method.model, self._method.optimizer)
+            self._others = torch.cuda.memory_allocated(self._device) - own
+
+    def held(self) -> int:
+        """Bytes that the network and its optimizer hold throughout a step, without gradients."""
+        return held_bytes(self._method.model, self._method.optimizer, gradients=False)
+
+    def peak(self) -> int:
+        """Most bytes in a step since `reset`; 0 on a device that does not count them."""
+        if self._device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
+        return self._peak
+
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
+        """The FLOPs of steps, and the most bytes that one of them takes on a device.
+
+        Args:
+            shapes: how many steps there were for each shape of images, over all processes.
+            peak: the bytes if the device counted them, else 0.
+        """
+        flops = sum(self._cost(shape).flops * count for shape, count in shapes.items())
+        return flops, peak or max(self._cost(self._largest_shard(shape)).peak_bytes for shape in shapes)
+
+    def _largest_shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        shard = self._largest.of(shape[0])
+        return (shard.stop - shard.start, *shape[1:])
+
+    def _cost(self, shape: tuple[int, ...]) -> Cost:
+        if shape not in self._costs:
+            self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
+        return self._costs[shape]

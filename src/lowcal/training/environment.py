@@ -1,4 +1,4 @@
-"""What a measured figure must be read with: the device, the versions, the code."""
+"""The environment of a measurement: the device, the versions, the code."""
 
 import hashlib
 import platform

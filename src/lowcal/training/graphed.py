@@ -16,12 +16,12 @@ from torch.optim import SGD, Optimizer
 
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
-from lowcal.training.growth import is_out_of_memory
+from lowcal.training.batch_growth import is_out_of_memory
 from lowcal.training.step import EagerStep, StepOptions
 
 
 class Graphs(Protocol):
-    """What records the work that a function gives the device, to be given again without running the function."""
+    """Records the work that a function gives the device, and replays it without running the function."""
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -30,18 +30,18 @@ class Graphs(Protocol):
         """Refuses a device that cannot record."""
 
     def aside(self, *, strict: bool = False) -> AbstractContextManager[None]:
-        """Where work runs as it does when it is recorded; what is to be recorded must have run there once.
+        """A context in which work runs as it does while recording; work must run there once before it is recorded.
 
         Args:
-            strict: reading from the device, which cannot be recorded, is an error.
+            strict: whether reading from the device, which cannot be recorded, is an error.
         """
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Runs `body` without any of its work being done; returns what does that work each time it is called."""
+        """Runs `body` without doing its work; returns a function that does the work each time it is called."""
 
 
 class CudaGraphs:
-    """CUDA graphs, whose memory comes from one pool and is kept until all of them are gone."""
+    """CUDA graphs. Their memory comes from one pool and is kept until all of them are deleted."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +50,7 @@ class CudaGraphs:
 
     @staticmethod
     def check(device: torch.device) -> None:
-        """Refuses all but CUDA devices."""
+        """Refuses all devices except CUDA devices."""
         if device.type != "cuda":
             raise LowcalError(
                 f"step=graphed needs a CUDA device, and this run is on {device}; use step=eager or compiled"
@@ -66,7 +66,7 @@ class CudaGraphs:
         present.wait_stream(self._stream)
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
-        """Captures `body`; other threads, such as those that load images, may go on using the device meanwhile."""
+        """Captures `body`; other threads, such as those that load images, may use the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             body()
@@ -75,16 +75,16 @@ class CudaGraphs:
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of the process: cuBLAS keeps a workspace of tens of MiB for each stream it has worked on."""
+    """One stream for all graphs of the process: cuBLAS keeps tens of MiB for each stream it has used."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _reading_refused() -> Iterator[None]:
-    """Within it, waiting for the device is an error."""
+    """Within it waiting for the device is an error."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that this mode of it is a prototype
+        warnings.simplefilter("ignore")  # torch warns that this mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -100,27 +100,28 @@ _Kind = tuple[int, int]  # images in the mini-batch, `Method.phase`
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step that can be replayed: it reads `given`, and writes `loss` and `skipped`."""
+    """A step that can be replayed: it reads `batch`, and writes `loss` and `skipped`."""
 
     replay: Callable[[], None]
-    given: tuple[Tensor, ...]
+    batch: tuple[Tensor, ...]
     loss: Tensor
     skipped: Tensor | None
 
 
 class GraphedStep:
-    """The eager step, recorded and replayed; build another after each move.
+    """The eager step, recorded and replayed; build another one after each move.
 
-    There is a graph for each size of mini-batch and each kind of step that the method has (`Method.phase`). The first
-    such step runs eagerly, which is all the warm-up that recording needs, so nothing has to be undone. So does the
-    second, in which reading from the device is an error: one while recording would leave torch in disorder. The third
-    is recorded and replayed. What Python does in a step happens once in each: in an eager step, while recording, or by
-    `Method.replayed`. Learning rates and the length of local steps lie on the device, so epochs share graphs.
+    There is a graph for each size of mini-batch and each phase of the method (`Method.phase`). The first such step runs
+    eagerly; this is all the warm-up that recording needs, so nothing has to be undone. The second also runs eagerly,
+    and reading from the device is an error in it: such an error while recording would leave torch in an invalid state.
+    The third is recorded and replayed. What Python does in a step happens once per step: in an eager step, while
+    recording, or in `Method.replayed`. Learning rates and the length of local steps are on the device, so epochs share
+    graphs.
 
     The loss that a call returns is overwritten by the next call.
 
     Raises:
-        LowcalError: as `check` does.
+        LowcalError: see `check`.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
@@ -150,24 +151,24 @@ class GraphedStep:
 
     @property
     def skipped(self) -> Tensor | None:
-        """As `Step` says."""
+        """See `Step`."""
         return self._skipped
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        """Trains on one mini-batch; as `Step` says.
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Trains on one mini-batch; see `Step`.
 
         Raises:
             LowcalError: the step cannot be recorded, as when the network reads from the device.
         """
         self._set_rates()
-        key = len(given[0]), self._method.phase
+        key = len(batch[0]), self._method.phase
         if self._has_run[key] < EAGER_STEPS:
-            return self._run_eagerly(key, given)
+            return self._run_eagerly(key, batch)
         is_new = key not in self._recorded
         if is_new:
-            self._recorded[key] = self._record(given)
+            self._recorded[key] = self._record(batch)
         step = self._recorded[key]
-        for fixed, tensor in zip(step.given, given, strict=True):
+        for fixed, tensor in zip(step.batch, batch, strict=True):
             fixed.copy_(tensor)
         step.replay()
         if not is_new:
@@ -175,21 +176,21 @@ class GraphedStep:
         self._skipped = step.skipped
         return step.loss
 
-    def _run_eagerly(self, key: _Kind, given: tuple[Tensor, ...]) -> Tensor:
+    def _run_eagerly(self, key: _Kind, batch: tuple[Tensor, ...]) -> Tensor:
         is_strict = self._has_run[key] > 0
         named = _unrecordable() if is_strict else nullcontext()
         with named, self._graphs.aside(strict=is_strict), self._rates_on_device():
-            loss = self._step(*given)
+            loss = self._step(*batch)
         self._has_run[key] += 1
         self._skipped = self._step.skipped
         return loss
 
-    def _record(self, given: tuple[Tensor, ...]) -> _Recorded:
-        given = tuple(tensor.clone() for tensor in given)
+    def _record(self, batch: tuple[Tensor, ...]) -> _Recorded:
+        batch = tuple(tensor.clone() for tensor in batch)
         losses: list[Tensor] = []
         with _unrecordable(), self._rates_on_device():
-            replay = self._graphs.record(lambda: losses.append(self._step(*given)))
-        return _Recorded(replay, given, losses[0], self._step.skipped)
+            replay = self._graphs.record(lambda: losses.append(self._step(*batch)))
+        return _Recorded(replay, batch, losses[0], self._step.skipped)
 
     def _set_rates(self) -> None:
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
@@ -200,7 +201,7 @@ class GraphedStep:
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """The optimizer takes its learning rates from the device, where graphs look for them."""
+        """Within it the optimizer reads its learning rates from the device, as graphs do."""
         groups = self._optimizer.param_groups
         before = [group["lr"] for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
@@ -214,7 +215,7 @@ class GraphedStep:
 
 @contextmanager
 def _unrecordable() -> Iterator[None]:
-    """Says in a line of ours why a step cannot be recorded."""
+    """Turns torch's error while recording into a LowcalError of one line."""
     try:
         yield
     except RuntimeError as error:

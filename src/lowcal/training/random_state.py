@@ -1,4 +1,4 @@
-"""The state of torch's global random generators that belongs to one run."""
+"""The states of torch's global random generators for one run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RandomState:
     """Lets each of several interleaved runs draw from torch's global generators as if it were alone.
 
     Args:
-        seed: of both generators, the processor's and the device's.
-        device: where the run's network is.
+        seed: of both generators, the CPU's and the device's.
+        device: the device of the run's network.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class RandomState:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within it torch's global generators are the run's; after it they are as they were before."""
+        """Within it torch's global generators have the run's states; after it they are as they were before."""
         before = self._read()
         self._write(self._states)
         self._is_entered = True
@@ -41,11 +41,11 @@ class RandomState:
             self._write(before)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states, one-dimensional uint8 tensors on the processor."""
+        """The generators' states, one-dimensional uint8 tensors on the CPU."""
         return self._read() if self._is_entered else dict(self._states)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
             LowcalError: a generator's state is missing or damaged, as when the run was on another kind of device.

@@ -18,7 +18,7 @@ from lowcal.experiments.reproduce.run import dry_run, plan_search, reproduce
 from lowcal.experiments.sweep import Sweep
 from lowcal.report.runs import read_run
 from lowcal.training.environment import code_digest
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 VGG = "vgg13-cifar10"

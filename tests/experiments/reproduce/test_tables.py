@@ -10,7 +10,7 @@ from lowcal.experiments.reproduce.results import Results
 from lowcal.experiments.reproduce.rivals import Point, line_at, line_within, stopped_at
 from lowcal.experiments.reproduce.rows import Measured
 from lowcal.experiments.reproduce.write import KINDS, fill, write
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 RESNET34, RESNET50, RESNET18 = "resnet34-imagenet", "resnet50-imagenet", "resnet18-cifar10"
 MACHINE = {"device": "cpu", "device_name": "a processor", "threads": 1, "torch": "2.15"}

@@ -19,7 +19,7 @@ from lowcal.experiments.reproduce.paper import Cell, PaperTable, digest, make_ce
 from lowcal.experiments.search_space import parse_search
 from lowcal.files import FORMAT, read_json, write_json
 from lowcal.report.runs import RunData, read_run
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
 
 MARK = "reproduce.json"
 TURNS = "turns.json"

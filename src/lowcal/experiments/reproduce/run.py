@@ -16,19 +16,18 @@ from lowcal.data import CLASSES, IMAGES
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
+from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.compare import note_skipped, prepare, take_turns
 from lowcal.experiments.folders import name_other_code, refuse_unwritable
-from lowcal.experiments.kernels import kernels_of
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.reproduce.paper import Cell, PaperTable, choose
 from lowcal.experiments.reproduce.results import Results
 from lowcal.experiments.reproduce.write import write
 from lowcal.experiments.sweep import Sweep, require_optuna, sweep
-from lowcal.experiments.threads import cpu_threads
 from lowcal.models import build_model
 from lowcal.report.table import Table, duration
-from lowcal.training.epoch import now
-from lowcal.training.record import RunFolder
+from lowcal.training.run_folder import RunFolder
+from lowcal.training.step import now
 
 SMALL_BATCH = 8  # of an estimate on a CPU, where a step's time is proportional to its images
 ESTIMATE_SECONDS = 5.0  # after which an estimate uses the steps so far

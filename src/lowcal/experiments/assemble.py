@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lowcal.data import Dataset, Loader, Shard, load, make_loader
-from lowcal.data.decoders import available_workers
+from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_loader
 from lowcal.errors import LowcalError
 from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at

@@ -30,7 +30,7 @@ LEVELS = [
     {"training"},
     {"report"},
     {"experiments"},
-    {"console", "console_sweep"},
+    {"console"},
     {"commands"},
     {"cli", "__main__"},
 ]

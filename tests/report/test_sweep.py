@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from lowcal.console_sweep import sweep_text
-from lowcal.report.sweep import best_trials, short_names, sweep_cells, sweep_figure, write_sweep
+from lowcal.report.sweep import short_names, sweep_figure, sweep_table, sweep_text, write_sweep
 
 
 def row(trial, error, seconds=10.0, reason=None, **settings):
@@ -21,14 +20,7 @@ def summary(rows, **changes):
         "logarithmic": ["local.lr"],
     }  # fmt: skip
     made = {**plain, **changes}
-    return {**made, "best": best_trials(rows, made["objectives"]), "rows": rows}
-
-
-def test_the_best_are_those_that_no_other_beats():
-    rows = [row(0, 5.0, 10.0), row(1, 4.0, 20.0), row(2, 6.0, 20.0), row(3, None, reason="diverged"), row(4, 4.0, 20.0)]
-    assert best_trials(rows, ["top1_error"]) == [1, 4]
-    assert best_trials(rows, ["top1_error", "seconds"]) == [0, 1, 4]
-    assert best_trials([], ["top1_error"]) == []
+    return {"best": [], **made, "rows": rows}
 
 
 def test_short_names_tell_settings_apart():
@@ -43,17 +35,17 @@ def test_short_names_tell_settings_apart():
 
 def test_the_table_is_sorted_by_the_objective_and_a_grids_is_not():
     rows = [row(0, 9.0), row(1, None, reason="trial-0001-seed0: the loss became nan at step 1"), row(2, 5.0)]
-    _, lines = sweep_cells(summary(rows))
+    lines = sweep_table(summary(rows, best=[2])).cells()
     assert [line[0] for line in lines] == ["2", "0", "1"]
     assert lines[0][-1] == "*"
     assert "nan" in lines[2][-1]
-    _, lines = sweep_cells(summary(rows, sampler="grid"))
+    lines = sweep_table(summary(rows, sampler="grid")).cells()
     assert [line[0] for line in lines] == ["0", "1", "2"]
 
 
 def test_long_sweeps_are_printed_in_part_and_written_whole(tmp_path):
     rows = [row(trial, float(trial)) for trial in range(30)]
-    heading = {name: value for name, value in summary(rows).items() if name not in ("rows", "best")}
+    heading = {name: value for name, value in summary(rows, best=[0]).items() if name != "rows"}
     report = write_sweep(rows, heading, tmp_path)
     text = sweep_text(report.summary)
     assert text.endswith("... and 10 more")

@@ -147,7 +147,7 @@ def sweep(
     storage: Annotated[str | None, typer.Option(help="URL of a database [default: SQLite in the folder].")] = None,
     study: Annotated[str | None, typer.Option(help="Name in the database [default: RECIPE-METHOD].")] = None,
     lease: Annotated[
-        float, typer.Option(help="Seconds without a sign of life after which a worker's trial is taken up by another.")
+        float, typer.Option(help="Seconds without a heartbeat after which another worker takes a trial up.")
     ] = 60.0,
     data_dir: DataDirOption = None,
     out: Annotated[
@@ -164,13 +164,13 @@ def sweep(
     The same command with the same --out, here or on another machine, adds a worker or goes on.
     """
     from lowcal.console import Display
-    from lowcal.console_sweep import sweep_text
     from lowcal.experiments.recipe_text import as_dict, load_recipe
-    from lowcal.experiments.sweep import plan_sweep
+    from lowcal.experiments.sweep import Sweep
     from lowcal.experiments.sweep import sweep as run
     from lowcal.report.headline import title
+    from lowcal.report.sweep import sweep_text
 
-    plan = plan_sweep(
+    plan = Sweep(
         load_recipe(recipe),
         method,
         search or [],

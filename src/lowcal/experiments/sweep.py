@@ -1,16 +1,13 @@
-"""Settings searched by many trials, on one machine or on many: a method's runs under settings that Optuna chooses."""
+"""A sweep: many trials of a method, each under settings that Optuna chooses."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,53 +19,87 @@ from lowcal.experiments.compare import note_skipped
 from lowcal.experiments.folders import refuse_used
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import as_dict, differences, dump_recipe, parse_recipe, show_value
-from lowcal.experiments.search import Search, base_recipe, grid, own_point, parse_search, refuse_unused, variants
+from lowcal.experiments.search_space import base_recipe, grid, own_point, parse_search, refuse_unused, variants
 from lowcal.methods import find_method
 from lowcal.report.headline import title
 from lowcal.report.sweep import SweepReport, write_sweep
 from lowcal.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from lowcal.experiments.ledger import Ledger
-
 OBJECTIVES = ("top1_error", "best_top1_error", "seconds", "flops")
 SAMPLERS = ("tpe", "random", "grid")
-LEASE = 60.0  # seconds
+SHORTEST_LEASE = 2  # seconds; databases store heartbeats in whole seconds, and one is recorded each second
 
 
-@dataclass(frozen=True)
 class Sweep:
-    """What a sweep does.
+    """What a sweep does. Trials are evaluated on held-out training images unless `settings` say otherwise.
 
-    Attributes:
-        recipe: of every trial, the searched settings at the first point of their searches.
+    With the sampler "tpe", the first trial has the recipe's own settings (`start`) if they are among those searched.
+
+    Args:
+        recipe: of every trial; the attribute has the searched settings at the first points of their searches.
         method: that trains.
-        searches: the settings that differ between trials.
-        trials: their number, over all workers.
-        seeds: runs of a trial, whose mean counts.
-        objectives: what is minimised: names of a run's results; with several, the trials that no other beats in all.
-        sampler: how settings are chosen: Optuna's "tpe" or "random", or every combination once, "grid".
-        study: the sweep's name in its database.
+        searches: the settings that differ between trials, each as `parse_search` takes it.
+        settings: `key=value`, for all trials.
+        trials: their number, over all workers; may be None for a grid, which has one for each combination.
+        seeds: runs of a trial; their mean counts.
+        objective: what is minimised: one of `OBJECTIVES`, or several separated by commas.
+        sampler: how settings are chosen: Optuna's "tpe" or "random", or "grid", every combination once.
+        study: the sweep's name in its database; None: the recipe's name and the method's.
         storage: the database's URL; None: a file in the sweep's folder.
-        lease: seconds without a sign of life after which a worker counts as dead.
-        start: the settings of the first trial; None: chosen as all others.
+        lease: seconds without a heartbeat after which a worker counts as dead.
+
+    Raises:
+        LowcalError: one of them is wrong; the message says which and what to give.
     """
 
-    recipe: Recipe
-    method: str
-    searches: tuple[Search, ...]
-    trials: int
-    seeds: int = 1
-    objectives: tuple[str, ...] = ("top1_error",)
-    sampler: str = "tpe"
-    study: str = "sweep"
-    storage: str | None = None
-    lease: float = LEASE
-    start: Mapping[str, Any] | None = None
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: str,
+        searches: Sequence[str],
+        *,
+        settings: Sequence[str] = (),
+        trials: int | None = None,
+        seeds: int = 1,
+        objective: str = "top1_error",
+        sampler: str = "tpe",
+        study: str | None = None,
+        storage: str | None = None,
+        lease: float = 60.0,
+    ) -> None:
+        find_method(method)
+        if not searches:
+            raise LowcalError("there is nothing to search; give --search key=low:high or key=value,value,...")
+        self.searches = tuple(parse_search(text) for text in searches)
+        refuse_unused(self.searches, method)
+        self.recipe = base_recipe(recipe, ["data.evaluate=validation", *settings], self.searches)
+        self.objectives = objective.split(",")
+        if sampler not in SAMPLERS:
+            raise LowcalError(f"unknown sampler '{sampler}'{nearest(sampler, SAMPLERS)}")
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                raise LowcalError(f"unknown objective '{name}'{nearest(name, OBJECTIVES)}")
+            if self.objectives.count(name) > 1:
+                raise LowcalError(f"--objective {objective}: '{name}' is there twice; name each once")
+        if sampler == "grid":
+            combinations = len(grid(self.searches))
+            if trials not in (None, combinations):
+                raise LowcalError(f"--trials {trials}: this grid has {combinations} combinations; leave --trials out")
+            trials = combinations
+        if trials is None:
+            raise LowcalError(
+                "the number of trials is missing; give --trials N, or --sampler grid for all combinations"
+            )
+        for option, value, least in (("trials", trials, 1), ("seeds", seeds, 1), ("lease", lease, SHORTEST_LEASE)):
+            if value < least:
+                raise LowcalError(f"--{option} {value:g}: must be at least {least}; give more")
+        self.method, self.trials, self.seeds, self.sampler = method, trials, seeds, sampler
+        self.study, self.storage, self.lease = study or f"{recipe.name}-{method}", storage, lease
+        self.start = own_point(recipe, self.searches) if sampler == "tpe" else None
 
-    def definition(self) -> str:
-        """What all workers on a sweep must agree in, as text."""
-        same = {
+    def definition(self) -> dict[str, Any]:
+        """What all workers on a sweep must agree on."""
+        return {
             "method": self.method,
             "search": [str(search) for search in self.searches],
             "objective": ",".join(self.objectives),
@@ -77,83 +108,25 @@ class Sweep:
             "seeds": self.seeds,
             "recipe": dump_recipe(self.recipe),
         }
-        return json.dumps(same)
-
-
-def plan_sweep(
-    recipe: Recipe,
-    method: str,
-    searches: Sequence[str],
-    *,
-    settings: Sequence[str] = (),
-    trials: int | None = None,
-    seeds: int = 1,
-    objective: str = "top1_error",
-    sampler: str = "tpe",
-    study: str | None = None,
-    storage: str | None = None,
-    lease: float = LEASE,
-) -> Sweep:
-    """The sweep that the command's options describe, evaluated on held-out training images unless `settings` say else.
-
-    Its first trial has the recipe's own settings, if the sampler is "tpe" and they are among those searched.
-
-    Args:
-        searches: each as `parse_search` takes it.
-        settings: `key=value`, for all trials.
-        trials: may be left out for a grid, which has as many as there are combinations.
-        objective: one of `OBJECTIVES`, or several separated by commas.
-        study: by default the recipe's name and the method's.
-
-    Raises:
-        LowcalError: one of them is wrong; the message says which and what to give.
-    """
-    find_method(method)
-    if not searches:
-        raise LowcalError("there is nothing to search; give --search key=low:high or key=value,value,...")
-    found = tuple(parse_search(text) for text in searches)
-    refuse_unused(found, method)
-    base = base_recipe(recipe, ["data.evaluate=validation", *settings], found)
-    for name, known in ((sampler, SAMPLERS), *((name, OBJECTIVES) for name in objective.split(","))):
-        if name not in known:
-            what = "sampler" if known is SAMPLERS else "objective"
-            raise LowcalError(f"unknown {what} '{name}'{nearest(name, known)}")
-    if len(set(objective.split(","))) < len(objective.split(",")):
-        raise LowcalError(f"--objective {objective}: one is there twice; name each once")
-    if sampler == "grid":
-        combinations = len(grid(found))
-        if trials not in (None, combinations):
-            raise LowcalError(f"--trials {trials}: this grid has {combinations} combinations; leave --trials out")
-        trials = combinations
-    if trials is None:
-        raise LowcalError("the number of trials is missing; give --trials N, or --sampler grid for all combinations")
-    for option, value, least in (("trials", trials, 1), ("seeds", seeds, 1), ("lease", lease, 1)):
-        if value < least:
-            raise LowcalError(f"--{option} {value:g}: must be at least {least}; give more")
-    name = study or f"{recipe.name}-{method}"
-    objectives = tuple(objective.split(","))
-    start = own_point(recipe, found) if sampler == "tpe" else None
-    return Sweep(base, method, found, trials, seeds, objectives, sampler, name, storage, lease, start)
 
 
 def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device, watcher: Watcher) -> SweepReport:
     """Work on a sweep until all its trials are finished, then write the report to `out`.
 
-    Any number of processes may do the same at once, on as many machines as reach the storage. The trial of one that
-    dies is taken up again by another, from its checkpoint where the folder is the same. To go on with a sweep that was
-    interrupted, or with more trials, call this again.
+    Any number of processes may do the same at once, on as many machines as reach the storage. Another worker continues
+    the trial of one that dies, from its checkpoint where the folder is the same. Call this again to continue an
+    interrupted sweep, or to add trials to a finished one.
 
     Raises:
         LowcalError: the plan does not fit the network or the data, `out` holds something else, or the storage cannot
             be used or holds another sweep of this name. Nothing is written unless all fits.
     """
     require_optuna()
-    from lowcal.experiments.ledger import Ledger, storage_url
-    from lowcal.experiments.sampling import Study
-    from lowcal.experiments.worker import Worker
+    from lowcal.experiments.sweep_storage import open_study, storage_url
+    from lowcal.experiments.sweep_worker import Worker
 
     url = storage_url(plan.storage) if plan.storage else None
-    _refuse_strange(out)
+    _refuse_other_folder(out)
     data = load_data(plan.recipe, data_dir)
     note_skipped(data, watcher)
     check(plan.recipe, [plan.method], data, device)
@@ -163,42 +136,25 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
                 check(other, [plan.method], data, device)
             except LowcalError as error:
                 raise LowcalError(f"with {setting}: {error}") from None
-    _make(out)
-    if url is None:
-        url = storage_url("sqlite:///sweep.db").set(database=str(out.absolute() / "sweep.db"))
-    with closing(Ledger(url, plan.study, plan.lease)) as ledger:
-        _join(ledger, plan)
-        choices = Study(
-            url,
-            plan.study,
-            objectives=len(plan.objectives),
-            searches=plan.searches,
-            sampler=plan.sampler,
-            seed=plan.recipe.seed,
-            start=plan.start,
-        )
-        with closing(choices) as study:
-            worker = Worker(plan, out, ledger, study, data=data, data_dir=data_dir, device=device, watcher=watcher)
-            worker.work()
-            return write_sweep(worker.rows(), _heading(plan, data), out)
+    _make_folder(out)
+    url = url or storage_url("sqlite:///sweep.db").set(database=str(out.absolute() / "sweep.db"))
+    with open_study(url, plan.study, objectives=len(plan.objectives), lease=plan.lease) as study:
+        _refuse_other_sweep(study.user_attrs.get("definition"), plan, is_new=not study.trials)
+        study.set_user_attr("definition", plan.definition())
+        worker = Worker(plan, out, study, data, plan.recipe.data, data_dir, device, watcher)
+        known = len(worker.attempts())
+        if known > plan.trials:
+            raise LowcalError(
+                f"--trials {plan.trials}: the sweep '{plan.study}' has {known} already; give at least that"
+            )
+        worker.work()
+        return write_sweep(worker.rows(), {**_heading(plan, data), "best": worker.best()}, out)
 
 
 def require_optuna() -> None:
     """Refuse to begin without Optuna."""
     if importlib.util.find_spec("optuna") is None:
-        raise LowcalError("a sweep needs Optuna, which is not here; pip install 'lowcal[sweep]'")
-
-
-def _join(ledger: Ledger, plan: Sweep) -> None:
-    """Enter the sweep in the ledger, or find it there."""
-    definition = plan.definition()
-    there = ledger.join(definition)
-    if there != definition:
-        _refuse_another(json.loads(there), plan)
-    ledger.grow(plan.trials)
-    known = len(ledger.entries())
-    if known > plan.trials:
-        raise LowcalError(f"--trials {plan.trials}: the sweep '{plan.study}' has {known} already; give as many or more")
+        raise LowcalError("a sweep needs Optuna, which is not installed; pip install 'lowcal[sweep]'")
 
 
 def _heading(plan: Sweep, data: Dataset) -> dict[str, Any]:
@@ -212,30 +168,34 @@ def _heading(plan: Sweep, data: Dataset) -> dict[str, Any]:
         "model": recipe.model.name,
         "dataset": data.name,
         "evaluate": recipe.data.evaluate,
-        "objectives": list(plan.objectives),
+        "objectives": plan.objectives,
         "sampler": plan.sampler,
         "seeds": plan.seeds,
         "search": [str(search) for search in plan.searches],
-        "logarithmic": [search.key for search in plan.searches if getattr(search, "log", False)],
+        "logarithmic": [search.key for search in plan.searches if search.kind == "log"],
     }
 
 
-def _refuse_another(there: dict[str, Any], plan: Sweep) -> None:
-    """Refuse a sweep of the same name that is not `plan`."""
-    own = json.loads(plan.definition())
+def _refuse_other_sweep(definition: dict[str, Any] | None, plan: Sweep, *, is_new: bool) -> None:
+    """Refuse a study that is not of this sweep."""
     where = f"the storage holds another sweep '{plan.study}'"
-    remedy = "go on with that one, or choose another --study or --out"
-    for name, value in own.items():
-        if name != "recipe" and there.get(name) != value:
-            old, new = (" ".join(v) if isinstance(v, list) else v for v in (there.get(name), value))
+    remedy = "continue that one, or choose another --study or --out"
+    if definition is None:
+        if is_new:
+            return
+        raise LowcalError(f"{where}, of an earlier version or another program; choose another --study or --out")
+    for name, new in plan.definition().items():
+        old = definition[name]
+        if name != "recipe" and old != new:
+            old, new = (" ".join(value) if isinstance(value, list) else value for value in (old, new))
             raise LowcalError(f"{where}: its {name} is {old}, not {new}; {remedy}")
-    changed = differences(parse_recipe(there["recipe"], f"of the sweep '{plan.study}'"), plan.recipe)
+    changed = differences(parse_recipe(definition["recipe"], f"of the sweep '{plan.study}'"), plan.recipe)
     if changed:
         raise LowcalError(f"{where} of another recipe: {changed[0]}; {remedy}")
 
 
-def _refuse_strange(out: Path) -> None:
-    """Refuse a folder with something other than a sweep in it."""
+def _refuse_other_folder(out: Path) -> None:
+    """Refuse a folder that holds something other than a sweep."""
     if RunFolder.holds_run(out):
         raise LowcalError(f"{out} is a single run, not a sweep; choose another --out")
     ours = re.compile(r"trial-\d+-seed\d+|sweep\.db")
@@ -243,7 +203,7 @@ def _refuse_strange(out: Path) -> None:
         refuse_used(out, "a sweep")
 
 
-def _make(out: Path) -> None:
+def _make_folder(out: Path) -> None:
     """Make the folder, which other workers may be making too, and try whether it can be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """A sweep's report: its trials as JSON, CSV and Markdown, and each objective against each searched setting."""
 
-import csv
-import io
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lowcal.files import FORMAT, write_json
 from lowcal.report.figures import INK, colours, save, style
-from lowcal.report.table import ABSENT, duration, spread_notes, with_spread
+from lowcal.report.table import ABSENT, Column, Table, spread_notes
 
-__all__ = ["SweepReport", "best_trials", "short_names", "sweep_cells", "write_sweep"]
+__all__ = ["SweepReport", "short_names", "sweep_table", "sweep_text", "write_sweep"]
 
-_RESULTS = ("top1_error", "best_top1_error", "seconds", "flops")
+MOST_TRIALS = 20  # that are printed; the files have all
+WIDEST_REASON = 60
+
 _TITLES = {
     "top1_error": "top-1 error, %",
     "best_top1_error": "lowest top-1 error, %",
     "seconds": "training time, s",
     "flops": "training FLOPs",
 }
+_RESULTS = (*_TITLES, "top1_error_std", "seconds_std", "boundary", "layers", "device", "reason")
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], heading: Mapping[str, Any], o
 
     Args:
         rows: the trials, each with `trial`, `settings` (by key), its results, and `reason` where there are none.
-        heading: what the sweep is; `objectives` are the names of the results that were minimised.
+        heading: what the sweep is; `objectives` are the names of the results that were minimised, `best` the numbers of
+            the trials that no other beats.
     """
-    summary = {"format": FORMAT, **heading, "best": best_trials(rows, heading["objectives"]), "rows": list(rows)}
+    summary = {"format": FORMAT, **heading, "rows": list(rows)}
+    flat = [{"trial": row["trial"], **row["settings"], **{name: row[name] for name in _RESULTS}} for row in rows]
     with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as made:  # several workers may write at once
         folder = Path(made)
         write_json(folder / "sweep.json", summary)
-        (folder / "sweep.csv").write_text(_csv(rows), encoding="utf-8")
+        (folder / "sweep.csv").write_text(Table((), flat).csv(), encoding="utf-8")
         (folder / "sweep.md").write_text(_markdown(summary), encoding="utf-8")
         if any(row["reason"] is None for row in rows):
             save(sweep_figure(summary), folder / "sweep.svg")
@@ -56,14 +60,35 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], heading: Mapping[str, Any], o
     return SweepReport(summary, tuple(files))
 
 
-def best_trials(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> list[int]:
-    """Return the trials that no other beats: lower in one objective and no higher in the others."""
-    points = {row["trial"]: [row[name] for name in objectives] for row in rows if row["reason"] is None}
-    return [
-        trial
-        for trial, point in points.items()
-        if not any(other != point and all(map(float.__le__, *_floats(other, point))) for other in points.values())
+def sweep_table(summary: Mapping[str, Any]) -> Table:
+    """Return the trials as a table: those of a grid in order, others the best first; `*` marks the best."""
+    first = summary["objectives"][0]
+    rows = [
+        {**row, "seeds": summary["seeds"], "mark": row["reason"] or "*" * (row["trial"] in summary["best"])}
+        for row in summary["rows"]
     ]
+    if summary["sampler"] != "grid":
+        rows.sort(key=lambda row: math.inf if row[first] is None else row[first])
+    names = short_names(_keys(rows))
+    columns = [
+        Column("trial", "trial", "number"),
+        *(Column(key, name, partial(_setting_of, key)) for key, name in names.items()),
+        Column("top1_error", _TITLES["top1_error"], ".2f"),
+        *(Column(name, _TITLES[name], ".4g") for name in summary["objectives"] if name in ("best_top1_error", "flops")),
+        Column("seconds", "time", "duration"),
+        Column("boundary", "boundary", _boundary),
+        Column("mark", ""),
+    ]
+    return Table(columns, rows)
+
+
+def sweep_text(summary: Mapping[str, Any]) -> str:
+    """Return the table as text, without a grid's order cut to the best trials."""
+    table = sweep_table(summary)
+    rows = table.rows if summary["sampler"] == "grid" else table.rows[:MOST_TRIALS]
+    left_out = len(table.rows) - len(rows)
+    text = replace(table, rows=[{**row, "mark": row["mark"][:WIDEST_REASON]} for row in rows]).text()
+    return f"{text}\n... and {left_out} more" if left_out else text
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -74,30 +99,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
         names[key] = next((end for end in ends if not any(f".{o}".endswith(f".{end}") for o in keys if o != key)), key)
     return names
-
-
-def sweep_cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the table's headings and its lines: a grid's in order, else the best first; `*` marks the best."""
-    keys = _keys(summary["rows"])
-    names = short_names(keys)
-    more = [name for name in summary["objectives"] if name in ("best_top1_error", "flops")]
-    headings = ["trial", *names.values(), "top-1 error, %", *(_TITLES[name] for name in more), "time", "boundary", ""]
-    rows = list(summary["rows"])
-    if summary["sampler"] != "grid":
-        first = summary["objectives"][0]
-        rows.sort(key=lambda row: math.inf if row[first] is None else row[first])
-    lines = []
-    for row in rows:
-        line = [str(row["trial"]), *(_setting(row["settings"].get(key)) for key in keys)]
-        if row["reason"] is not None:
-            line += [ABSENT] * (3 + len(more)) + [row["reason"]]
-        else:
-            error = with_spread(row["top1_error"], row["top1_error_std"], summary["seeds"])
-            boundary = f"{round(row['boundary'], 1):g}/{row['layers']:g}"
-            line += [error, *(f"{row[name]:.4g}" for name in more), duration(row["seconds"]), boundary]
-            line.append("*" if row["trial"] in summary["best"] else "")
-        lines.append(line)
-    return headings, lines
 
 
 def sweep_figure(summary: Mapping[str, Any]) -> Figure:
@@ -121,66 +122,57 @@ def sweep_figure(summary: Mapping[str, Any]) -> Figure:
 def _draw(
     axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, objective: str, colour: str, summary: Mapping[str, Any]
 ) -> None:
-    place = _places(axes, [row["settings"][key] for row in rows])
+    """Draw an objective against a setting: numbers on a scale, other values side by side."""
+    values = [row["settings"][key] for row in rows]
+    is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    xs = values if is_numeric else list(map(_setting, values))
     if key in summary["logarithmic"]:
-        values = [row["settings"][key] for row in rows]
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(values) > 100 * min(values) else (1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    chosen = sorted(rows, key=lambda row: place(row["settings"][key]))
-    xs = [place(row["settings"][key]) for row in chosen]
-    ys = [row[objective] for row in chosen]
     scale = 1 / math.sqrt(2) if summary["seeds"] == 2 else 1.0  # the bars of two seeds end at their two values
-    deviations = [scale * (row.get(f"{objective}_std") or 0.0) for row in chosen]
-    alone = len(rows[0]["settings"]) == 1
+    points = sorted(
+        (x, row[objective], scale * (row.get(f"{objective}_std") or 0.0)) for x, row in zip(xs, rows, strict=True)
+    )
+    deviations = [deviation for _, _, deviation in points]
     look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1.2}
-    axes.errorbar(xs, ys, deviations if any(deviations) else None, linestyle="-" if alone else "none", **look)
-    best = [row for row in rows if row["trial"] in summary["best"]]
-    axes.plot(
-        [place(row["settings"][key]) for row in best],
-        [row[objective] for row in best],
-        linestyle="none", marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK,
-    )  # fmt: skip
-
-
-def _places(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
-    """Where values lie on the x-axis: numbers where they are, other values side by side."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return float
-    labels = sorted({_setting(value) for value in values})
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    return lambda value: float(labels.index(_setting(value)))
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = _keys(rows)
-    results = [*_RESULTS, "top1_error_std", "seconds_std", "boundary", "layers", "device", "reason"]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["trial", *keys, *results])
-    for row in rows:
-        settings = [row["settings"].get(key) for key in keys]
-        writer.writerow([row["trial"], *settings, *(row[name] for name in results)])
-    return stream.getvalue()
+    axes.errorbar(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        deviations if any(deviations) else None,
+        linestyle="-" if len(rows[0]["settings"]) == 1 else "none",
+        **look,
+    )
+    best = [(x, row[objective]) for x, row in zip(xs, rows, strict=True) if row["trial"] in summary["best"]]
+    ring: dict[str, Any] = {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 11,
+        "markerfacecolor": "none",
+        "markeredgecolor": INK,
+    }
+    axes.plot([x for x, _ in best], [y for _, y in best], **ring)
+    if not is_numeric:
+        axes.set_xlim(-0.5, len(set(xs)) - 0.5)
 
 
 def _markdown(summary: Mapping[str, Any]) -> str:
-    headings, lines = sweep_cells(summary)
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    table = [headings, ["---:"] * (len(headings) - 1) + ["---"], *cells]
     where = (
         f"{summary['model']} on {summary['dataset']}, {summary['evaluate']} images, {summary['seeds']} seed(s) a trial"
     )
     searched = ", ".join(f"`{search}`" for search in summary["search"])
     notes = " ".join(["\\* marks the best.", *spread_notes([summary["seeds"]])])
-    title = f"{summary['title']}: {summary['method']}\n\n{where}; searched: {searched}. {notes}\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    title = f"{summary['title']}: {summary['method']}"
+    return f"{title}\n\n{where}; searched: {searched}. {notes}\n\n{sweep_table(summary).markdown()}"
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row["settings"]))
+
+
+def _setting_of(key: str, row: Mapping[str, Any]) -> str:
+    return _setting(row["settings"].get(key))
 
 
 def _setting(value: Any) -> str:
@@ -189,5 +181,5 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _floats(left: Sequence[float], right: Sequence[float]) -> tuple[list[float], list[float]]:
-    return [float(value) for value in left], [float(value) for value in right]
+def _boundary(row: Mapping[str, Any]) -> str:
+    return ABSENT if row["boundary"] is None else f"{round(row['boundary'], 1):g}/{row['layers']:g}"

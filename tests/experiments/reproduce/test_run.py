@@ -15,7 +15,7 @@ from lowcal.experiments.recipe_text import load_recipe, parse_recipe
 from lowcal.experiments.reproduce.paper import table_names
 from lowcal.experiments.reproduce.results import Results
 from lowcal.experiments.reproduce.run import dry_run, plan_search, reproduce
-from lowcal.experiments.sweep import plan_sweep
+from lowcal.experiments.sweep import Sweep
 from lowcal.report.runs import read_run
 from lowcal.training.environment import code_digest
 from lowcal.training.run_folder import RunFolder
@@ -254,7 +254,7 @@ def test_a_search_can_be_joined_by_the_command_in_the_documentation(tmp_path):
     assert searches == cell.searches
     assert str(results.search_folder(cell).relative_to(tmp_path)) in command
     recipe = load_recipe("resnet34-imagenet")
-    by_hand = plan_sweep(recipe, "local", searches, trials=plan.trials, objective="top1_error,flops")
+    by_hand = Sweep(recipe, "local", searches, trials=plan.trials, objective="top1_error,flops")
     assert (by_hand.definition(), by_hand.study) == (plan.definition(), plan.study)
 
 

@@ -16,7 +16,7 @@ from lowcal.experiments.folders import refuse_another_recipe, refuse_used
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe, show_value
 from lowcal.experiments.reproduce.paper import Cell, PaperTable, digest, make_cell, make_table, own_settings, paper
-from lowcal.experiments.search import parse_search
+from lowcal.experiments.search_space import parse_search
 from lowcal.files import FORMAT, read_json, write_json
 from lowcal.report.runs import RunData, read_run
 from lowcal.training.run_folder import RunFolder

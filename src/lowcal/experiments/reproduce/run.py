@@ -23,7 +23,7 @@ from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.reproduce.paper import Cell, PaperTable, choose
 from lowcal.experiments.reproduce.results import Results
 from lowcal.experiments.reproduce.write import write
-from lowcal.experiments.sweep import Sweep, plan_sweep, require_optuna, sweep
+from lowcal.experiments.sweep import Sweep, require_optuna, sweep
 from lowcal.models import build_model
 from lowcal.report.table import Table, duration
 from lowcal.training.run_folder import RunFolder
@@ -126,7 +126,7 @@ def unsearched(results: Results, waiting: Iterable[tuple[Cell, int]]) -> list[Ce
 def plan_search(results: Results, cell: Cell) -> Sweep:
     """The sweep that finds a cell's settings on held-out training images, by error and FLOPs."""
     recipe, trials = results.recipe(cell), results.sizes["trials"]
-    return plan_sweep(recipe, cell.method, cell.searches, trials=trials, objective="top1_error,flops")
+    return Sweep(recipe, cell.method, cell.searches, trials=trials, objective="top1_error,flops")
 
 
 def search(results: Results, cell: Cell, *, device: torch.device, watcher: Watcher) -> None:

@@ -35,7 +35,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 local = lowcal.LoCal(
     model, optimizer, epochs=EPOCHS, rule=lowcal.Refresh(every=4), schedule=lowcal.Fixed({2: 1, 4: 2})
 )  # +
-parallel = lowcal.DistributedLoCal(model, local)  # + in the place of DistributedDataParallel(model)
+parallel = lowcal.DistributedLoCal(model, local)  # + instead of DistributedDataParallel(model)
 
 for epoch in range(EPOCHS):
     model.train()

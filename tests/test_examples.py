@@ -2,14 +2,16 @@
 
 import doctest
 import importlib
-import subprocess
-import sys
+import runpy
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from .world import apart
+
 ROOT = Path(__file__).parents[1]
-MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "window"]
+MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "pending"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -19,21 +21,23 @@ def test_docstring_examples(name):
     assert doctest.testmod(module, extraglobs=names).failed == 0
 
 
-def test_plain_loop():
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "plain_loop.py"], capture_output=True, text=True, check=True, timeout=120
-    )
-    last = done.stdout.splitlines()[-1]
+def test_plain_loop(capsys):
+    runpy.run_path(str(ROOT / "examples" / "plain_loop.py"), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
     assert "boundary 2 of 4" in last
     assert float(last.split("accuracy ")[1].split("%")[0]) > 85
 
 
-def test_ddp():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, ROOT / "examples" / "ddp.py"], capture_output=True, text=True, check=True, timeout=120
-    )
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10
+def run_ddp(out):
+    with out.open("a") as file, redirect_stdout(file):
+        runpy.run_path(str(ROOT / "examples" / "ddp.py"), run_name="__main__")
+
+
+def test_ddp(tmp_path):
+    """In two processes with the environment that torchrun sets."""
+    out = tmp_path / "out.txt"
+    assert apart(2, run_ddp, out) == [0, 0]
+    lines = out.read_text().splitlines()
     assert len(lines) == 6  # of rank 0 alone
     assert "boundary 2 of 4" in lines[-1]
     assert float(lines[-1].split("accuracy ")[1].split("%")[0]) > 85

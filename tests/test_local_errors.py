@@ -21,10 +21,6 @@ def make(model=None, optimizer=None, **options):
     return LoCal(model, optimizer or sgd(model), **{"epochs": 9, "example_inputs": INPUTS, **options})
 
 
-def test_lowcal_error_is_a_value_error():
-    assert issubclass(LowcalError, ValueError)
-
-
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -49,14 +45,6 @@ def test_a_layer_that_runs_twice_in_one_forward():
     optimizer = sgd(model)
     with refused("'again'", "twice", model=model, optimizer=optimizer):
         make(model, optimizer)
-
-
-def test_a_layer_that_runs_twice_in_the_first_forward():
-    model = Twice()
-    optimizer = sgd(model)
-    local = make(model, optimizer, example_inputs=None)
-    with refused("'again'", "twice", model=model, optimizer=optimizer, local=local):
-        model(INPUTS)
 
 
 def test_a_layer_that_comes_to_run_twice_after_the_first_forward():
@@ -224,15 +212,14 @@ def test_end_epoch_and_move_to_before_any_forward():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, torch.tensor(math.nan), "low", None])
-@pytest.mark.parametrize("boundary", [0, 2])
-def test_a_loss_that_is_no_finite_number(boundary, loss):
+def test_a_loss_that_is_no_finite_number(loss):
     model = mlp()
     optimizer = sgd(model)
     local = make(model, optimizer, schedule=lowcal.NormTrend(alpha=2.0, shift=1, interval=1))
     for _ in range(2):
         train_step(model, optimizer, vectors(1)[0])
         local.end_epoch(1.0)
-    local.move_to(max(boundary, local.boundary))
+    local.move_to(2)
     train_step(model, optimizer, vectors(1)[0])
     with refused("loss", model=model, optimizer=optimizer, local=local):
         local.end_epoch(loss)

@@ -34,8 +34,10 @@ def test_boundary_0_is_bitwise_the_plain_loop(optimizer_name, example):
     assert same(*states)
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize(("boundary", "layer"), [(1, "conv2"), (2, "conv3"), (3, "head")])
+CASES = [(1, "conv2", "sgd"), (2, "conv3", "adam"), (3, "head", "adamw")]  # boundary, transition layer, optimizer
+
+
+@pytest.mark.parametrize(("boundary", "layer", "optimizer_name"), CASES)
 def test_frozen_is_bitwise_the_loop_by_hand(boundary, layer, optimizer_name):
     model = convnet()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
@@ -51,8 +53,7 @@ def test_frozen_is_bitwise_the_loop_by_hand(boundary, layer, optimizer_name):
     assert same(weights(model), weights(by_hand))
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize(("boundary", "layer"), [(1, "conv2"), (2, "conv3"), (3, "head")])
+@pytest.mark.parametrize(("boundary", "layer", "optimizer_name"), CASES)
 def test_local_learning_is_the_loop_by_hand(boundary, layer, optimizer_name):
     """In float64 over many steps, and bitwise for the suffix when both start each step from the same prefix."""
     model = convnet().double()
@@ -85,8 +86,7 @@ def test_local_learning_is_the_loop_by_hand(boundary, layer, optimizer_name):
 
 @pytest.mark.parametrize("rule", [lowcal.Hebbian(), lowcal.Frozen()], ids=["hebbian", "frozen"])
 @pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer_name", "order"), list(zip(OPTIMIZERS, ORDERS, strict=True)))
 def test_no_prefix_parameter_moves_but_by_local_updates(optimizer_name, order, set_to_none, rule):
     model = convnet()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
@@ -133,10 +133,11 @@ class Logged(lowcal.Hebbian):
 
 
 @pytest.mark.parametrize("rule", [Logged, lowcal.Frozen, lambda: lowcal.Refresh(every=10)])
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_local_layers_do_not_drift_in_100_steps(kind, fused, set_to_none, rule):
+@pytest.mark.parametrize(
+    ("kind", "fused", "set_to_none"),
+    [(torch.optim.SGD, False, True), (torch.optim.SGD, True, False), (torch.optim.AdamW, False, False)],
+)
+def test_local_layers_do_not_drift(kind, fused, set_to_none, rule):
     rule = rule()
     model = convnet()
     momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -155,7 +156,7 @@ def test_local_layers_do_not_drift_in_100_steps(kind, fused, set_to_none, rule):
     local.move_to(2)
     start = prefix()
     moved = {"conv1.weight", "conv2.weight"} if isinstance(rule, Logged) else set()
-    for step in range(100):
+    for step in range(40):
         before = prefix()
         train_step(model, optimizer, batches[step % 4], zero_grad=zero_grad)
         if rule.opens and step % 10 == 0:
@@ -163,7 +164,7 @@ def test_local_layers_do_not_drift_in_100_steps(kind, fused, set_to_none, rule):
         else:
             assert {name for name, value in prefix().items() if not torch.equal(before[name], value)} == moved
     if isinstance(rule, Logged):
-        assert len(rule.log) == 100
+        assert len(rule.log) == 40
         for (_, after), (before, _) in itertools.pairwise(rule.log):
             assert same(after, before)  # nothing else touched them between two updates
         first, last = rule.log[0][0], rule.log[-1][1]

@@ -35,8 +35,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("way", ["detach", "twice", "context", "context and error"])
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [*(("detach", options) for options in OPTIONS), *((way, {}) for way in ("twice", "context", "context and error"))],
+    ids=str,
+)
 def test_detach_leaves_no_hook(way, options):
     model = Residual()
     optimizer = sgd(model)
@@ -165,8 +168,11 @@ def through_file(thing):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_file])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "duplicate"),
+    [*((options, copy.deepcopy) for options in OPTIONS), ({}, through_pickle), ({}, through_file)],
+    ids=str,
+)
 def test_a_copy_of_the_model_works_and_feeds_nothing_back(options, duplicate):
     """Copied at every point of a step, trained by itself: the original ends bitwise where it ends without copies."""
     states = []

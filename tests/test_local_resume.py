@@ -1,7 +1,6 @@
 """A run that is saved and resumed in new objects ends bitwise where the uninterrupted run ends."""
 
 import io
-import itertools
 
 import pytest
 import torch
@@ -56,11 +55,9 @@ def finish(parts, start):
     return found
 
 
-@pytest.mark.parametrize(
-    "order", list(itertools.permutations(range(3))), ids=lambda order: "".join(map("MOL".__getitem__, order))
-)
-@pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])
-def test_resumed_at_every_epoch_in_every_order_of_loading(example, order):
+# Model, optimizer and controller in each order of loading that puts another one first or last.
+@pytest.mark.parametrize(("order", "example"), [((0, 1, 2), True), ((2, 0, 1), False), ((1, 2, 0), False)])
+def test_resumed_at_every_epoch_in_every_order_of_loading(order, example):
     torch.manual_seed(1)
     parts = build(example=example)
     initial = stored(states(parts))
@@ -105,9 +102,16 @@ def test_resumed_at_every_epoch(name, options):
         assert same(finish(resumed, epoch), {e: s for e, s in whole.items() if e > epoch})
 
 
-@pytest.mark.parametrize("norm_stats", ["batch", "running"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("rule", [lowcal.Hebbian(every=2), lowcal.Frozen(), lowcal.Refresh(every=2)], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "norm_stats"),
+    [
+        (lowcal.Hebbian(every=2), "sgd", "running"),
+        (lowcal.Frozen(), "adam", "batch"),
+        (lowcal.Refresh(every=2), "sgd", "batch"),
+        (lowcal.Refresh(every=2), "adamw", "running"),
+    ],
+    ids=str,
+)
 def test_resumed_right_after_a_move(rule, optimizer, norm_stats):
     options = {"optimizer": optimizer, "rule": rule, "norm_stats": norm_stats}
     torch.manual_seed(1)

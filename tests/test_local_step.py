@@ -39,9 +39,7 @@ def test_a_step_by_hand():
     assert changed(before, model) == {"0.weight", "2.weight", "2.bias"}
 
 
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("sign", [+1, -1])
-@pytest.mark.parametrize("boundary", [1, 2, 3])
+@pytest.mark.parametrize(("boundary", "sign", "relative"), [(1, +1, True), (2, -1, False), (3, -1, True)])
 def test_a_step_is_equation_4(boundary, sign, relative):
     model = convnet().double()
     rule = lowcal.Hebbian(lr=0.02, scale="relative" if relative else "absolute")
@@ -164,14 +162,6 @@ def test_a_zero_or_non_finite_norm_leaves_the_weight_and_is_counted(value):
     assert model.one.weight.isfinite().all()
 
 
-def test_nothing_is_skipped_in_a_healthy_run():
-    model = convnet()
-    local, optimizer = controller(model, 2)
-    for batch in images(3):
-        train_step(model, optimizer, batch)
-    assert int(local._local_layers.updates.skipped) == 0
-
-
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_nth_step_makes_an_update(every):
     model = mlp()
@@ -186,17 +176,6 @@ def test_every_nth_step_makes_an_update(every):
             local.end_epoch(1.0)  # the count goes on over epochs
     first = moved.index(True)
     assert [index for index, move in enumerate(moved) if move] == list(range(first, 4 * every, every))
-
-
-def test_frozen_layers_keep_their_weights():
-    model = convnet()
-    local, optimizer = controller(model, 2, rule=lowcal.Frozen())
-    before = weights(model)
-    for batch in images(3):
-        train_step(model, optimizer, batch)
-    moved = {name for name in changed(before, model) if "running" not in name and "num_batches" not in name}
-    assert moved == {f"{n}.{k}" for n in ("conv3", "norm3", "head") for k in ("weight", "bias")}
-    assert int(local._local_layers.updates.skipped) == 0
 
 
 def test_a_layer_that_a_step_does_not_run_makes_no_update():

@@ -63,13 +63,21 @@ def train(rank, rule, interrupted):
     return found
 
 
-def both(rank, rule):
-    return {"whole": train(rank, rule, False), "interrupted": train(rank, rule, True)}
+RULES = [lowcal.Hebbian(every=2), lowcal.Frozen(), lowcal.Refresh(every=2)]
 
 
-@pytest.mark.parametrize("rule", [lowcal.Hebbian(every=2), lowcal.Frozen(), lowcal.Refresh(every=2)], ids=str)
-def test_a_run_resumed_at_every_move_and_in_between_is_bitwise_the_uninterrupted_one(rule):
-    results = on_two_ranks(both, rule)
+def both(rank):
+    return [{"whole": train(rank, rule, False), "interrupted": train(rank, rule, True)} for rule in RULES]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return on_two_ranks(both)
+
+
+@pytest.mark.parametrize("index", range(len(RULES)), ids=map(str, RULES))
+def test_a_run_resumed_at_every_move_and_in_between_is_bitwise_the_uninterrupted_one(ranks, index):
+    results = [rank[index] for rank in ranks]
     assert [epoch["states"][2]["boundary"] for epoch in results[0]["whole"]] == [1, 3, 3, 3]
     for result in results:
         assert same(result["interrupted"], result["whole"])

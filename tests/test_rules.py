@@ -66,20 +66,11 @@ def assert_matches(module, inputs, outputs, update, tolerance):
 
 
 @given(convolutions())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_convolution_is_the_sum_over_patches(case):
     module, inputs = case
     outputs = module(inputs)
     assert_matches(module, inputs, outputs, hebbian_update(module, inputs, outputs), 1e-12)
-
-
-@given(convolutions())
-@settings(max_examples=40)
-def test_convolution_is_the_weight_gradient_with_z_as_the_error(case):
-    module, inputs = case
-    outputs = module(inputs)
-    (expected,) = torch.autograd.grad((outputs * outputs.detach()).sum(), module.weight)
-    torch.testing.assert_close(hebbian_update(module, inputs, outputs.detach()), expected)
 
 
 @pytest.mark.parametrize("shape", [(4,), (7, 4), (2, 5, 4), (2, 3, 2, 4)])
@@ -167,7 +158,7 @@ def test_a_sum_beyond_the_range_of_float16_stays_finite_and_right(kind, half_inp
     assert_matches(module, inputs, outputs, update, 4e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0, 300.0, 600.0])
+@pytest.mark.parametrize("scale", [1e-3, 600.0])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_float16_is_right_for_long_sums_of_small_and_of_large_activations(kind, scale):
     """Both factors are in the normal range of float16; their products and sums are not."""
@@ -185,7 +176,7 @@ def test_float16_is_right_for_long_sums_of_small_and_of_large_activations(kind, 
     assert (update - expected).norm() / expected.norm() < 1e-2
 
 
-@pytest.mark.parametrize("outlier", [1e3, 3e4])
+@pytest.mark.parametrize("outlier", [3e4])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_float16_is_right_beside_an_outlier(kind, outlier):
     module = nn.Linear(4, 3) if kind == "linear" else nn.Conv2d(4, 3, 3, padding=1)
@@ -200,30 +191,6 @@ def test_float16_is_right_beside_an_outlier(kind, outlier):
     with torch.autocast("cpu", dtype=torch.float16):
         update = hebbian_update(module, inputs, outputs)
     assert (update - expected).norm() / expected.norm() < 1e-2
-
-
-class PadsItself(nn.Conv2d):
-    """As timm's Conv2dSame: pads in its own forward pass."""
-
-    def forward(self, x):
-        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 1, 0)), self.weight, self.bias, self.stride)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_layer_with_a_forward_pass_of_its_own(autocast):
-    module, plain = PadsItself(2, 3, 2, stride=2), nn.Conv2d(2, 3, 2, stride=2)
-    runs = []
-    module.register_forward_hook(lambda *_: runs.append(1))
-    inputs = torch.randn(4, 2, 7, 7)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        outputs = module(inputs)
-        update = hebbian_update(module, inputs, outputs)
-    expected = weight_product(plain, nn.functional.pad(inputs, (0, 1, 1, 0)), outputs)
-    torch.testing.assert_close(
-        update.double(), torch.as_tensor(expected), rtol=2e-2 if autocast else 1e-5, atol=1e-1 if autocast else 1e-5
-    )
-    assert len(runs) == 1
-    assert module.weight.grad is None
 
 
 def test_the_update_carries_no_graph_and_changes_nothing():
@@ -257,11 +224,6 @@ def test_a_module_that_is_no_layer_is_refused(module):
 def test_published_decay_counts_from_epoch_0(decay, expected):
     rule = Hebbian(decay=decay)
     assert {epoch: rule.step_size(epoch) for epoch in expected} == pytest.approx(expected, rel=1e-12)
-
-
-def test_defaults_are_the_published_ones_for_cifar():
-    assert Hebbian() == Hebbian(lr=0.01, decay=0.5, decay_every=30, scale="absolute", every=1)
-    assert Hebbian().step_size(30) == 0.005
 
 
 @pytest.mark.parametrize(

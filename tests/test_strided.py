@@ -61,8 +61,7 @@ def test_layers_elsewhere_than_on_a_processor_are_left_alone():
     assert slice_inputs(build_model("resnet8", classes=4, width=4).to("meta")) == []
 
 
-@pytest.mark.parametrize("channels", [3, 12])
-@pytest.mark.parametrize("last", ["inputs", "weight", "both"])
+@pytest.mark.parametrize(("channels", "last"), [(3, "inputs"), (12, "weight"), (3, "both")])
 def test_the_local_update_compiles_and_matches_double_precision(channels, last):
     module = conv(channels)
     inputs = torch.randn(3, channels, 9, 8)
@@ -78,39 +77,30 @@ def test_the_local_update_compiles_and_matches_double_precision(channels, last):
         torch.testing.assert_close(update(module, inputs, outputs).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-# What a write outside of memory does depends on what lies there, so each case has a process of its own.
-_UPDATE = """
+# Effects of a write outside of its memory vary, so the C library checks the memory at each `free`.
+CODE = """
 import torch, lowcal
+from lowcal.models import build_model
+from lowcal.strided import slice_inputs
+
 torch.set_num_threads({threads})
-module = torch.nn.Conv2d({channels}, 8, 1, stride=2, {padding}).to(memory_format=torch.channels_last)
-inputs = torch.randn(8, {channels}, 32, 32).contiguous(memory_format=torch.channels_last)
-outputs = module(inputs)
-for _ in range(20):
-    lowcal.hebbian_update(module, inputs, outputs)
+for options in ({{}}, {{"padding": 1, "padding_mode": "reflect"}}):  # reflected padding is made before the product
+    module = torch.nn.Conv2d(4, 8, 1, stride=2, **options).to(memory_format=torch.channels_last)
+    inputs = torch.randn(8, 4, 32, 32).contiguous(memory_format=torch.channels_last)
+    outputs = module(inputs)
+    for _ in range(10):
+        lowcal.hebbian_update(module, inputs, outputs)
+model = build_model("resnet8", classes=4, width=4).to(memory_format=torch.channels_last)
+slice_inputs(model)
+for _ in range(6):
+    images = torch.randn(50, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    model(images).square().sum().backward()
 """
 
 
-def run_checked(*arguments):
-    """Runs Python where the C library checks its memory at each `free`; a hang ends in an error too."""
-    checks = {"MALLOC_CHECK_": "3", "LD_PRELOAD": "libc_malloc_debug.so.0"}  # in which newer ones have the check
-    command = [sys.executable, *arguments]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_local_updates_and_training_stay_within_their_memory(threads):
+    checks = {"MALLOC_CHECK_": "3", "LD_PRELOAD": "libc_malloc_debug.so.0"}  # newer C libraries have the check there
+    command = [sys.executable, "-c", CODE.format(threads=threads)]
     ended = subprocess.run(command, env={**os.environ, **checks}, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-1000:]
-
-
-@pytest.mark.parametrize(
-    ("channels", "threads", "padding"),
-    # Reflected padding is made beforehand, so that the product itself has none.
-    [(4, 1, "padding=0"), (4, 2, "padding=0"), (4, 1, "padding=1, padding_mode='reflect'")],
-)
-def test_a_local_update_stays_within_its_memory(channels, threads, padding):
-    run_checked("-c", _UPDATE.format(channels=channels, threads=threads, padding=padding))
-
-
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_training_a_narrow_network_stays_within_its_memory(tmp_path, threads):
-    settings = ["model.width=4", "epochs=1", f"threads={threads}", "channels_last=true"]
-    run_checked(
-        *("-m", "lowcal", "train", "--recipe", "digits", "--method", "sgd", "--out", str(tmp_path / "run")),
-        *(part for setting in settings for part in ("--set", setting)),
-    )

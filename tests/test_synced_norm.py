@@ -2,11 +2,10 @@
 
 import copy
 
-import pytest
 import torch
 from torch import nn
 
-from lowcal.synced_norm import separate, synchronise
+from lowcal.norms import separate, synchronise
 
 from .world import together
 
@@ -30,6 +29,11 @@ def passes(model, x, slopes, times=3):
         (model(x) * slopes).sum().backward()
 
 
+def compare_all(ranks):
+    for options in ({}, {"momentum": None}, {"affine": False}):
+        compare(ranks, options)
+
+
 def compare(ranks, options):
     x, slopes = images()
     whole, model = network(**options), network(**options)
@@ -45,9 +49,8 @@ def compare(ranks, options):
     torch.testing.assert_close(model.eval()(x), whole.eval()(x))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}], ids=str)
-def test_it_is_that_of_the_whole_mini_batch(options):
-    together(3, compare, options)
+def test_it_is_that_of_the_whole_mini_batch():
+    together(3, compare_all)
 
 
 def test_alone_it_is_the_plain_one_and_can_be_taken_back():

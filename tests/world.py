@@ -1,5 +1,6 @@
 """Several processes that train together, forked from the test's own so that torch need not be loaded again."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -52,6 +53,7 @@ def _joined(cuda: bool, task: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _child(rank: int, world: int, port: int, task: Callable[..., int | None], arguments: Any) -> None:
+    gc.freeze()  # the parent's objects, which need not be searched for garbage
     os.environ.update(environment(rank, world, port))
     torch.set_num_threads(1)
     code = 1

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowcal.errors import LowcalError
 from lowcal.layers import weight_of
 
-# The controller of each layer that has one; neither is kept alive by it.
+# The controller of each layer that has one. Weak references keep neither alive.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
 
 
@@ -22,7 +22,7 @@ def bare_network(given: Any) -> nn.Module:
     """The network itself, if `given` is one that `torch.compile` returned.
 
     Raises:
-        LowcalError: `given` is no network, or is wrapped or sharded for several devices.
+        LowcalError: `given` is not a network, or it is wrapped or sharded for several devices.
     """
     if not isinstance(given, nn.Module):
         raise LowcalError(
@@ -42,13 +42,13 @@ def check_unsharded(network: nn.Module) -> None:
     """Checks that each parameter is a whole tensor.
 
     Raises:
-        LowcalError: fully sharded data parallelism (FSDP) or tensor parallelism has cut one into parts.
+        LowcalError: FSDP or tensor parallelism has split one.
     """
     sharding = sys.modules.get("torch.distributed.tensor")
-    is_cut = sharding is not None and any(isinstance(p, sharding.DTensor) for p in network.parameters())
-    # The classes of the two versions of FSDP, whose parameters are whole within a pass; importing them takes long.
+    is_split = sharding is not None and any(isinstance(p, sharding.DTensor) for p in network.parameters())
+    # The classes of FSDP 1 and 2 are known by name, since importing them is slow. Parameters are whole during a pass.
     classes = {kind.__name__ for module in network.modules() for kind in type(module).__mro__}
-    if is_cut or not classes.isdisjoint({"FSDPModule", "FullyShardedDataParallel"}):
+    if is_split or not classes.isdisjoint({"FSDPModule", "FullyShardedDataParallel"}):
         raise LowcalError(
             "LoCal: the model's parameters are sharded (FSDP or tensor parallelism), and a local update needs whole "
             "weights; call lowcal.DistributedLoCal(model, local) on the unsharded model"
@@ -56,10 +56,10 @@ def check_unsharded(network: nn.Module) -> None:
 
 
 def bare_optimizers(given: Any) -> tuple[Optimizer, ...]:
-    """The torch optimizers that `given`, one or several, is or wraps (as Accelerate's and fastai's do).
+    """The torch optimizers in `given`: one or several, wrapped (as by Accelerate and fastai) or not.
 
     Raises:
-        LowcalError: one is no torch optimizer, so that its steps cannot be seen.
+        LowcalError: one is not a torch optimizer, so its steps cannot be observed.
     """
     several = list(given) if isinstance(given, (list, tuple)) else [given]
     if not several:
@@ -73,7 +73,7 @@ def _bare(given: Any) -> Optimizer:
         optimizer, inner = inner, _inner(inner)
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise LowcalError(
-            f"LoCal: {type(given).__name__} is no torch optimizer, so its steps cannot be seen; "
+            f"LoCal: {type(given).__name__} is not a torch optimizer, so its steps cannot be observed; "
             "give the torch.optim optimizer inside it, or a list of them: LoCal(model, [first, second], ...)"
         )
     return optimizer
@@ -96,7 +96,7 @@ def holder(parameter: nn.Parameter | None, optimizers: Sequence[Optimizer]) -> O
 def check_held(
     layers: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], wants: Callable[[nn.Parameter], bool]
 ) -> None:
-    """Checks that `optimizers` hold the weight of each of `layers`, but for those that the user does not want to learn.
+    """Checks that `optimizers` hold the weight of each of `layers` that the user wants to train.
 
     Raises:
         LowcalError: they do not.
@@ -127,13 +127,13 @@ def check_free(layers: Mapping[str, nn.Module]) -> None:
 
 
 def claim(layers: Mapping[str, nn.Module], controller: object) -> None:
-    """Gives `layers` to `controller`, until it releases them or is gone."""
+    """Gives `layers` to `controller` until it releases them or is deleted."""
     for module in layers.values():
         _controllers[module] = weakref.ref(controller)
 
 
 def release(layers: Mapping[str, nn.Module], controller: object) -> None:
-    """Takes `layers` from `controller`; those that another has meanwhile stay with it."""
+    """Takes `layers` from `controller`, except those that another controller has meanwhile."""
     for module in layers.values():
         holder = _controllers.get(module)
         if holder is not None and holder() is controller:

@@ -1,4 +1,4 @@
-"""Finds the order in which a network's layers run: from its own forward passes, or by tracing it on an example."""
+"""Finds the order in which a network's layers run, from its own forward passes or from an example input."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.layers import Order, weight_layers, weight_of
+from lowcal.layers import Order, unchanged, weight_layers, weight_of
 from lowcal.products import has_plain_forward, product_of
-from lowcal.unchanged import unchanged
 
 
 class Discovery:
-    """Watches the network's next forward pass, and layers that it left out, until every layer has its place.
+    """Observes forward passes of a network until the place of every layer is known.
 
     Args:
         model: the network.
-        found: called with the order, each time that more of it is known; held weakly.
+        found: called with the order each time that more layers are known; held weakly.
 
     Attributes:
-        order: what is known.
-        settled: leading layers whose places cannot change any more; the controller sets it to the boundary.
-        handles: of the hooks that watch.
+        order: the order known so far.
+        settled: the number of leading layers whose places cannot change any more, set by `LocalLayers`.
+        handles: the hooks' handles.
     """
 
     def __init__(self, model: nn.Module, found: Callable[[Order], None]) -> None:
@@ -42,7 +41,7 @@ class Discovery:
         self._model = model
         self._found = Hook(found)
         self._tracer: Tracer | None = None
-        self._compiled_inputs: tuple[Any, Any] | None = None  # of a compiled pass, which cannot be watched
+        self._compiled_inputs: tuple[Any, Any] | None = None  # of a compiled pass, which cannot be observed
 
     def watch_next_forward(self) -> None:
         """Takes the order from the network's next forward pass."""
@@ -53,10 +52,10 @@ class Discovery:
         ]
 
     def take(self, order: Order) -> None:
-        """Takes `order`, and watches for layers that it lacks.
+        """Takes `order`, and observes later passes if it lacks a layer.
 
         Raises:
-            LowcalError: it has a new layer among the settled ones; nothing has changed then.
+            LowcalError: it has a new layer among the settled ones. Nothing changes then.
         """
         late = set(order.layers[: self.settled]) - set(self.order.layers)
         if late:
@@ -69,7 +68,7 @@ class Discovery:
                 self.handles.append(module.register_forward_pre_hook(Hook(self._meet, name)))
 
     def finish(self) -> None:
-        """Takes the order from the inputs of a compiled pass, if there was one since the watch began."""
+        """Takes the order from the inputs of a compiled pass, if there was one."""
         if self._compiled_inputs is not None:
             inputs, keywords = self._compiled_inputs
             self._take_from(lambda: _trace(self._model, inputs, keywords))
@@ -88,7 +87,7 @@ class Discovery:
             self._take_from(lambda: _completed(self._model, tracer.order(), inputs, keywords))
 
     def _take_from(self, find: Callable[[], Order]) -> None:
-        """Takes the order that `find` gives, which may run the network; goes on watching if it is refused."""
+        """Takes the order that `find` returns; `find` may run the network. If it fails, the next pass is observed."""
         self._stop()
         try:
             self.take(self.order.merged(find()))
@@ -97,7 +96,7 @@ class Discovery:
             raise
 
     def _meet(self, name: str, module: nn.Module, inputs: Any) -> None:
-        """A layer runs that the order lacks: one that the first pass had left out."""
+        """Called when a layer runs that the order lacks."""
         if not (module.training and torch.is_grad_enabled()):
             return
         if self.settled:
@@ -112,7 +111,7 @@ class Discovery:
 
 
 class _PassBegin(Hook):
-    """Begins to watch a pass; of a compiled one, which calls no Python code when it runs, it keeps the inputs."""
+    """Begins to observe a pass. A compiled pass runs no Python code, so its inputs are kept instead."""
 
     def __init__(self, discovery: Discovery) -> None:
         super().__init__(discovery._begin)
@@ -133,7 +132,7 @@ def _comes_late(name: str) -> str:
 
 
 class Tracer(TorchFunctionMode):
-    """Watches one forward pass of `model` while it is entered; `order()` then tells what ran when."""
+    """Observes one forward pass of `model` inside a ``with`` block; `order()` then returns what ran."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":  # reading .shape or .dtype is no use of a parameter
+        if getattr(func, "__name__", "") != "__get__":  # reading .shape or .dtype does not count as use
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, nn.Parameter) and id(leaf) in self._parameters:
                     self._note_use(leaf)
@@ -197,7 +196,7 @@ class Tracer(TorchFunctionMode):
             self._elsewhere.setdefault(self._weights[id(parameter)], len(self._ran))
 
     def order(self) -> Order:
-        """What the watched pass ran.
+        """The order of the layers that the pass ran.
 
         Raises:
             LowcalError: it ran no layer.
@@ -222,7 +221,7 @@ class Tracer(TorchFunctionMode):
         return Order(tuple(self._ran), followers, norms, self._limits(modules))
 
     def _limits(self, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-        """The layers that cannot become local, each with the reason."""
+        """The reason for each layer that cannot become local."""
         limits: dict[str, str] = {}
         first_with: dict[int, str] = {}
         for name in self._ran:
@@ -263,7 +262,7 @@ _OR_STAY = "or keep the boundary before it (max_fraction)"
 
 
 def runs_twice(name: str) -> str:
-    """What is said of a layer that one forward pass runs twice."""
+    """The message for a layer that runs twice in one forward pass."""
     return (
         f"layer '{name}' runs twice in one forward pass, so it has no single input and output to learn from; "
         f"give each use a module of its own, {_OR_STAY}"
@@ -273,9 +272,9 @@ def runs_twice(name: str) -> str:
 def trace(model: nn.Module, example_inputs: Any) -> Order:
     """The order found by a forward pass of `model` on `example_inputs`.
 
-    The pass leaves the model and the random generators as they were. It runs in training mode, so that
-    layers used in training alone are seen, but normalises by running statistics, so that one example is enough.
-    If it leaves a layer out, as with blocks that are skipped at random, a pass in evaluation mode adds it.
+    The model and the random generators stay as they were. The pass runs in training mode, to find layers that only
+    training uses. It normalises by running statistics, so one example is enough. If the pass leaves a layer out (some
+    networks skip blocks at random), a pass in evaluation mode adds it.
 
     Args:
         example_inputs: one tensor, a tuple of positional arguments, or a dict of keyword arguments.
@@ -290,12 +289,12 @@ def _trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any
 
 
 def _completed(model: nn.Module, order: Order, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Order:
-    """`order` of a training pass, with the layers that a pass in evaluation mode runs too."""
+    """`order` of a training pass, with the further layers that a pass in evaluation mode runs."""
     if len(order.layers) == len(weight_layers(model)):
         return order
     try:
         whole = _run(model, inputs, keywords, training=False)
-    except Exception:  # a network may take other inputs in evaluation; what it left out is then met later, or never
+    except Exception:  # a network may need other inputs in evaluation mode; a later pass shows the other layers
         return order
     return whole.merged(order)
 
@@ -311,5 +310,5 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any],
 
 
 def _uncompiled() -> Any:
-    """Within it, compiled parts run as they are; loads the compiler only if something has used it."""
+    """Runs compiled parts eagerly; loads the compiler only if something has used it."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,4 +1,4 @@
-"""The one exception raised for what a user did, and what its messages and checks share."""
+"""LowcalError, the one exception for a user's mistake, and what its messages and checks share."""
 
 import math
 from collections.abc import Iterable
@@ -29,10 +29,10 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite real number; a truth value is none."""
+    """Whether `value` is a finite real number; bool is not accepted."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Whether `value` is a whole number of at least `least`; a truth value is none."""
+    """Whether `value` is a whole number of at least `least`; bool is not accepted."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

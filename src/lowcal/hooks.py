@@ -1,4 +1,4 @@
-"""Hooks that do nothing in copies of their module, so that a hooked network can be copied and pickled."""
+"""Hooks that become no-ops when their module is copied, so that a network with hooks can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowcal.products import ProductCapture
 
 
 class _OfOneModule:
-    """Becomes a hook that does nothing in a copy of its module."""
+    """Becomes a no-op when its module is copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
@@ -23,9 +23,9 @@ class _OfOneModule:
 
 
 class Hook(_OfOneModule):
-    """A hook that keeps neither its owner alive nor anything of it in copies of the module it is on.
+    """A hook that does not keep its owner alive, and does not copy it with the module.
 
-    Compiled passes skip it: they can call nothing that works on Python's objects.
+    Compiled passes skip it, since they cannot run Python code.
 
     Args:
         function: called with `bound` and then the hook's own arguments; a bound method is held weakly.
@@ -37,7 +37,7 @@ class Hook(_OfOneModule):
         self._method = weakref.WeakMethod(function) if hasattr(function, "__self__") else lambda: function
 
     def __call__(self, *args: Any) -> Any:
-        """What the function gives; None once its owner is gone."""
+        """Calls the function; returns None once its owner is deleted."""
         if torch.compiler.is_compiling():
             return None
         function = self._method()
@@ -55,24 +55,24 @@ class TraceableHook(_OfOneModule):
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        """What the function gives."""
+        """Calls the function."""
         return self._function(*args)
 
 
-class Tap(_OfOneModule):
-    """What makes the update of a local layer in the pass that runs it, from the input and output of its product.
+class UpdateHook(_OfOneModule):
+    """Computes the update of a local layer during the forward pass, from the input and output of its product.
 
-    In a plain pass it hands the update to `keep`. A compiled pass cannot, so there the update is computed as a part of
-    the graph, and lies here until someone collects it; those of several passes add up.
+    A plain pass calls `keep` with the update. A compiled pass cannot, so its update is computed in the graph and stays
+    in `update` until it is collected. Updates of several passes add up.
 
     Args:
         layer: the layer.
-        make: the update from the layer, its input and its output.
+        make: returns the update for the layer, its input and its output.
         keep: called with the update.
 
     Attributes:
-        due: whether a pass is to make an update.
-        update: what compiled passes made.
+        due: whether a pass makes an update.
+        update: the update that compiled passes made.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Tap(_OfOneModule):
         self._layer, self._make, self._keep = layer, make, keep
 
     def __call__(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        """Makes the update of `module`, the layer or a plain one like it, if it is time."""
+        """Makes the update of `module`, which is the layer or a plain one like it, if it is due."""
         if not (self.due and self._layer.training and torch.is_grad_enabled()):
             return
         is_compiling = torch.compiler.is_compiling()
@@ -103,24 +103,24 @@ class Tap(_OfOneModule):
 
 
 class LayerHook(_OfOneModule):
-    """The forward hook of a layer with torch's own forward; register it with keyword arguments."""
+    """The forward hook of a layer that does not override ``forward``; register it ``with_kwargs``."""
 
-    def __init__(self, tap: Tap) -> None:
-        self._tap = tap
+    def __init__(self, hook: UpdateHook) -> None:
+        self._hook = hook
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Tensor) -> None:
-        """Hands the layer's input and output on."""
-        self._tap(module, args[0] if args else kwargs["input"], outputs)
+        """Passes the layer's input and output on."""
+        self._hook(module, args[0] if args else kwargs["input"], outputs)
 
 
 class CaptureHook(_OfOneModule):
-    """A hook on a layer with a forward of its own: before it, enters `capture`; after it, leaves it."""
+    """A hook on a layer that overrides ``forward``: enters `capture` before it, or exits it after it."""
 
     def __init__(self, capture: ProductCapture, *, enters: bool) -> None:
         self._capture, self._enters = capture, enters
 
     def __call__(self, *_: Any) -> None:
-        """Enters or leaves."""
+        """Enters or exits the capture."""
         if self._enters:
             self._capture.__enter__()
         else:
@@ -128,7 +128,7 @@ class CaptureHook(_OfOneModule):
 
 
 def _inert(*_: Any) -> None:
-    """What a hook becomes in a copy of its module."""
+    """The no-op that a hook becomes in a copy of its module."""
 
 
 def _make_inert() -> Callable[..., None]:

@@ -1,17 +1,21 @@
 """The weight layers of a network in the order in which its forward pass runs them.
 
-A layer is a module whose weight is a matrix product: linear, 1d, 2d and 3d convolution. The order of execution is a
-topological order of the network, so any prefix of it is closed under ancestors: when a prefix needs no gradient,
-back-propagation stops at its end, in residual networks too. Every other parameter follows the layer that the forward
-pass ran last before it first used that parameter.
+A layer is a module that multiplies its input by a weight: linear, or 1d, 2d or 3d convolution. The order of execution
+is a topological order of the network, so the first layers in it depend on no later layer. When they need no gradient,
+back-propagation stops after them, in residual networks too. Every other parameter follows a layer: the last one that
+ran before the forward pass first used the parameter.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
@@ -38,10 +42,10 @@ class Order:
     limits: Mapping[str, str] = field(default_factory=dict)
 
     def merged(self, other: Order) -> Order:
-        """This order with the layers that only `other` ran put after those they ran behind.
+        """This order, with each layer that only `other` ran inserted after the layer that it followed there.
 
         Raises:
-            LowcalError: where such a layer belongs cannot be told, since `other` left out layers around it.
+            LowcalError: the place of such a layer is unknown, since `other` left out layers around it.
         """
         names = list(self.layers)
         last = -1  # place of the last layer that both ran, or that was put in
@@ -76,12 +80,12 @@ class Order:
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model` that can be layers, by name; which of them run, and when, only a forward pass tells.
+    """The modules of `model` that can be layers, by name; a forward pass shows which of them run, and when.
 
     Raises:
-        LowcalError: there is none, or one is lazy and not yet materialised.
+        LowcalError: there are none, or one is lazy and not yet materialised.
     """
-    # Attention's output projection is never called as a module: its weight goes into one fused product.
+    # Attention's output projection is never called as a module: its weight is part of a fused product.
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
@@ -108,7 +112,7 @@ def weight_of(layer: nn.Module) -> nn.Parameter | None:
 
 
 def own_parameters(order: Order, model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """For each layer in `order` the parameters that leave SGD with it: its own first, then its followers."""
+    """For each layer in `order`, the parameters that SGD stops training with it: its own, then its followers."""
     parameters = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in order.layers}
     for follower, layer in order.followers.items():
         parameters[layer].append(model.get_parameter(follower))
@@ -118,9 +122,9 @@ def own_parameters(order: Order, model: nn.Module) -> dict[str, list[nn.Paramete
 def recurring_block(model: nn.Module, layers: tuple[str, ...]) -> int:
     """The default of t_shift (Sec. 2.2): the layers in the network's recurring block, at least 5% of its depth.
 
-    The recurring block is the class of module of which most instances hold the same number of layers and which
-    together cover most of the network; a shallow block counts as often as 5% of the depth asks for. A network
-    without one (VGG) shifts by 7.5% of its layers.
+    The recurring block is a class of modules most of whose instances hold the same number of layers. Of several such
+    classes it is the one that covers most layers. A shift of one shallow block is repeated until it is at least 5% of
+    the depth. A network without a recurring block (VGG) shifts by 7.5% of its layers.
     """
     depth = len(layers)
     found = _recurring_class(model, layers)
@@ -131,7 +135,7 @@ def recurring_block(model: nn.Module, layers: tuple[str, ...]) -> int:
 
 
 def block_ends(model: nn.Module, layers: tuple[str, ...]) -> tuple[int, ...]:
-    """The positions in `layers` that cut no recurring block: after 1 to L layers, but not within a block."""
+    """The positions from 1 to L at which a boundary is not inside a recurring block."""
     found = _recurring_class(model, layers)
     within: set[int] = set()
     for name, module in model.named_modules():
@@ -142,8 +146,8 @@ def block_ends(model: nn.Module, layers: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _recurring_class(model: nn.Module, layers: tuple[str, ...]) -> tuple[type, int] | None:
-    """The class of the network's recurring block, and the layers in its commonest instance; None without one."""
-    coverage: dict[type, tuple[int, int]] = {}  # class -> layers covered, layers in its commonest instance
+    """The class of the network's recurring block, and the usual number of layers in it; None without one."""
+    coverage: dict[type, tuple[int, int]] = {}  # class -> layers covered, usual number of layers in one
     by_class: dict[type, list[int]] = {}
     for name, module in model.named_modules():
         inside = sum(layer.startswith(f"{name}.") for layer in layers)
@@ -157,3 +161,25 @@ def _recurring_class(model: nn.Module, layers: tuple[str, ...]) -> tuple[type, i
         return None
     kind = max(coverage, key=coverage.__getitem__)
     return kind, coverage[kind][1]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores modes, buffers and random generators of `model` at the end."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

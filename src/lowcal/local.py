@@ -18,29 +18,28 @@ from lowcal.local_layers import LocalLayers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule, reach
 from lowcal.state import check_state, completed
-from lowcal.summary import summary
 from lowcal.supervision import LossTrend, Supervision
 
 
 class LoCal:
-    """Lets the first layers of a network learn locally while the rest goes on with its optimizer.
+    """Makes the first layers of a network learn locally while the optimizer trains the others.
 
     Layers are numbered in the order in which the forward pass runs them. Those before the boundary take no part in
-    back-propagation: they need no gradient, and `rule` updates their weights from what passes through them, right after
+    back-propagation. They need no gradient; `rule` updates their weights from their inputs and outputs, right after
     each ``optimizer.step()``. Training starts with boundary 0, which is plain training; `end_epoch` moves the boundary.
 
     Args:
         model: any network with linear or convolution layers. Its classes and ``state_dict`` keys stay as they are.
         optimizer: the optimizer that holds the model's parameters, or a list of several. ``param_groups`` stay as they
-            are. Of several, a step of the one that holds the last layer ends a training step.
+            are. With several, a training step ends when the one that holds the last layer has made its step.
         epochs: epochs in the whole training, E_max.
-        rule: what local layers do: `Hebbian` (the paper's), `Frozen`, `Refresh`, or one of your own.
-        schedule: where the boundary is: `NormTrend` (Algorithm 1), `Quadratic` (Eq. 3), `Fixed`.
+        rule: how local layers learn: `Hebbian` (the paper's), `Frozen`, `Refresh`, or your own.
+        schedule: where the boundary is: `NormTrend` (Algorithm 1), `Quadratic` (Eq. 3), `Fixed`, or your own.
         supervision: the sign of local updates: `LossTrend` (Algorithm 2); None: always +1.
-        norm_stats: how normalisation layers before the boundary normalise in training: by "batch" statistics, going on
-            to update the running ones, or by the "running" statistics, unchanged.
-        example_inputs: one input of the model (a tensor, a tuple of arguments or a dict of keyword arguments), from
-            which the order of layers is known at once; without it, it is known after the first forward pass.
+        norm_stats: how normalisation layers before the boundary normalise in training: by "batch" statistics, updating
+            the running ones as usual, or by the "running" statistics, which then stay the same.
+        example_inputs: one input of the model: a tensor, a tuple of arguments or a dict of keyword arguments. With it
+            the order of layers is known at once, otherwise after the first forward pass.
 
     Attributes:
         model: the network, without the wrapper that `torch.compile` puts around it.
@@ -54,8 +53,8 @@ class LoCal:
         history: (epoch, boundary) of each move.
 
     Raises:
-        LowcalError: an argument is out of range; the model has no layer, a lazy one, one that another controller has,
-            or among those that the schedule can reach one that cannot become local or that no optimizer holds.
+        LowcalError: an argument is out of range; the model has no layer, or a lazy one, or one that another controller
+            has; or the schedule can reach a layer that cannot become local or that no optimizer holds.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -121,7 +120,7 @@ class LoCal:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers in execution order; empty until a forward pass has shown it."""
+        """Names of the layers in execution order; empty until the first forward pass, without `example_inputs`."""
         return self._local_layers.names
 
     @property
@@ -130,18 +129,17 @@ class LoCal:
         return self._local_layers.boundary
 
     def end_epoch(self, loss: float | Tensor) -> bool:
-        """Ends an epoch: the loss sets the sign of local updates, the transition layer's change the boundary.
+        """Ends an epoch: sets the sign of local updates by the loss, and the boundary by the schedule.
 
         Args:
             loss: mean training loss of the epoch.
 
         Returns:
-            Whether the boundary moved, so that whatever depends on ``requires_grad`` must be built anew.
+            Whether the boundary moved. Then rebuild whatever depends on ``requires_grad``.
 
         Raises:
-            LowcalError: `loss` is not finite, the model has not run since this controller was made, or it is detached;
-                or the method was not carried out in this epoch: local layers made no update, or each of several
-                processes made its own.
+            LowcalError: `loss` is not finite; the model has not run since this controller was made; it is detached;
+                local layers made no update in this epoch; or several processes did not sum their updates.
         """
         try:
             loss = float(loss)
@@ -151,8 +149,8 @@ class LoCal:
         local.check_ready("end_epoch")
         if self.epoch == self.epochs:
             warnings.warn(
-                f"end_epoch: epoch {self.epoch + 1} ends, but LoCal was built for epochs={self.epochs}, by which the "
-                "schedule goes; give the number of epochs of the whole training",
+                f"end_epoch: epoch {self.epoch + 1} ends, but LoCal was built for epochs={self.epochs}, on which the "
+                "schedule depends; give the number of epochs of the whole training",
                 stacklevel=2,
             )
         local.check_carried_out(self.epoch)
@@ -191,11 +189,11 @@ class LoCal:
         return moved
 
     def move_to(self, boundary: int) -> None:
-        """Sets the boundary by hand: the first `boundary` layers learn locally from the next step on.
+        """Moves the boundary by hand: the first `boundary` layers learn locally from the next step on.
 
         Raises:
-            LowcalError: `boundary` is less than the present one or leaves no layer to SGD, the order of layers is not
-                known yet, or this controller is detached.
+            LowcalError: `boundary` is less than the present one or leaves no layer to SGD; the order of layers is not
+                known yet; or this controller is detached.
         """
         self._local_layers.check_ready("move_to")
         self._check_target(boundary)
@@ -205,7 +203,7 @@ class LoCal:
             self._local_layers.begin_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step and epoch depend on, as plain values and tensors."""
+        """Everything on which the next step and epoch depend, as plain values and tensors; resuming is exact."""
         local = self._local_layers
         order, updates = local.discovery.order, local.updates
         readings: dict[str, Any] = {}
@@ -234,11 +232,11 @@ class LoCal:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up where the controller that gave `state` was; model and optimizer are loaded before or after.
+        """Continues from `state`; load model and optimizer before or after.
 
         Raises:
-            LowcalError: `state` is no such state, belongs to another network, or is behind the present boundary;
-                nothing has changed then.
+            LowcalError: `state` is damaged, belongs to another network, or is behind the present boundary. Nothing
+                changes then.
         """
         local = self._local_layers
         state = completed(state)
@@ -265,15 +263,22 @@ class LoCal:
         local.open()
 
     def paused(self) -> AbstractContextManager[None]:
-        """Within it, forward passes count for nothing: neither for local updates nor for a later step.
+        """A context manager in which forward passes make no local updates.
 
-        A pass whose outputs are never back-propagated counts for nothing anyway, unless the whole model is compiled.
+        A pass whose outputs are never back-propagated has no effect anyway, unless the whole model is compiled.
         """
         return self._local_layers.updates.paused()
 
     def summary(self) -> str:
-        """A few lines: which layers learn how, which parameters follow, what is left out and why."""
-        return summary(self)
+        """A few lines: how each layer learns, which parameters follow, what is left out and why."""
+        name, depth = type(self.model).__name__, len(self.layers)
+        if not self.layers:
+            return f"{name}: the order of layers is not known yet; it shows in the next forward pass"
+        head = (
+            f"{name}: boundary {self.boundary} of {depth} layers after {self.epoch} of {self.epochs} epochs; "
+            f"the schedule can move it to {reach(self.schedule, depth)}"
+        )
+        return "\n".join([head, *self._local_layers.summary()])
 
     def detach(self) -> None:
         """Removes every hook and gives the local layers' parameters their ``requires_grad`` back."""

@@ -17,8 +17,8 @@ from lowcal.discovery import Discovery, trace
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.layers import Order, own_parameters, weight_layers, weight_of
+from lowcal.norms import RunningNorms
 from lowcal.rules import Rule
-from lowcal.running_norm import RunningNorms
 from lowcal.trainable import TrainableParameters
 from lowcal.transition import TransitionChange
 from lowcal.updates import LocalUpdates
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class LocalLayers:
-    """Moves the boundary of a network and takes the layers before it through each training step; owns every hook.
+    """Moves the boundary of a network and carries out local learning in each training step; owns every hook.
 
-    `LoCal` decides when the boundary moves. `DistributedLoCal` and the steps that a CUDA graph replays use this object.
+    `LoCal` decides when the boundary moves. `DistributedLoCal` and steps replayed by a CUDA graph call this object too.
 
     Args:
         model: the network.
@@ -38,11 +38,11 @@ class LocalLayers:
         rule: what local layers do.
         norm_stats: as for `LoCal`.
         measure: how ||dW_E|| is measured, as `Schedule.measure` says.
-        reach: the largest boundary for a number of layers; raises LowcalError if the schedule does not suit it.
+        reach: returns the largest boundary for a number of layers; raises LowcalError if the schedule does not fit.
 
     Attributes:
         boundary: the number of leading layers that learn locally.
-        generation: counts the changes of which parameters are local (`DistributedLoCal`).
+        generation: how often the set of local parameters changed; `DistributedLoCal` compares it.
         candidates: the network's possible layers by name.
         discovery: finds the order of the layers.
         trainable: which parameters learn by the optimizer.
@@ -83,7 +83,7 @@ class LocalLayers:
         self._finalizer = weakref.finalize(self, _remove, self._handles, *(part.handles for part in parts))
 
     def attach(self, example_inputs: Any) -> None:
-        """Puts hooks on network and optimizers; the order of layers comes from `example_inputs`, if not None."""
+        """Puts hooks on network and optimizers; traces `example_inputs` for the order of layers, unless None."""
         if example_inputs is not None:
             self.discovery.take(trace(self._model, example_inputs))
         else:
@@ -106,14 +106,14 @@ class LocalLayers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the layers in execution order, as far as it is known."""
+        """Names of the known layers in execution order."""
         return self.discovery.order.layers
 
     def check_ready(self, caller: str) -> None:
-        """Checks that the hooks are there and the order of layers is known.
+        """Checks that this object is attached and the order of layers is known.
 
         Raises:
-            LowcalError: they are not.
+            LowcalError: it is not.
         """
         if not self._finalizer.alive:
             raise LowcalError(f"{caller}: this LoCal was detached from its model; build a new one to go on")
@@ -153,13 +153,34 @@ class LocalLayers:
         if order.layers[self.boundary] != transition:
             self.change.begin(self._transition(order.layers), self._optimizers)
 
+    def summary(self) -> list[str]:
+        """Lines on local and other layers, on the parameters that follow them, and on what is left out and why."""
+        order, names = self.discovery.order, self.names
+        local, others = names[: self.boundary], names[self.boundary :]
+        weights = {layer: weight_of(self._model.get_submodule(layer)) for layer in local}
+        kept = [layer for layer, weight in weights.items() if weight is not None and not self.trainable.wants(weight)]
+        lines = [f"local, by {self._rule}: {_span(local)}"] if local else []
+        lines.append(f"by the optimizer: {_span(others)}")
+        if kept:
+            lines.append(f"local, but with a weight that you froze: {', '.join(kept)}")
+        followers = sum(layer in local for layer in order.followers.values())
+        lines.append(
+            f"other parameters: {followers} of {len(order.followers)} follow local layers and keep their values; "
+            f"normalisation before the boundary uses {self._norm_stats} statistics"
+        )
+        lines += [f"cannot become local: {reason}" for reason in order.limits.values()]
+        absent = [layer for layer in weight_layers(self._model) if layer not in names]
+        if absent:
+            lines.append(f"not run so far, so not numbered: {', '.join(absent)}")
+        return lines
+
     # The boundary
 
     def move_to(self, target: int) -> None:
         """Moves the boundary to `target`, from the next step on."""
         if not self.boundary:
             self._handles.append(self._model.register_forward_pre_hook(Hook(self._before_pass)))
-            # Each layer's weight comes last, since that surely takes part in a backward pass.
+            # Each layer's weight comes last, since it certainly takes part in a backward pass.
             parameters = [parameter for name in self.names for parameter in reversed(self._parameters[name])]
             self.updates.watch(parameters)
             if (last := self._last_of(parameters)) is not None:
@@ -183,25 +204,25 @@ class LocalLayers:
         self.boundary = self.discovery.settled = target
 
     def begin_epoch(self) -> None:
-        """Measures the transition layer's change from now on."""
+        """Starts to measure the transition layer's change."""
         self.change.begin(self._transition(self.names), self._optimizers)
 
     def resume_epoch(self, start: Tensor, sums: Sequence[float]) -> None:
-        """Measures it from where a saved state was."""
+        """Goes on measuring the change from a saved state."""
         weight = self._transition(self.names)
         self.change.resume(weight, self._optimizers, start.to(weight.device, copy=True), sums)
 
     def transition_change(self) -> float:
-        """||dW_E|| of the epoch that ends, on this rank."""
+        """||dW_E|| of the epoch that ends, on this rank. Reads from the device."""
         return self.change.norm(self._transition(self.names).detach())
 
     def _transition(self, names: Sequence[str]) -> nn.Parameter:
-        """The transition layer's weight; if it computes that, and so is never local, another of its parameters."""
+        """The transition layer's weight, or its first parameter if the weight is computed from others."""
         weight = weight_of(self._modules[self.boundary])
         return self._parameters[names[self.boundary]][0] if weight is None else weight
 
     def _last_of(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
-        """The last parameter that the leading optimizer moves; its gradient tells of each backward pass."""
+        """The last parameter that the leading optimizer trains; each backward pass changes its gradient."""
         for parameter in reversed(parameters):
             if self.trainable.wants(parameter) and holder(parameter, (self._leader,)):
                 return parameter
@@ -215,7 +236,7 @@ class LocalLayers:
         return self._rule.opens and self.updates.is_due
 
     def open(self) -> None:
-        """Lets local layers take part in the coming step's back-propagation, or not, as `is_open` says."""
+        """Sets whether local layers take part in the coming step's back-propagation, by `is_open`."""
         self.trainable.switch(self.is_open)
 
     def count_step(self, *, applied: bool) -> None:
@@ -238,7 +259,7 @@ class LocalLayers:
         if optimizer is not self._leader:
             return
         self.discovery.finish()
-        self.trainable.note_wishes()
+        self.trainable.read_wishes()
         if self.boundary:
             self.count_step(applied=self.updates.apply(optimizer))
         else:
@@ -247,7 +268,7 @@ class LocalLayers:
     # A step that is replayed
 
     def make_replayable(self, device: torch.device) -> None:
-        """Puts all that a step depends on on `device`, so that a CUDA graph can replay it; then call `count_step`."""
+        """Moves what a step depends on to `device`, so that a CUDA graph can replay it; then call `count_step`."""
         self.updates.make_replayable(device)
         self.change.make_replayable(device)
 
@@ -263,7 +284,7 @@ class LocalLayers:
         return self.trainable.local if self._rule.opens else []
 
     def check_carried_out(self, epoch: int) -> None:
-        """Checks that `epoch`, which ends, did what the method asks for, as far as the boundary does not show it.
+        """Checks at the end of `epoch` that local layers learned in it.
 
         Raises:
             LowcalError: local layers made no update, or each of several processes made its own.
@@ -274,7 +295,7 @@ class LocalLayers:
         if self.updates.epoch_counts[0] == 0:
             cause = (
                 "no step of the optimizer given to LoCal was seen: was it replaced, or is this a copy? "
-                "Build LoCal anew with the optimizer in use and load the state_dict"
+                "Build a new LoCal with the optimizer in use and load the state_dict"
             )
         else:
             cause = (
@@ -294,6 +315,16 @@ class LocalLayers:
                 f"{dist.get_world_size()} processes train, and nothing sums their local updates, so that their weights "
                 "would part; call lowcal.DistributedLoCal(model, local) instead of DDP, or take rule=lowcal.Frozen()"
             )
+
+
+def _span(layers: tuple[str, ...]) -> str:
+    """The first and the last of `layers`, and how many there are.
+
+    >>> _span(("a", "b", "c")), _span(("a",))
+    ('a to c (3 layers)', 'a (1 layer)')
+    """
+    ends = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+    return f"{ends} ({len(layers)} layer{'s' * (len(layers) > 1)})"
 
 
 def _remove(*lists: list[RemovableHandle]) -> None:

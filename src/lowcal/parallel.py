@@ -1,4 +1,4 @@
-"""Data-parallel training over a moving boundary: torch's DDP, built anew at each move, and the sum of local updates."""
+"""Data-parallel training with a moving boundary: torch's DDP, rebuilt at each move, and sums of local updates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lowcal.local import LoCal
 
 
 class DistributedLoCal(nn.Module):
-    """Trains `model` on one mini-batch spread over all ranks, as DDP does, while the boundary of `local` moves.
+    """Trains `model` on mini-batches that are split over all ranks, as DDP does, while the boundary of `local` moves.
 
-    Call this module instead of the model. DDP reduces gradients alone and does not bear a change of
-    ``requires_grad``: here it is built anew in the forward pass that follows a move, so ``find_unused_parameters`` is
-    never needed, and the ranks' local updates are summed in one asynchronous all-reduce that starts when the last local
-    layer has run and overlaps the rest of the forward and backward pass. Local layers that learn by the optimizer in
-    some steps (`Refresh`) have a DDP of their own, which takes part in those steps alone. The boundary follows the mean
-    of the losses that the ranks give to ``local.end_epoch``, so that all ranks move alike.
+    Call this module instead of the model. DDP reduces gradients only, and ``requires_grad`` must not change under it.
+    So it is rebuilt in the forward pass after each move, and ``find_unused_parameters`` is never needed. The ranks'
+    local updates are summed in one asynchronous all-reduce. It starts when the last local layer has run, and overlaps
+    the rest of the forward and backward pass. Local layers that the optimizer trains in some steps (`Refresh`) have a
+    second DDP, which is used in those steps only. The boundary depends on the mean of the losses that the ranks pass to
+    ``local.end_epoch``, so that it is the same on all ranks.
 
     Args:
         model: the network, on this rank's device.
@@ -53,12 +53,12 @@ class DistributedLoCal(nn.Module):
             )
         if ddp_options.get("find_unused_parameters"):
             raise LowcalError(
-                "DistributedLoCal: find_unused_parameters=True is never needed, since DDP is built anew at each move; "
+                "DistributedLoCal: find_unused_parameters=True is never needed, since DDP is rebuilt at each move; "
                 "leave it out"
             )
         if ddp_options.get("device_mesh") is not None:
             raise LowcalError(
-                "DistributedLoCal: device_mesh is given, which local updates do not know; "
+                "DistributedLoCal: device_mesh is given, which local updates do not support; "
                 "give its ranks as process_group=mesh.get_group()"
             )
         self.module = model
@@ -81,7 +81,7 @@ class DistributedLoCal(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it, gradients and local updates stay on their rank: for all micro-batches of a step but the last."""
+        """Inside it, gradients and local updates are not summed: for all micro-batches of a step but the last."""
         with ExitStack() as stack:
             for reducer in self._reducers():
                 stack.enter_context(reducer.no_sync())
@@ -92,13 +92,13 @@ class DistributedLoCal(nn.Module):
                 self._exchange.open = True
 
     def bytes_per_step(self) -> int:
-        """Bytes that each rank hands over for reduction in gradients and local updates, a step's on average."""
+        """Bytes of gradients and local updates that each rank sends for reduction, per step on average."""
         opened = set(self._local.opened())
         each_step = (p for p in self.module.parameters() if p.requires_grad and p not in opened)
         return _bytes(each_step) + _bytes(opened) // self._controller.rule.every + self._local.updates.bytes_per_step()
 
     def _reducers(self) -> list[DistributedDataParallel]:
-        """DDP for the present boundary: of what learns in each step, then of what learns in open steps alone."""
+        """DDP of the parameters that learn in each step, then of those that learn only in open steps."""
         if self._generation != self._local.generation:
             self._ddp.clear()
             gc.collect()  # the old reducers' hooks on the parameters go with them
@@ -119,7 +119,7 @@ class DistributedLoCal(nn.Module):
 
 
 class _Opened(nn.Module):
-    """What DDP wraps to reduce the gradients of `parameters` alone: it passes its calls on to `inner`."""
+    """What DDP wraps to reduce the gradients of `parameters` only; calls go to `inner`."""
 
     def __init__(self, parameters: list[nn.Parameter], inner: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _Opened(nn.Module):
 
 @contextmanager
 def _requiring_grad(parameters: list[nn.Parameter], required: bool) -> Iterator[None]:
-    """Within it, `parameters` need gradients, or none."""
+    """Inside it, ``requires_grad`` of `parameters` is `required`."""
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(required)
@@ -148,11 +148,11 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 class Exchange:
-    """What a controller asks of the other ranks: sums of local updates, means of numbers.
+    """Communication of a controller with the other ranks: sums of local updates, means of numbers.
 
     Attributes:
         group: the ranks.
-        open: whether updates are to be summed in this forward pass; False while gradients accumulate.
+        open: whether updates are summed in this forward pass; False while gradients accumulate.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -170,7 +170,7 @@ class Exchange:
             shapes: a tensor like the dW of each layer that may have one on any rank; a missing one counts as zero.
 
         Returns:
-            The sums, which are there after `wait`.
+            The sums, which are complete after `wait`.
         """
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, like in shapes.items():

@@ -1,4 +1,4 @@
-"""The one product of input and weight in a layer's forward pass, also in classes with a forward of their own."""
+"""The product of input and weight in a layer's forward pass, also if the class overrides ``forward``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowcal.errors import LowcalError
-from lowcal.layers import LAYER_TYPES, weight_of
-from lowcal.unchanged import unchanged
+from lowcal.layers import LAYER_TYPES, unchanged, weight_of
 
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -29,11 +28,11 @@ class Product(NamedTuple):
 
     inputs: Tensor
     weight: Tensor
-    options: dict[str, Any]  # stride, padding, dilation and groups, as far as they were given
+    options: dict[str, Any]  # those of stride, padding, dilation and groups that were given
 
 
 def product_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Product | None:
-    """The product that a call of `function` computes; None if it is another function."""
+    """The product that a call of `function` computes; None if it computes none."""
     if function not in _PRODUCTS:
         return None
     options = {**dict(zip(_ARGUMENTS, args, strict=False)), **keywords}
@@ -50,13 +49,13 @@ def has_plain_forward(layer: nn.Module) -> bool:
 
 
 class ProductCapture(TorchFunctionMode):
-    """Sees the inner product while a layer's own forward runs: enter it before that forward and leave it after.
+    """Observes the inner product of a layer that overrides ``forward``; enter it before that forward, and exit after.
 
     Args:
-        layer: a linear or convolution layer whose class has a forward of its own.
-        found: called at once with the layer as its torch class would have it, a and z. That layer has the same weight,
-            and the stride, padding, dilation and groups that the forward gave to the product; z includes the bias that
-            it gave, and nothing that follows.
+        layer: a linear or convolution layer whose class overrides ``forward``.
+        found: called at once with a plain layer, a and z. The plain layer is of the torch class, with the same weight
+            and the stride, padding, dilation and groups that the forward passed to the product. z includes the bias
+            passed to the product, and nothing that follows.
     """
 
     def __init__(self, layer: nn.Module, found: Callable[[nn.Module, Tensor, Tensor], None]) -> None:
@@ -74,7 +73,7 @@ class ProductCapture(TorchFunctionMode):
 
 
 def inner_product(layer: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
-    """What `ProductCapture` finds in a pass of `layer` on `inputs` that leaves buffers and random generators alone.
+    """What `ProductCapture` finds in a pass of `layer` on `inputs`; buffers and random generators stay as they were.
 
     Raises:
         LowcalError: the class's forward computes more or fewer than one product with the layer's weight.

@@ -1,4 +1,4 @@
-"""What a local layer does with its input and output (Sec. 2.1, Eqs. 1 to 4)."""
+"""Rules: how a local layer learns from its input and output (Sec. 2.1, Eqs. 1 to 4)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lowcal.strided import is_unsafe_unpadded, slice_positions
 
 @runtime_checkable
 class Rule(Protocol):
-    """What a local layer does in a training step: `Hebbian`, `Frozen`, `Refresh`, or a rule of the user's own.
+    """How a local layer learns in a training step: `Hebbian`, `Frozen`, `Refresh`, or your own rule.
 
-    A rule may have one attribute more, ``decay_from``. If it is "switch", `step_size` is asked for each layer with the
-    epochs since that layer became local, and `apply` gets a step for each weight.
+    A rule may also have an attribute ``decay_from``. If it is "switch", `step_size` is called for each layer with the
+    number of epochs since that layer became local, and `apply` gets one step per weight.
     """
 
     @property
     def collects(self) -> bool:
-        """Whether `update` is called in the forward pass of local layers; False costs nothing there."""
+        """Whether `update` is called in the forward pass of local layers; if False, that pass costs nothing extra."""
         ...
 
     @property
     def opens(self) -> bool:
-        """Whether local layers learn by the optimizer, from their true gradients, in each `every`-th step."""
+        """Whether the optimizer trains local layers by their true gradients, once every `every` steps."""
         ...
 
     @property
     def every(self) -> int:
-        """The rule acts in each `every`-th optimizer step, counted from the first move, the first included."""
+        """The rule acts once every `every` optimizer steps, beginning with the first step after the first move."""
         ...
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The layer's update dW, shaped like `module.weight`, from its input a and output z; a tensor of its own."""
+        """The layer's update dW from its input a and output z: a new tensor, shaped like `module.weight`."""
         ...
 
     def step_size(self, epoch: int) -> float:
@@ -54,13 +54,13 @@ class Rule(Protocol):
         ...
 
     def apply(self, weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor) -> Tensor:
-        """Moves `weights` in place by `updates`, which may be overwritten, and `step`, eta with its sign.
+        """Changes `weights` in place by `updates`, which it may overwrite, and `step`, eta with its sign.
 
         Args:
-            step: a number or a 0-d tensor; with ``decay_from="switch"`` a 1-d tensor, one value for each weight.
+            step: a number or a 0-d tensor; with ``decay_from="switch"``, a 1-d tensor with one value per weight.
 
         Returns:
-            The number of layers left as they were, a 0-d integer tensor on the weights' device.
+            The number of weights that did not change, a 0-d integer tensor on the weights' device.
         """
         ...
 
@@ -71,12 +71,12 @@ class Hebbian(HebbianSettings):
 
     Args:
         lr: eta at epoch 0, the length of one step: of the weight's own norm with ``scale="relative"``.
-        decay: factor on eta after each `decay_every` epochs (published: 0.5 for CIFAR, 0.1 for ImageNet; Sec. 6.1).
-        decay_every: epochs between decays, counted as `decay_from` says.
+        decay: factor on eta every `decay_every` epochs (published: 0.5 for CIFAR, 0.1 for ImageNet; Sec. 6.1).
+        decay_every: epochs between decays.
         scale: "absolute", as published, or "relative" to ||W|| of each layer.
-        every: updates are made in each `every`-th optimizer step; the others skip the product too.
-        decay_from: epochs are counted from the "start" of the training, or for each layer from its own "switch" to
-            local learning, so that eta differs from layer to layer.
+        every: make an update once every `every` optimizer steps; other steps skip its computation too.
+        decay_from: count epochs from the "start" of the training, or for each layer from its "switch" to local
+            learning, so that eta differs between layers.
 
     Example:
         >>> Hebbian(lr=0.01, decay=0.5, decay_every=30).step_size(epoch=60)
@@ -101,7 +101,7 @@ class Hebbian(HebbianSettings):
 
 @dataclass(frozen=True)
 class Frozen(Settings):
-    """Local layers keep their weights: layer freezing, which the paper compares with (Sec. 3.1)."""
+    """Local layers keep their weights: layer freezing, with which the paper compares (Sec. 3.1)."""
 
     collects: ClassVar[bool] = False
     opens: ClassVar[bool] = False
@@ -122,12 +122,12 @@ class Frozen(Settings):
 
 @dataclass(frozen=True)
 class Refresh(Frozen):
-    """Local layers are frozen, but take part in full back-propagation in every n-th step. Ours, not the paper's.
+    """Local layers are frozen, but take part in back-propagation once every n steps. Ours, not the paper's.
 
-    Their momentum is kept between those steps, and moves them in those steps alone.
+    Their momentum is kept, and changes their weights in those steps only.
 
     Args:
-        every: n, optimizer steps from one with true gradients to the next.
+        every: n, the number of optimizer steps from one with true gradients to the next.
     """
 
     every: Annotated[int, Limits(least=2)] = 4  # type: ignore[misc]
@@ -136,19 +136,19 @@ class Refresh(Frozen):
 
 @torch.no_grad()
 def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """dW = conv_weight(a, z): the weight-gradient product with the output instead of its gradient (Eqs. 1, 3).
+    """dW = conv_weight(a, z): the weight gradient, with the output instead of its gradient (Eqs. 1, 3).
 
     Args:
         module: a linear or 1d, 2d or 3d convolution layer, with any stride, padding, padding mode, dilation and groups.
         inputs: a, the layer's input, batched or not.
-        outputs: z, the layer's output before normalisation and activation. Of a class with a forward of its own, a and
-            z are those of its inner product, taken from one more pass on `inputs`, which changes nothing in the layer.
+        outputs: z, the layer's output before normalisation and activation. If the class overrides ``forward``, a and z
+            are those of its inner product, from one more pass on `inputs` that does not change the layer.
 
     Returns:
         dW, shaped like ``module.weight``, summed over batch and positions, in at least single precision, without graph.
 
     Raises:
-        LowcalError: `module` is of another kind, or has a forward of its own without one product with its weight.
+        LowcalError: `module` is of another kind, or its own ``forward`` does not compute exactly one product.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -157,7 +157,7 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
     """
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise LowcalError(
-            f"hebbian_update: {type(module).__name__} is no linear or convolution layer; "
+            f"hebbian_update: {type(module).__name__} is not a linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
     if not has_plain_forward(module):
@@ -175,12 +175,12 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
 
 
 def _is_autocasting(device: str) -> bool:
-    """Whether autocast is on for that kind of device; the meta device has none, and torch refuses the question."""
+    """Whether autocast is on for that kind of device; torch refuses to answer for the meta device."""
     return device != "meta" and torch.is_autocast_enabled(device)  # is_autocast_available breaks graphs in torch 2.10
 
 
 def _product_dtype(outputs: Tensor) -> torch.dtype:
-    """The type to multiply in: half precision overflows in sums over a batch's positions."""
+    """The type of the product: half precision overflows in sums over the positions of a batch."""
     if outputs.dtype != torch.float16:
         return outputs.dtype
     # Not torch.cuda.is_bf16_supported, at which a compiled graph would break.
@@ -235,11 +235,11 @@ def apply_updates(
     Args:
         weights: the layers' weights.
         updates: their dW, which are overwritten.
-        step: eta with its sign: a number, a 0-d tensor on the device, or a 1-d tensor with one value for each layer.
-        relative: whether the step's length is also in proportion to ||W||.
+        step: eta with its sign: a number, a 0-d tensor on the device, or a 1-d tensor with one value per layer.
+        relative: whether the step is also multiplied by ||W||.
 
     Returns:
-        How many weights were left as they were, because their ||dW|| is zero or not finite: a 0-d integer tensor.
+        How many weights did not change because their ||dW|| is zero or not finite: a 0-d integer tensor.
     """
     skipped = []
     for group_weights, group_updates, group_step in _by_device(weights, updates, step):
@@ -260,7 +260,7 @@ def apply_updates(
 def _by_device(
     weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor
 ) -> list[tuple[list[Tensor], list[Tensor], float | Tensor]]:
-    """Weights, updates and step of the layers of each device and type."""
+    """Weights, updates and step, grouped by device and type."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, update in enumerate(updates):
         groups.setdefault((update.device, update.dtype), []).append(index)

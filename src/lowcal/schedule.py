@@ -1,6 +1,6 @@
-"""Where the boundary between local layers and SGD is, from epoch to epoch (Sec. 2.2 and 6.5).
+"""Schedules of the boundary between local layers and SGD (Sec. 2.2 and 6.5).
 
-A schedule is a pure function of `Progress`; the controller keeps what it needs to know.
+A schedule is a pure function of `Progress`; the controller keeps the state.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from lowcal.settings import Count, Fraction, NonNegative, Settings
 
 @dataclass(frozen=True)
 class Progress:
-    """What a schedule may look at.
+    """What a schedule knows at the end of an epoch.
 
     Attributes:
         epoch: the coming epoch, 0-based: the one that the boundary is for.
         epochs: E_max, epochs in the whole training.
         layers: L, layers in the network.
         block: layers in the network's recurring block, the default of t_shift.
-        boundary: T, leading layers that learn locally at present.
-        changes: ||dW_E||, as `Schedule.measure` says, of the present transition layer in each epoch since the boundary
-            last moved; the last one belongs to the epoch that has just ended.
-        ends: the positions, counted in layers, at which the boundary cuts no recurring block: after the last layer of
-            each block and after each layer outside of them, up to L.
+        boundary: T, the number of leading layers that learn locally now.
+        changes: ||dW_E|| of the transition layer (`Schedule.measure`) in each epoch since the last move; the last is
+            that of the epoch that has just ended.
+        ends: the boundaries that are not inside a recurring block: after the last layer of each block, and after each
+            layer outside of blocks.
         earlier: (T, ||dW_E||) of each epoch before the last move, the first epoch first; None unless
             `Schedule.remembers`.
     """
@@ -43,7 +43,7 @@ class Progress:
 
 
 class Schedule(Protocol):
-    """Tells the boundary for the coming epoch. A schedule of one's own may inherit all but `__call__` from here."""
+    """Decides the boundary of the next epoch. Your own schedule may inherit all but `__call__` from this class."""
 
     @property
     def measure(self) -> Literal["epoch", "step"]:
@@ -60,11 +60,11 @@ class Schedule(Protocol):
         ...
 
     def check(self, layers: int, epochs: int) -> None:
-        """Raises LowcalError if this schedule cannot serve a network of `layers` layers for `epochs` epochs."""
+        """Raises LowcalError if this schedule does not fit a network of `layers` layers and `epochs` epochs."""
         return
 
     def reach(self, layers: int) -> int:
-        """The largest boundary that this schedule may give in a network of `layers` layers."""
+        """The largest boundary that this schedule can set in a network of `layers` layers."""
         return layers - 1
 
 
@@ -79,15 +79,15 @@ class NormTrend(Settings, Schedule):
         interval: K, epochs before a move and norms in the mean; None: from Eq. 2.
         spacing: "listing": e_k >= K as Algorithm 1 counts e_k, so that moves are at least K + 1 epochs apart. "prose":
             at least K ("at most once in every K epochs", Sec. 2.2).
-        measure: ||dW_E||: "epoch": the change over the epoch. "step": the mean norm of the changes that its steps make.
-        average: W_avg: "layer": over norms of the present transition layer alone. "run": of earlier ones too. Under
-            the listing the last K norms are the present layer's anyway.
+        measure: ||dW_E||: "epoch": the change over the epoch. "step": the mean norm of the changes of its steps.
+        average: W_avg: "layer": the mean over norms of the present transition layer. "run": over norms of earlier ones
+            too. With "listing" the last K norms always belong to the present layer.
         align: "layer": a move is by t_shift layers. "block": to the first end of a recurring block that is at least
-            t_shift layers on, so that no block is cut; the cap counts too.
+            t_shift layers away, so that no block is split. The cap applies too.
 
-    The mean is over the K norms before the last one. With ``spacing="prose"`` and ``average="layer"`` a move K epochs
-    after the one before has K - 1 of them, and the mean is over those. At least one is needed, so with K = 1 moves are
-    2 epochs apart.
+    The mean is over the K norms before the last one. With ``spacing="prose"`` and ``average="layer"`` there are only
+    K - 1 of them when K epochs have passed since the last move, and the mean is over those. At least one is needed, so
+    with K = 1 moves are 2 epochs apart.
     """
 
     alpha: NonNegative = 0.95
@@ -101,7 +101,7 @@ class NormTrend(Settings, Schedule):
 
     @property
     def remembers(self) -> bool:
-        """Whether W_avg is over norms of earlier transition layers too."""
+        """Whether W_avg includes norms of earlier transition layers."""
         return self.average == "run"
 
     def __call__(self, progress: Progress) -> int:
@@ -133,7 +133,7 @@ class Quadratic(Settings, Schedule):
 
     Args:
         c1: layers that are local when training ends, before the cap.
-        c2: how fast the boundary falls behind that, per squared epoch.
+        c2: layers by which the boundary is lower, per squared epoch before the end.
         max_fraction: L_max.
     """
 
@@ -153,10 +153,10 @@ class Quadratic(Settings, Schedule):
 
 @dataclass(frozen=True)
 class Fixed(Settings, Schedule):
-    """The boundary by hand: from each 0-based epoch on, so many leading layers are local.
+    """Boundaries set by hand: the number of local layers from each 0-based epoch on.
 
     Args:
-        boundaries: layers by epoch. Training starts with boundary 0, so the first epoch is 1 at least.
+        boundaries: layers by epoch. Training starts with boundary 0, so epochs are at least 1.
 
     Example:
         >>> schedule = Fixed({10: 3, 20: 6})
@@ -191,7 +191,7 @@ class Fixed(Settings, Schedule):
         return max(self.boundaries.values(), default=0)
 
     def check(self, layers: int, epochs: int) -> None:
-        """Raises LowcalError if more layers are to be local than the network can spare."""
+        """Raises LowcalError if a boundary leaves no layer to SGD."""
         for epoch, boundary in self.boundaries.items():
             if boundary >= layers:
                 raise LowcalError(
@@ -201,7 +201,7 @@ class Fixed(Settings, Schedule):
 
 
 def reach(schedule: Schedule, layers: int) -> int:
-    """The largest boundary that `schedule` may give; the whole network but its last layer if it does not tell."""
+    """The largest boundary that `schedule` can set; if it has no `reach`, all layers but the last."""
     own = getattr(schedule, "reach", None)
     return layers - 1 if own is None else min(own(layers), layers - 1)
 
@@ -217,7 +217,7 @@ def interval(layers: int, shift: int, epochs: int, max_fraction: float) -> int:
 
 
 def cap(layers: int, max_fraction: float) -> int:
-    """The most layers that may be local: floor(L_max L), and never the last layer."""
+    """The largest number of local layers: floor(L_max L), and never the last layer."""
     return min(math.floor(max_fraction * layers + 1e-9), layers - 1)  # 1e-9: 0.29 * 100 is 28.999...
 
 

@@ -1,4 +1,4 @@
-"""Checks a controller's saved state before any of it is taken over."""
+"""Validates a controller's saved state before it is loaded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "limits": (dict,),
     "epoch_counts": (list,),
 }
-# Entries that states of earlier versions lack, and what they then count as.
+# Entries that states of earlier versions lack, with their defaults.
 _ADDED: dict[str, Any] = {"limits": {}, "epoch_counts": [1, 0, 0]}
 
 
 def completed(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`state` with the entries that those of earlier versions lack."""
+    """`state`, with defaults for entries that states of earlier versions lack."""
     return {**_ADDED, **state} if isinstance(state, Mapping) else state
 
 
@@ -47,24 +47,24 @@ def check_state(
     remembers: bool = False,
     by_step: bool = False,
 ) -> Order:
-    """The order of layers that `state` holds, once all of `state` has proved sound.
+    """Returns the order of layers in `state` after validating all of it.
 
     Args:
-        state: what `LoCal.state_dict` gave.
-        model: the network that it is meant for.
-        layers: its possible layers by name.
-        known: those of them that are known to run; a state may know more.
-        boundary: where the boundary is now.
+        state: what `LoCal.state_dict` returned.
+        model: the network to load it into.
+        layers: the network's possible layers by name.
+        known: those that are known to run; the state may have more.
+        boundary: the present boundary.
         remembers: whether norms of earlier transition layers are needed (`Schedule.remembers`).
         by_step: whether norms are those of steps (`Schedule.measure`).
 
     Raises:
-        LowcalError: `state` is damaged, of another network, behind the present boundary, or without norms that the
-            schedule needs.
+        LowcalError: `state` is damaged, belongs to another network, is behind the present boundary, or lacks norms that
+            the schedule needs.
     """
     if not isinstance(state, Mapping) or state.get("format") != 1:
         raise LowcalError(
-            "load_state_dict: this is no state of LoCal of format 1; give what LoCal.state_dict() returned"
+            "load_state_dict: this is not a state of LoCal of format 1; give what LoCal.state_dict() returned"
         )
     for key, kinds in _KINDS.items():
         if not isinstance(state.get(key, _KINDS), kinds):
@@ -134,7 +134,7 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
 
 
 def _check_norms(state: Mapping[str, Any], remembers: bool, by_step: bool) -> None:
-    """Checks what a state holds for readings of Algorithm 1 other than the default."""
+    """Checks the entries for other readings of Algorithm 1 than the default."""
     if ("step_norms" in state) != by_step:
         kept, needed = ("epoch", "step") if by_step else ("step", "epoch")
         raise LowcalError(

@@ -1,8 +1,9 @@
-"""Strided 1x1 convolutions with few input channels, whose weight gradient writes outside its memory on a CPU.
+"""A workaround for strided 1x1 convolutions on a CPU, whose weight gradient can write outside its memory.
 
-With channels last, oneDNN's weight gradient of such a layer in float32 uses a workspace that is too small: the process
-crashes, hangs, or can give wrong numbers (torch 2.10 to 2.15; https://github.com/uxlfoundation/oneDNN/issues/6035).
-The layer reads only each `stride`-th position. So it is a convolution of stride 1 over those positions, which is right.
+With channels last and few input channels, oneDNN's weight gradient of such a layer in float32 uses a workspace that is
+too small: the process crashes, hangs, or can give wrong numbers (torch 2.10 to 2.15;
+https://github.com/uxlfoundation/oneDNN/issues/6035). The layer reads one position per stride. So it equals a
+convolution of stride 1 over those positions, and oneDNN computes that correctly.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ SAFE_CHANNELS = 16  # oneDNN's block of channels with AVX-512; with AVX2 it is 8
 
 
 def is_unsafe(module: nn.Module) -> bool:
-    """Whether `module` is such a layer: its weight gradient is not to be trusted on a CPU with channels last."""
+    """Whether `module` is such a layer: its weight gradient may be wrong on a CPU with channels last."""
     return is_unsafe_unpadded(module) and module.padding in ((0, 0), "valid")
 
 
 def is_unsafe_unpadded(module: nn.Module) -> bool:
-    """Whether `module` would be such a layer without its padding, as when its input was padded beforehand."""
+    """Whether `module` would be such a layer without padding, for inputs that are already padded."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
@@ -31,10 +32,9 @@ def is_unsafe_unpadded(module: nn.Module) -> bool:
 
 
 def slice_inputs(model: nn.Module) -> list[str]:
-    """Gives each such layer of `model` on a CPU a stride of 1 and, by a hook, the positions that it reads.
+    """Gives each such layer of `model` on a CPU a stride of 1, and a hook that selects the positions that it reads.
 
-    What the network computes and the keys of its `state_dict` stay as they are. Call it again when layers have lost
-    channels.
+    The network's outputs and the keys of its `state_dict` stay the same. Call it again after pruning channels.
 
     Returns:
         The names of the layers that it changed.

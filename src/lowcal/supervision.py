@@ -12,16 +12,16 @@ Sign = Literal["recomputed", "kept"]
 
 
 class Supervision(Protocol):
-    """Tells the sign of local updates in the coming epoch."""
+    """Decides the sign of local updates in the next epoch."""
 
     def __call__(self, losses: tuple[float, ...]) -> Literal[-1, 1]:
-        """The sign s, from the mean training loss of each epoch so far, the last one last."""
+        """The sign s, from the mean training loss of each epoch so far, oldest first."""
         ...
 
 
 @dataclass(frozen=True)
 class LossTrend(Settings):
-    """Weak supervision: a rise of the training loss turns the direction of local updates.
+    """Weak supervision: a rise of the training loss reverses the direction of local updates.
 
     Args:
         sign: "recomputed" after each epoch: -1 if the loss rose, else +1 (Algorithm 2). "kept": each rise reverses the

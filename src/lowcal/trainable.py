@@ -1,4 +1,4 @@
-"""Which parameters may learn by the optimizer: what the user wants, and what the boundary allows."""
+"""Which parameters the optimizer may train: those that the user wants and the boundary allows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from lowcal.errors import LowcalError
 
 
 class TrainableParameters:
-    """Switches ``requires_grad`` of local layers' parameters, and knows what the user had it at.
+    """Sets ``requires_grad`` of local layers' parameters, and remembers what the user set.
 
-    What the user wants is read when this object is made, and after each optimizer step for parameters that are not
-    local: a loop may switch ``requires_grad`` off for a moment (a GAN's discriminator in the generator's turn), and a
-    move in that moment must not take it for good. Local parameters that someone switches on are switched off again
-    before the next pass, and a gradient that reaches them nevertheless is dropped before the optimizer's step.
+    What the user wants is read when this object is made. For parameters that are not local it is read again after each
+    optimizer step. A loop may switch ``requires_grad`` off for a short time (a GAN's discriminator during the
+    generator's turn), and a move at that time must not make it permanent. If other code switches local parameters on,
+    they are switched off before the next pass. A gradient that still reaches them is dropped before the optimizer's
+    step.
 
     Args:
         model: the network.
@@ -31,7 +32,7 @@ class TrainableParameters:
         self._versions: list[int] = []
 
     def add_new(self, model: nn.Module) -> None:
-        """Takes in parameters that `model` has been given since."""
+        """Adds parameters that `model` has got since."""
         for name, parameter in model.named_parameters():
             self._wanted.setdefault(parameter, parameter.requires_grad)
             self._names[parameter] = name
@@ -41,7 +42,7 @@ class TrainableParameters:
         return self._wanted.get(parameter, parameter.requires_grad)
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Makes `parameters` local; `switch` then sets them."""
+        """Makes `parameters` local; call `switch` next to set ``requires_grad``."""
         self._local |= {parameter: self.wants(parameter) for parameter in parameters}
 
     @property
@@ -50,7 +51,7 @@ class TrainableParameters:
         return [parameter for parameter, wanted in self._local.items() if wanted]
 
     def switch(self, is_open: bool) -> None:
-        """Lets local parameters take part in back-propagation from now on, or not."""
+        """Sets whether local parameters take part in back-propagation from now on."""
         self._is_open = is_open
         for parameter, wanted in self._local.items():
             parameter.requires_grad_(wanted and is_open)
@@ -58,7 +59,7 @@ class TrainableParameters:
                 parameter.grad = None  # a stale gradient would count in clipping, and be applied
 
     def close_again(self) -> None:
-        """Before a pass: switches off what someone else has switched on."""
+        """Before a pass: switches off what other code has switched on."""
         if not self._is_open:
             for parameter in self._local:
                 if parameter.requires_grad:
@@ -88,8 +89,8 @@ class TrainableParameters:
                     "layers; let its step pass over parameters whose grad is None"
                 )
 
-    def note_wishes(self) -> None:
-        """After a training step: what is not local is as the user wants it."""
+    def read_wishes(self) -> None:
+        """After a training step: reads what the user wants for parameters that are not local."""
         for parameter in self._wanted:
             if parameter not in self._local:
                 self._wanted[parameter] = parameter.requires_grad

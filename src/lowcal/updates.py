@@ -1,4 +1,4 @@
-"""What local layers do in a step: updates made in the forward pass, applied after the optimizer's step."""
+"""Local updates: made in the forward pass, applied after the optimizer's step."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.discovery import runs_twice
 from lowcal.errors import LowcalError
-from lowcal.hooks import CaptureHook, Hook, LayerHook, Tap
+from lowcal.hooks import CaptureHook, Hook, LayerHook, UpdateHook
+from lowcal.pending import PendingUpdates
 from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
-from lowcal.window import Window
 
 if TYPE_CHECKING:
     from lowcal.parallel import Exchange
 
 
-class _Learner(NamedTuple):
-    """A layer that learns locally, and what makes its updates."""
+class _LocalLayer(NamedTuple):
+    """A layer that learns locally, and the hook that makes its updates."""
 
     name: str
     module: nn.Module
-    tap: Tap
+    hook: UpdateHook
 
 
 class LocalUpdates:
-    """The updates of a network's local layers, from the forward pass that makes them to the step that applies them.
+    """Makes the updates of a network's local layers in the forward pass, and applies them after the step.
 
-    A hook on each of these layers makes its dW (`Rule.update`) as the forward pass runs it, and keeps it. `apply`,
-    called right after ``optimizer.step()``, moves all of their weights by what is kept (`Rule.apply`). Nothing that
-    happens in a step reads from the device.
+    A hook on each of these layers computes its dW (`Rule.update`) when the forward pass runs the layer. `apply`, called
+    right after ``optimizer.step()``, changes all their weights (`Rule.apply`). No step reads from the device.
 
-    Layers go by their index in the order of execution.
+    Layers are identified by their index in the order of execution.
 
     Args:
         model: the network.
@@ -45,8 +44,8 @@ class LocalUpdates:
 
     Attributes:
         steps: optimizer steps since the first layer became local.
-        epoch_counts: of this epoch: steps, those of them in which the rule acts, those of them that applied an update.
-        handles: of the hooks.
+        epoch_counts: in this epoch: steps, steps in which the rule acts, steps that applied an update.
+        handles: the hooks' handles.
     """
 
     def __init__(self, model: nn.Module, rule: Rule) -> None:
@@ -54,22 +53,22 @@ class LocalUpdates:
         self.epoch_counts = [0, 0, 0]
         self.handles: list[RemovableHandle] = []
         self._model, self._rule = model, rule
-        self._window = Window(self._collect_compiled)
-        self._learners: dict[int, _Learner] = {}
-        self._last: int | None = None  # of the learners: when it has run, the pass has made all of its updates
-        self._ran: set[int] | None = None  # learners that this forward pass has run; None outside of counted passes
+        self._pending = PendingUpdates(self._collect_compiled)
+        self._layers: dict[int, _LocalLayer] = {}
+        self._last: int | None = None  # the last local layer: when it has run, the pass has made all its updates
+        self._ran: set[int] | None = None  # local layers that this forward pass has run; None outside of counted passes
         self._parameters: Sequence[nn.Parameter] = ()  # of the layers, the last layer's first
         self._pauses = 0
-        self._step: float | Tensor = 0.0  # eta with its sign, or a layer's each; on the device where it replays steps
+        self._step: float | Tensor = 0.0  # eta with its sign, for all layers or each; on the device for replayed steps
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
     # Which layers learn
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Watches the network's passes before its first layer becomes local.
+        """Puts hooks on the network; call it before the first layer becomes local.
 
         Args:
-            parameters: those of all layers and what follows them, first to last.
+            parameters: those of all layers and their followers, first layer to last.
         """
         if self._rule.collects:
             self._parameters = parameters[::-1]
@@ -79,30 +78,30 @@ class LocalUpdates:
             ]
 
     def watch_backward(self, parameter: nn.Parameter) -> None:
-        """Watches the gradient of `parameter`, which learns by the optimizer to the end."""
+        """Observes the gradient of `parameter`, which the optimizer trains until the end."""
         if self._rule.collects:
-            self.handles.append(self._window.watch(parameter))
+            self.handles.append(self._pending.watch(parameter))
 
     def add(self, index: int, name: str, module: nn.Module) -> None:
-        """Lets a layer learn locally, the one after those so far."""
+        """Makes the next layer in order local."""
         if not self._rule.collects:
             return
-        tap = Tap(module, self._rule.update, Hook(self._keep, index))
+        hook = UpdateHook(module, self._rule.update, Hook(self._keep, index))
         if has_plain_forward(module):
-            self.handles.append(module.register_forward_hook(LayerHook(tap), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(LayerHook(hook), with_kwargs=True))
         else:
-            capture = ProductCapture(module, tap)
+            capture = ProductCapture(module, hook)
             self.handles += [
                 module.register_forward_pre_hook(CaptureHook(capture, enters=True)),
                 module.register_forward_hook(CaptureHook(capture, enters=False), always_call=True),
             ]
-        self._learners[index] = _Learner(name, module, tap)
+        self._layers[index] = _LocalLayer(name, module, hook)
         self._last = index
         self._set_due()
 
     def clear(self) -> None:
-        """Lets no layer learn any more."""
-        self._learners.clear()
+        """Removes all local layers."""
+        self._layers.clear()
 
     # What the controller sets and reads
 
@@ -113,13 +112,13 @@ class LocalUpdates:
 
     @property
     def is_idle(self) -> bool:
-        """Whether this epoch made none of the updates that it should have made."""
+        """Whether this epoch should have made updates and made none."""
         steps, due, applied = self.epoch_counts
-        return steps == 0 or (due > 0 and applied == 0 and bool(self._learners))
+        return steps == 0 or (due > 0 and applied == 0 and bool(self._layers))
 
     @property
     def skipped(self) -> int:
-        """Layers' updates left out so far because their norm was zero or not finite. Reads from the device."""
+        """How many updates were left out because their norm was zero or not finite. Reads from the device."""
         return int(self._skipped)
 
     def set_step(self, step: float | Sequence[float]) -> None:
@@ -135,7 +134,7 @@ class LocalUpdates:
             self._step = torch.tensor(step, dtype=torch.float64)
 
     def make_replayable(self, device: torch.device) -> None:
-        """Puts on `device` what a step that it replays depends on."""
+        """Moves the values on which a replayed step depends to `device`."""
         if isinstance(self._step, Tensor) and self._step.dim():
             self._step = self._step.to(device)
         else:
@@ -143,20 +142,20 @@ class LocalUpdates:
         self._skipped = self._skipped.to(device)
 
     def resume(self, steps: int, skipped: int, epoch_counts: Sequence[int]) -> None:
-        """Takes the counts of a saved state, and forgets the updates kept."""
+        """Takes the counts of a saved state, and drops waiting updates."""
         self.steps, self.epoch_counts = steps, list(epoch_counts)
         self._skipped.fill_(skipped)
-        self._window.drop()
+        self._pending.drop()
         self._set_due()
 
     def bytes_per_step(self) -> int:
-        """Bytes of updates that a step makes, on average over the steps, in single precision at least."""
+        """Bytes of updates per step on average, in at least single precision."""
         sizes = (weight.numel() * max(weight.element_size(), 4) for weight in self._weights().values())
         return sum(sizes) // self._rule.every
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it, passes make no update."""
+        """Inside it, passes make no update."""
         self._pauses += 1
         self._set_due()
         try:
@@ -167,8 +166,8 @@ class LocalUpdates:
 
     def _set_due(self) -> None:
         due = self.is_due and not self._pauses
-        for _, _, tap in self._learners.values():
-            tap.due = due
+        for _, _, hook in self._layers.values():
+            hook.due = due
 
     # The forward pass
 
@@ -178,19 +177,19 @@ class LocalUpdates:
             return
         if any(parameter.requires_grad for parameter in self._parameters):
             self._ran = set()
-            self._window.begin_pass()
-        else:  # as a GAN's discriminator in the generator's turn: nothing in it learns from this pass
-            for _, _, tap in self._learners.values():
-                tap.due = False
+            self._pending.begin_pass()
+        else:  # nothing learns from this pass, as in a GAN's discriminator during the generator's turn
+            for _, _, hook in self._layers.values():
+                hook.due = False
 
     def _keep(self, index: int, update: Tensor) -> None:
         if self._ran is not None:
             if index in self._ran:
-                raise LowcalError(runs_twice(self._learners[index].name))
+                raise LowcalError(runs_twice(self._layers[index].name))
             self._ran.add(index)
-        self._window.add(index, update)
-        if index == self._last and self._window.exchange is not None:
-            self._window.share(self._weights())
+        self._pending.add(index, update)
+        if index == self._last and self._pending.exchange is not None:
+            self._pending.share(self._weights())
 
     def _end_pass(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         if self._ran is None:
@@ -199,36 +198,36 @@ class LocalUpdates:
         for index, update in self._take_compiled():
             self._keep(index, update)
         self._ran = None
-        self._window.end_pass(outputs)
+        self._pending.end_pass(outputs)
 
     def _take_compiled(self) -> Iterator[tuple[int, Tensor]]:
-        for index, (_, _, tap) in self._learners.items():
-            if tap.update is not None:
-                yield index, tap.update
-                tap.update = None
+        for index, (_, _, hook) in self._layers.items():
+            if hook.update is not None:
+                yield index, hook.update
+                hook.update = None
 
     def _collect_compiled(self) -> None:
-        """Keeps what passes of a model that is compiled as a whole have made: they call none of these hooks."""
+        """Keeps the updates of compiled passes: a model compiled as a whole does not call these hooks."""
         if self._ran is None:
             for index, update in self._take_compiled():
-                self._window.add(index, update)
+                self._pending.add(index, update)
 
     # The ranks
 
     def use_ranks(self, exchange: Exchange) -> None:
         """Sums updates over the ranks of `exchange` from now on."""
-        self._window.exchange = exchange
+        self._pending.exchange = exchange
 
     def begin_forward(self) -> None:
-        """Begins a data-parallel forward pass: DDP has written the gradients of the pass before."""
-        self._window.settle()
+        """Begins a data-parallel forward pass; DDP has written the gradients of the previous pass."""
+        self._pending.settle()
 
     def end_forward(self) -> None:
-        """Ends a data-parallel forward pass: its updates are summed even if the last of the layers did not run."""
-        due = self._learners and self.is_due and not self._pauses
+        """Ends a data-parallel forward pass; its updates are summed even if the last local layer did not run."""
+        due = self._layers and self.is_due and not self._pauses
         if due and self._model.training and torch.is_grad_enabled():
             self._collect_compiled()
-            self._window.share(self._weights())
+            self._pending.share(self._weights())
 
     # The step
 
@@ -240,9 +239,9 @@ class LocalUpdates:
         self._set_due()
 
     def apply(self, optimizer: Optimizer) -> bool:
-        """Moves the weights by the updates kept, after a step of `optimizer`; tells whether there were any."""
+        """Applies the waiting updates after a step of `optimizer`; returns whether there were any."""
         weights = self._weights()
-        updates = self._window.take(weights)
+        updates = self._pending.take(weights)
         if not updates:
             return False
         step = self._step
@@ -258,4 +257,4 @@ class LocalUpdates:
         return True
 
     def _weights(self) -> dict[int, Tensor]:
-        return {index: learner.module.weight.detach() for index, learner in self._learners.items()}  # type: ignore[operator]
+        return {index: layer.module.weight.detach() for index, layer in self._layers.items()}  # type: ignore[operator]

@@ -54,12 +54,6 @@ def test_step_decay_counts_from_the_first_epoch_also_with_a_warm_up():
     assert rates(recipe) == [0.5, 1, 1, 0.5, 0.5, 0.5, 0.25]
 
 
-def test_a_constant_rate_is_constant():
-    settings = ["lr_schedule.name=constant", "optimizer.lr=0.3", "epochs=4"]
-    recipe = apply_settings(load_recipe("digits"), settings)
-    assert rates(recipe) == [0.3] * 4
-
-
 @pytest.mark.parametrize(
     ("text", "value"), [("3e-4", 3e-4), ("1E-3", 1e-3), ("5.e-1", 0.5), (".5", 0.5), ("1", 1.0), ("2e0", 2.0)]
 )
@@ -212,12 +206,6 @@ def test_recipes_that_are_not_there(tmp_path):
         load_recipe(str(tmp_path / "none.yaml"))
     with pytest.raises(LowcalError, match="cannot be read"):
         load_recipe(str(tmp_path) + "/.")
-
-
-def test_a_recipe_of_the_users_own_loads_from_its_path(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(dump_recipe(load_recipe("digits")).replace("epochs: 30", "epochs: 7"))
-    assert load_recipe(str(path)).epochs == 7
 
 
 def test_differences_name_the_keys_and_both_values():

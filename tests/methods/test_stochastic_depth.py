@@ -89,9 +89,9 @@ def test_blocks_take_part_as_often_as_they_survive():
     model.train()
     images = torch.zeros(1, 3, 4, 4)
     with torch.no_grad():
-        for _ in range(1500):
+        for _ in range(1000):
             model(images)
-    assert [runs / 1500 for runs in watched.forward] == pytest.approx(method.survival, abs=0.04)
+    assert [runs / 1000 for runs in watched.forward] == pytest.approx(method.survival, abs=0.04)
 
 
 def flops_with(gates, model, optimizer, method):
@@ -103,8 +103,7 @@ def flops_with(gates, model, optimizer, method):
     return counter.get_total_flops()
 
 
-@every_network
-@pytest.mark.parametrize("survival", [0.3, 1.0])
+@pytest.mark.parametrize(("network", "survival"), [*((name, 0.3) for name in NETWORKS), ("ours", 1.0)])
 def test_the_expected_flops_are_a_whole_step_less_each_branch_as_often_as_it_is_dropped(network, survival):
     model = NETWORKS[network]()
     optimizer, method = built(model, survival)

@@ -13,7 +13,7 @@ from lowcal.data import Augmentation, Batches, Images
 from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSettings, StochasticDepthSettings
 from lowcal.methods import build_method, find_method
 from lowcal.models import BasicBlock
-from lowcal.synced_norm import synchronise
+from lowcal.norms import synchronise
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.run import Run, RunOptions

@@ -1,10 +1,9 @@
-"""Image data: datasets by name, decoded once or file by file, and batches that are made on the training device."""
+"""Image data: datasets by name, strict decoding of image files, and mini-batches made on the training device."""
 
-from lowcal.data.batches import Batches
 from lowcal.data.dataset import Augmentation, Dataset, Files, Images
-from lowcal.data.file_batches import FileBatches
-from lowcal.data.load import CLASSES, DATASETS, IMAGES, load, make_loader
-from lowcal.data.loader import Loader, Shard
+from lowcal.data.datasets import CLASSES, DATASETS, IMAGES, load
+from lowcal.data.images import available_workers
+from lowcal.data.loader import Batches, FileBatches, Loader, Shard, make_loader
 
 __all__ = [
     "CLASSES",
@@ -18,6 +17,7 @@ __all__ = [
     "Images",
     "Loader",
     "Shard",
+    "available_workers",
     "load",
     "make_loader",
 ]

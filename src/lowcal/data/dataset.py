@@ -1,4 +1,4 @@
-"""Images in memory or in files, and what is drawn from them: channel statistics, stratified subsets and splits."""
+"""Images in memory or in files: channel statistics, stratified subsets and splits."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -6,10 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lowcal.data.decoders import Decoders
+from lowcal.data.images import Decoders
 from lowcal.errors import LowcalError
-
-__all__ = ["Augmentation", "Dataset", "Files", "Images", "Source", "Split", "channel_statistics", "split", "subset"]
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -18,7 +16,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 class Images:
     """Decoded images: `pixels` uint8 (N, C, H, W), `labels` int64 (N,).
 
-    With `rows`, int64 (N,), there are fewer pixels than labels: image i has the pixels at `rows[i]`.
+    With `rows`, int64 (N,), several images share pixels: image i has the pixels at `rows[i]`.
     """
 
     pixels: Tensor
@@ -35,20 +33,32 @@ class Images:
         return channels, height, width
 
     def statistics(self) -> Statistics:
-        """Mean and standard deviation per channel, on the scale 0 to 1."""
-        return channel_statistics(self.pixels)
+        """Mean and standard deviation per channel, on the scale 0 to 1, from histograms.
+
+        A constant channel gets the deviation 1, so that normalising it gives zeros.
+        """
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        frequency = torch.zeros(self.pixels.shape[1], 256, dtype=torch.float64)
+        for part in self.pixels.split(1024):
+            for channel in range(part.shape[1]):
+                frequency[channel] += torch.bincount(part[:, channel].flatten(), minlength=256).cpu()
+        frequency /= frequency.sum(1, keepdim=True)
+        mean = frequency @ levels
+        std = (frequency * (levels - mean[:, None]).square()).sum(1).sqrt()
+        std[std < 1e-6] = 1.0
+        return tuple(mean.tolist()), tuple(std.tolist())
 
     def pixels_at(self, index: Tensor) -> Tensor:
-        """Return the pixels, uint8 (n, C, H, W), of the images at the positions `index`, int64 (n,)."""
+        """The pixels, uint8 (n, C, H, W), of the images at the positions `index`, int64 (n,)."""
         return self.pixels[index if self.rows is None else self.rows[index]]
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the images on `device`; those that are there already share their memory."""
+        """The images on `device`; images that are already there share their memory."""
         rows = None if self.rows is None else self.rows.to(device)
         return type(self)(self.pixels.to(device), self.labels.to(device), rows)
 
     def take(self, index: Tensor) -> Self:
-        """Return the images at the positions `index`, int64 (n,); their pixels are copied unless some share them."""
+        """The images at the positions `index`, int64 (n,); their pixels are copied unless `rows` shares them."""
         if self.rows is None:
             return type(self)(self.pixels[index], self.labels[index])
         return type(self)(self.pixels, self.labels[index], self.rows[index])
@@ -56,9 +66,9 @@ class Images:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files that are decoded anew for each batch: `paths`, and `labels` int64 (N,) beside them.
+    """Image files that are decoded for each batch: `paths`, and their `labels` int64 (N,).
 
-    `mean` and `std` per channel, on the scale 0 to 1, are given, as finding them would take decoding every file.
+    `mean` and `std` per channel, on the scale 0 to 1, are constants, because measuring them would decode every file.
     """
 
     paths: tuple[str, ...]
@@ -80,11 +90,11 @@ class Files:
         return self.mean, self.std
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the files as they are: what is decoded goes to a device batch by batch."""
+        """The files unchanged: decoded images move to a device batch by batch."""
         return self
 
     def take(self, index: Tensor) -> Self:
-        """Return the files at the positions `index`, int64 (n,)."""
+        """The files at the positions `index`, int64 (n,)."""
         paths = tuple(self.paths[i] for i in index.tolist())
         return replace(self, paths=paths, labels=self.labels[index])
 
@@ -94,7 +104,7 @@ Split = Images | Files
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop of the image padded with `pad` black pixels on each side, and a mirror image half the time."""
+    """A random crop of the image padded with `pad` black pixels on each side, flipped half the time if `flip`."""
 
     pad: int
     flip: bool
@@ -102,7 +112,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Source:
-    """What a dataset's own module reads, before anything is drawn from it."""
+    """A dataset as it is read, before subsets and splits."""
 
     classes: tuple[str, ...]
     train: Split
@@ -115,9 +125,9 @@ class Source:
 class Dataset:
     """Training and test images; `mean` and `std` per channel of the training images on the scale 0 to 1.
 
-    `augmentation` suits the kind of image (digits are not mirrored), and is None where the decoding of files crops and
-    mirrors; `skipped` names each file left out and why. `whole` is how many training and test images the data set has
-    before any are drawn, a published one as published; `folder` names the folder of an image-folder.
+    `augmentation` suits the kind of image (digits are not flipped); it is None for files, which are cropped and flipped
+    when they are decoded. `skipped` names each file left out and why. `whole` is the number of training and test images
+    before subsets and splits, as published where there is a publication; `folder` is the name of an image-folder.
     """
 
     name: str
@@ -137,29 +147,12 @@ class Dataset:
         return self.train.shape
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the dataset with its images on `device`."""
+        """The dataset with its images on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def channel_statistics(pixels: Tensor) -> Statistics:
-    """Mean and standard deviation per channel of uint8 (N, C, H, W), on the scale 0 to 1, from histograms.
-
-    A channel without any variation gets the deviation 1, so that normalising it gives zeros.
-    """
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    frequency = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
-    for part in pixels.split(1024):
-        for channel in range(pixels.shape[1]):
-            frequency[channel] += torch.bincount(part[:, channel].flatten(), minlength=256).cpu()
-    frequency /= frequency.sum(1, keepdim=True)
-    mean = frequency @ levels
-    std = (frequency * (levels - mean[:, None]).square()).sum(1).sqrt()
-    std[std < 1e-6] = 1.0
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
 def subset(images: Split, count: int, seed: int, what: str) -> Split:
-    """Draw `count` images so that each class keeps its share; `what` names the setting in errors."""
+    """Draw `count` images, stratified by class; `what` names the setting in errors."""
     if count > len(images):
         raise LowcalError(
             f"{what} is {count}, but there are only {len(images)} images: set it to at most {len(images)}"
@@ -173,7 +166,7 @@ def subset(images: Split, count: int, seed: int, what: str) -> Split:
 
 
 def split(images: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Split into the rest and a held-out `fraction`, in which each class has its share."""
+    """Split into the rest and a held-out `fraction`, stratified by class."""
     classes = len(images.labels.unique())
     count = round(fraction * len(images))
     if not classes <= count <= len(images) - classes:
@@ -187,7 +180,7 @@ def split(images: Split, fraction: float, seed: int) -> tuple[Split, Split]:
 
 
 def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Positions, ascending, of a random draw with the classes' shares rounded by largest remainder."""
+    """Positions, ascending, of a random draw; the classes' counts are rounded by largest remainder."""
     generator = torch.Generator().manual_seed(seed)
     present, sizes = labels.cpu().unique(return_counts=True)
     exact = sizes.double() * count / len(labels)

@@ -9,16 +9,15 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lowcal.data import Dataset, Loader, Shard, load, make_loader
-from lowcal.data.decoders import available_workers
+from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_loader
 from lowcal.errors import LowcalError
 from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
+from lowcal.norms import synchronise
 from lowcal.strided import slice_inputs
-from lowcal.synced_norm import synchronise
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import gather_environment

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.methods import Method
-from lowcal.synced_norm import separate
+from lowcal.norms import separate
 from lowcal.training.batch_growth import is_out_of_memory
 from lowcal.training.compiled import CompiledStep
 from lowcal.training.distributed import TrainingGroup

@@ -1,7 +1,12 @@
+"""Both kinds of loader: what a pass gives, its exact continuation, and the shards of several processes."""
+
+from itertools import chain
+
 import pytest
 import torch
+from torchvision.io import write_png
 
-from lowcal.data import Augmentation, Batches, Images
+from lowcal.data import Augmentation, Batches, Images, Shard, load, make_loader
 from lowcal.errors import LowcalError
 
 MEAN, STD = (0.2, 0.5, 0.7), (0.1, 0.2, 0.4)
@@ -43,17 +48,17 @@ def test_plain_pass_gives_every_image_once_in_order(images):
     torch.testing.assert_close(grey_levels(x), images.pixels.double(), atol=1e-3, rtol=0)
 
 
-def test_shuffle_is_a_new_permutation_each_epoch(images):
+def test_shuffle_is_a_new_permutation_each_epoch_and_images_stay_with_their_labels(images):
     batches = make(images, shuffle=True)
-    first, second = (torch.cat([y for _, y in batches]) for _ in range(2))
-    assert not torch.equal(first, second)
-    assert torch.equal(first.sort().values, images.labels)
-    assert torch.equal(second.sort().values, images.labels)
-
-
-def test_images_stay_with_their_labels(images):
-    for x, y in make(images, shuffle=True):
-        torch.testing.assert_close(grey_levels(x), images.pixels[y].double(), atol=1e-3, rtol=0)
+    before = images.pixels.clone()
+    first, second = (list(batches) for _ in range(2))
+    assert not same(first, second)
+    for epoch in (first, second):
+        assert torch.equal(torch.cat([y for _, y in epoch]).sort().values, images.labels)
+        for x, y in epoch:
+            torch.testing.assert_close(grey_levels(x), images.pixels[y].double(), atol=1e-3, rtol=0)
+    assert torch.equal(before, images.pixels)
+    assert batches.images.pixels.data_ptr() == images.pixels.data_ptr()
 
 
 def candidates(image, augmentation):
@@ -73,25 +78,21 @@ def candidates(image, augmentation):
 @pytest.mark.parametrize("augmentation", [CROP, Augmentation(pad=1, flip=False)])
 def test_augmented_image_is_one_of_the_possible_crops(images, augmentation):
     outcomes = set()
-    for _ in range(4):
-        for x, y in make_epochs(images, augmentation):
-            for image, label in zip(grey_levels(x), y.tolist(), strict=True):
-                matches = [
-                    (top, left, flip)
+    batches = make(images, augmentation=augmentation, shuffle=True)
+    for x, y in chain(batches, batches, batches):
+        for image, label in zip(grey_levels(x), y.tolist(), strict=True):
+            places, windows = zip(
+                *(
+                    ((top, left, flip), window)
                     for top, left, flip, window in candidates(images.pixels[label], augmentation)
-                    if torch.allclose(window, image, atol=1e-3, rtol=0)
-                ]
-                assert len(matches) == 1
-                outcomes.add(matches[0])
+                ),
+                strict=True,
+            )
+            ((match,),) = ((torch.stack(windows) - image).abs().amax((1, 2, 3)) < 1e-3).nonzero(as_tuple=True)
+            outcomes.add(places[match])
     reach = 2 * augmentation.pad
     assert {top for top, _, _ in outcomes} == {left for _, left, _ in outcomes} == set(range(reach + 1))
     assert {flip for *_, flip in outcomes} == ({True, False} if augmentation.flip else {False})
-
-
-def make_epochs(images, augmentation):
-    batches = make(images, augmentation=augmentation, shuffle=True)
-    for _ in range(3):
-        yield from batches
 
 
 def test_offsets_and_flips_are_uniform():
@@ -112,26 +113,24 @@ def test_offsets_and_flips_are_uniform():
     torch.testing.assert_close(torch.bincount(column, minlength=9) / count, expected, atol=0.03, rtol=0)
 
 
-def test_same_seed_same_batches(images):
-    first, second, other = (list(make(images, shuffle=True, augmentation=CROP, seed=seed)) for seed in (3, 3, 4))
+def test_the_seed_decides_what_an_image_gets_and_the_batch_does_not(images):
+    first, second, other, *sizes = (
+        list(make(images, shuffle=True, augmentation=CROP, seed=seed, batch=batch))
+        for seed, batch in ((3, 5), (3, 5), (4, 5), (3, 7), (3, 23))
+    )
     assert same(first, second)
     assert not same(first, other)
+    for batches in sizes:
+        assert len(batches) < len(first)
+        assert torch.equal(torch.cat([x for x, _ in batches]), torch.cat([x for x, _ in first]))
 
 
-def test_what_an_image_gets_does_not_depend_on_the_batch(images):
-    passes = [list(make(images, shuffle=True, augmentation=CROP, batch=batch)) for batch in (5, 7, 23)]
-    assert len({len(batches) for batches in passes}) == 3
-    images_of = [torch.cat([x for x, _ in batches]) for batches in passes]
-    assert torch.equal(images_of[0], images_of[1])
-    assert torch.equal(images_of[0], images_of[2])
-
-
-def test_a_drawn_batch_can_be_made_again_and_later(images):
+def test_a_raw_batch_can_be_collated_again_and_later(images):
     batches, other = (make(images, shuffle=True, augmentation=CROP) for _ in range(2))
-    drawn = list(batches.raw_batches())
+    raw_batches = list(batches.raw_batches())
     before = batches.state_dict()
-    made = [batches.collate(*given) for given in drawn]
-    assert same(made, [batches.collate(*given) for given in drawn])
+    made = [batches.collate(*raw) for raw in raw_batches]
+    assert same(made, [batches.collate(*raw) for raw in raw_batches])
     assert same(made, list(other))
     assert torch.equal(before["random"], batches.state_dict()["random"])
     assert all(x.shape[1:] == batches.shape for x, _ in made)
@@ -146,7 +145,7 @@ def test_global_random_state_neither_moves_nor_matters(images):
     assert same(first, list(make(images, shuffle=True, augmentation=CROP)))
 
 
-@pytest.mark.parametrize("taken", range(6))
+@pytest.mark.parametrize("taken", [0, 1, 4, 5])
 def test_resume_in_an_epoch_continues_exactly(images, taken):
     settings = {"shuffle": True, "augmentation": CROP}
     original = make(images, **settings)
@@ -188,13 +187,7 @@ def test_batch_set_in_an_epoch_leaves_no_image_out(images):
     assert len(batches) == 3
 
 
-def test_abandoned_epoch_is_not_continued(images):
-    batches = make(images)
-    next(iter(batches))
-    assert torch.equal(torch.cat([y for _, y in batches]), images.labels)
-
-
-def test_example_moves_nothing(images):
+def test_sample_input_moves_nothing(images):
     batches = make(images, shuffle=True, augmentation=CROP)
     before = batches.state_dict()
     x = batches.sample_input(4)
@@ -209,14 +202,6 @@ def test_channels_last_is_only_a_layout(images):
     plain, last = (list(make(images, augmentation=CROP, channels_last=flag)) for flag in (False, True))
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in last)
     assert same(plain, last)
-
-
-def test_images_are_shared_and_unchanged(images):
-    before = images.pixels.clone()
-    batches = make(images, augmentation=CROP)
-    list(batches)
-    assert batches.images.pixels.data_ptr() == images.pixels.data_ptr()
-    assert torch.equal(before, images.pixels)
 
 
 @pytest.mark.parametrize(("batch", "message"), [(0, "at least 1"), (24, r"larger than the data \(23 images\)")])
@@ -234,6 +219,58 @@ def test_state_of_other_data_is_refused_and_changes_nothing(images):
     with pytest.raises(LowcalError, match="lacks position, random"):
         batches.load_state_dict({"images": 23, "batch": 5})
     assert torch.equal(before["random"], batches.state_dict()["random"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 64, 65])
+def test_shares_are_all_images_once_and_alike_in_size(world, count):
+    places = [list(range(count))[Shard(rank, world).of(count)] for rank in range(world)]
+    assert list(chain(*places)) == list(range(count))
+    sizes = [len(place) for place in places]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.fixture(params=["memory", "files"])
+def sharded(request, images, tmp_path):
+    """A function from a shard to the training images' loader."""
+    if request.param == "memory":
+        return lambda shard: make(images, shuffle=True, augmentation=CROP, shard=shard)
+    for split, count in (("train", 11), ("val", 1)):
+        for label in "ab":
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                write_png(images.pixels[index], str(folder / f"{index}.png"))
+    data = load("imagenet", data_dir=tmp_path, image_size=8, classes=2, workers=0)
+    return lambda shard: make_loader(data, training=True, batch=5, device="cpu", shard=shard)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shares_together_are_the_batches_of_one_process(sharded, world):
+    whole, shards = sharded(Shard()), [sharded(Shard(rank, world)) for rank in range(world)]
+    for _ in range(2):
+        seen = 0
+        for (x, y), *parts in zip(whole, *shards, strict=True):
+            assert torch.equal(torch.cat([part[0] for part in parts]), x)
+            assert torch.equal(torch.cat([part[1] for part in parts]), y)
+            assert {loader.global_batch for loader in (whole, *shards)} == {len(y)}
+            assert all(str(loader.state_dict()) == str(whole.state_dict()) for loader in shards)
+            seen += len(y)
+        assert seen > 20
+
+
+def test_a_pass_goes_on_with_another_number_of_processes(sharded):
+    whole, first = sharded(Shard()), sharded(Shard(1, 3))
+    expected = [y for _, y in whole]
+    passing = iter(first)
+    for _ in range(2):
+        next(passing)
+    alone = sharded(Shard())
+    alone.load_state_dict(first.state_dict())
+    rest = [y for _, y in alone]
+    assert len(rest) == len(expected) - 2
+    assert all(torch.equal(one, two) for one, two in zip(rest, expected[2:], strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

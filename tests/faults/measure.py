@@ -1,13 +1,11 @@
 """Faults on purpose: runs that are killed, stopped or starved at chosen points must end as if nothing had happened.
 
-    python benchmarks/faults.py                # all of them, minutes; writes results/faults.json
+    python -m tests.faults.measure    # all of them, minutes; writes results/faults.json
 
 Each run is a process of its own that trains a small network by local learning over two moves of the boundary, saving
 after each step. What is compared with an uninterrupted run, bit for bit: weights, optimizer, every random state, log
-lines and summary; times are left out. The trials themselves are in fault_trials/.
+lines and summary; times are left out.
 """
-
-from __future__ import annotations
 
 import os
 import tempfile
@@ -17,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from fault_trials import disks, pictures, ranks
-from fault_trials.checkpoints import damage
-from fault_trials.points import FILES, LONG, PLACES, Point
-from fault_trials.runs import WORKERS, image_files, options
-from fault_trials.trials import Tally, Trials
 from lowcal.files import write_json
 
-RESULT = Path(__file__).parents[1] / "results" / "faults.json"
+from . import pictures, ranks, storage
+from .points import FILES, LONG, PLACES, Point
+from .runs import WORKERS, Tally, Trials, image_files, options
+
+RESULT = Path(__file__).parents[2] / "results" / "faults.json"
 
 
 def killed(trials: Trials, points: tuple[Point, ...], kind: str) -> list[Tally]:
@@ -80,9 +77,9 @@ def of_two(trials: ranks.RankTrials) -> list[Tally]:
 
 def starved(trials: Trials, mounted: Path) -> list[Tally]:
     """Full disks, and temporary files on another one; what cannot be tried here is said and left out."""
-    limited = Tally("no file may grow (RLIMIT_FSIZE)", disks.FULL)
-    for point in disks.LIMITED:
-        limited.note(disks.limited(trials, point))
+    limited = Tally("no file may grow (RLIMIT_FSIZE)", storage.FULL)
+    for point in storage.LIMITED:
+        limited.note(storage.limited(trials, point))
     rows = [limited]
 
     def attempt(row: Tally, points: tuple[Point, ...], trial: Callable[[Point], bool]) -> None:
@@ -91,15 +88,15 @@ def starved(trials: Trials, mounted: Path) -> list[Tally]:
         rows.append(row)
 
     try:
-        with disks.small_disk(mounted) as disk:
-            row = Tally("disk full (tmpfs)", disks.FULL)
-            attempt(row, disks.FILLED, lambda point: disks.full(trials, point, disk))
-    except disks.CannotTryError as error:
+        with storage.small_disk(mounted) as disk:
+            row = Tally("disk full (tmpfs)", storage.FULL)
+            attempt(row, storage.FILLED, lambda point: storage.full(trials, point, disk))
+    except storage.CannotTryError as error:
         print(f"disk full (tmpfs): not tried: {error}")
     try:
-        row = Tally("kill -9, temporary folder on another file system", disks.SAVING)
-        attempt(row, disks.ELSEWHERE, lambda point: disks.elsewhere(trials, point))
-    except disks.CannotTryError as error:
+        row = Tally("kill -9, temporary folder on another file system", storage.SAVING)
+        attempt(row, storage.ELSEWHERE, lambda point: storage.elsewhere(trials, point))
+    except storage.CannotTryError as error:
         print(f"temporary folder on another file system: not tried: {error}")
     return rows
 
@@ -128,7 +125,7 @@ def main() -> None:
         rows += terminated(trials)
         rows += hung(Trials(place / "hung", *options("checkpoint.grace=1")))
         rows += starved(trials, place / "disk")
-        rows += damage(trials, truncations=50, flips=200)
+        rows += storage.damage(trials, truncations=50, flips=200)
         data = image_files(place / "images")
         for workers in (0, 2):
             trials = Trials(place / f"workers-{workers}", *options(WORKERS.format(workers)), *data)

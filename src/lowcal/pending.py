@@ -1,4 +1,4 @@
-"""What the forward passes between two optimizer steps leave for the local layers."""
+"""The local updates that wait for the next optimizer step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Pass:
-    """The updates of one forward pass. Its autograd graph keeps it, so that it goes when the graph goes unused."""
+    """The updates of one forward pass. The autograd graph keeps it alive, so an unused graph deletes it."""
 
     def __init__(self) -> None:
         self.updates: dict[int, Tensor] = {}
@@ -25,21 +25,20 @@ class _Pass:
         self.is_closed = False  # whether they have been counted
 
 
-class Window:
-    """The local updates kept for the next optimizer step; they accumulate, and go, as gradients do.
+class PendingUpdates:
+    """The local updates that wait for the next optimizer step; they add up, and are dropped, as gradients are.
 
-    A forward pass counts once its outputs are back-propagated: a pass for logging, or one whose loss was thrown away,
-    counts for nothing. Gradients add up over backward passes until they are zeroed. A forward pass's updates share the
-    fate of the gradients of its backward pass: if a step is skipped (mixed precision) and the gradients are zeroed,
-    they go too, or else they would be applied together with those of the next step. Zeroing has many forms
-    (`zero_grad` of optimizer or model, before or after the forward pass, to None or to zero), so it is read off the
-    gradient of one weight that learns by SGD: after a backward pass that gradient is the same tensor, changed once in
-    place, if and only if nothing was zeroed in between.
+    The updates of a forward pass count once its outputs are back-propagated. A pass for logging, or one whose loss was
+    discarded, does not count. Gradients add up over backward passes until they are zeroed, and so do updates. If a step
+    is skipped (mixed precision) and the gradients are zeroed, the updates are dropped too. Otherwise they would be
+    applied together with those of the next step. There are many ways to zero gradients (`zero_grad` of optimizer or
+    model, before or after the forward pass, to None or to zero). So this class observes the gradient of one weight that
+    learns by SGD: after a backward pass it is the same tensor, changed once in place, exactly if nothing was zeroed.
 
-    What compiled passes made is collected after a backward pass and before a step, and cannot be told apart by pass.
+    Updates of compiled passes are collected after a backward pass and before a step, for all passes together.
 
     Args:
-        collect: called before updates are looked at; adds what is elsewhere yet. Held weakly.
+        collect: called before updates are read, to add those of compiled passes. Held weakly.
 
     Attributes:
         exchange: set for data-parallel training, where updates are summed over the ranks.
@@ -48,20 +47,20 @@ class Window:
     def __init__(self, collect: Callable[[], None]) -> None:
         self.exchange: Exchange | None = None
         self._collect = weakref.WeakMethod(collect)
-        self._pass: _Pass | None = None  # the forward pass that is under way, or the last one
+        self._pass: _Pass | None = None  # the current forward pass, or the last one
         self._reached: list[_Pass] = []  # passes that a backward pass has reached
-        self._own: dict[int, Tensor] = {}  # of passes whose backward pass is done, this rank's alone
+        self._own: dict[int, Tensor] = {}  # of passes whose backward pass is done, on this rank only
         self._summed: dict[int, Tensor] = {}  # the same, over all ranks
-        self._awaited: Mapping[int, Tensor] | None = None  # like the updates to be summed once their fate is known
-        self._weight: weakref.ref[Tensor] | None = None  # the weight whose gradient is watched
+        self._awaited: Mapping[int, Tensor] | None = None  # like the updates to sum after the backward pass
+        self._weight: weakref.ref[Tensor] | None = None  # the weight whose gradient is observed
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # that gradient and its version
 
     def watch(self, weight: nn.Parameter) -> RemovableHandle:
-        """Watches the gradient of `weight`; returns the hook's handle."""
-        window = weakref.ref(self)
+        """Observes the gradient of `weight`; returns the hook's handle."""
+        pending = weakref.ref(self)
 
         def after_backward(weight: Tensor) -> None:
-            if (alive := window()) is not None:
+            if (alive := pending()) is not None:
                 alive._end_backward(weight)
 
         self._weight = weakref.ref(weight)
@@ -71,7 +70,7 @@ class Window:
         return handle
 
     def settle(self) -> None:
-        """Takes the watched gradient as it is now, after DDP has written the ranks' mean into it."""
+        """Reads the observed gradient again, after DDP has written the ranks' mean into it."""
         weight = None if self._weight is None else self._weight()
         if self._gradient is None or weight is None:
             return
@@ -85,7 +84,7 @@ class Window:
         self._pass = _Pass()
 
     def end_pass(self, outputs: Any) -> None:
-        """Ends it; it counts as soon as the gradient of one of its `outputs` is known."""
+        """Ends it; it counts once the gradient of one of its `outputs` is computed."""
         ended = self._pass
         if ended is None:
             return
@@ -96,11 +95,11 @@ class Window:
         for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: self._reach(ended))
-        if not tensors and outputs is not None:  # outputs of a kind of their own: nothing to tell by
+        if not tensors and outputs is not None:  # outputs of an unknown kind: count the pass now
             self._reach(ended)
 
     def add(self, index: int, update: Tensor) -> None:
-        """Keeps `update` for layer `index`: of the pass under way, or of parts of the model called by themselves."""
+        """Keeps `update` for layer `index`, of the current pass or of a part of the model that was called directly."""
         if self._pass is None or self._pass.is_ended:
             self._pass = _Pass()
             self._reach(self._pass)
@@ -110,7 +109,7 @@ class Window:
     def share(self, shapes: Mapping[int, Tensor]) -> None:
         """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW.
 
-        Those of micro-batches before it are summed with it, all at once, when its backward pass tells that they count.
+        Updates of earlier micro-batches are summed together with them, after the backward pass.
         """
         if self._pass is None:
             self._pass = _Pass()
@@ -131,7 +130,7 @@ class Window:
             current.is_summed = True
 
     def take(self, shapes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Gives what is kept, by layer and over all ranks, and forgets it; `shapes` as for `share`."""
+        """Returns the updates by layer, summed over all ranks, and drops them here; `shapes` as for `share`."""
         self._close_passes()
         if self.exchange is not None:
             if self._own:
@@ -143,7 +142,7 @@ class Window:
         return updates
 
     def drop(self) -> None:
-        """Forgets what is kept, as when a step is broken off."""
+        """Drops all updates, for example when a step is abandoned."""
         self._pass, self._reached = None, []
         self._own, self._summed, self._awaited, self._gradient = {}, {}, None, None
 

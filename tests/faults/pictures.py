@@ -1,7 +1,5 @@
 """Image files that are unusual, and are used, or unusable, and are named or left out."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Callable
@@ -13,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fault_trials.trials import Tally
 from lowcal import LowcalError
 from lowcal.data import load, make_loader
+
+from .runs import Tally
 
 SIDE = 32
 Colour = tuple[int, int, int]

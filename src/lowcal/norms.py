@@ -1,7 +1,8 @@
-"""Batch normalisation by the statistics of a mini-batch that is spread over all ranks, on any device."""
+"""Normalisation layers: by running statistics in training, and by the mini-batch of all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,54 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from lowcal.hooks import TraceableHook
+
+
+class RunningNorms:
+    """Makes normalisation layers use their running statistics in training, without updating them.
+
+    A normalisation layer does so in evaluation mode, but ``model.train()`` ends that mode. So a hook sets it again
+    before each forward pass of the network.
+
+    Args:
+        model: the network.
+
+    Attributes:
+        handles: the hook's handle.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.handles: list[RemovableHandle] = []
+        self._model = model
+        self._norms: Sequence[nn.Module] = ()
+        self._stilled: set[nn.Module] = set()  # those that were in training mode; the user set the others
+
+    def take(self, norms: Sequence[nn.Module]) -> None:
+        """Sets the layers that use running statistics from the next pass on; `norms` includes earlier ones."""
+        if not self.handles:
+            self.handles.append(self._model.register_forward_pre_hook(TraceableHook(self._still)))
+        self._norms = norms
+
+    def restore(self) -> None:
+        """Sets the layers to the network's mode again; remove the hook first."""
+        for norm in self._stilled:
+            norm.training = self._model.training
+        self._stilled.clear()
+
+    def _still(self, module: nn.Module, inputs: Any) -> None:
+        for norm in self._norms:
+            if norm.training:
+                norm.training = False
+                self._stilled.add(norm)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` over the mini-batch of all ranks, whose parts may differ in size and be empty.
+    """`nn.BatchNorm2d` over the mini-batch of all ranks, whose shards may differ in size and be empty.
 
-    torch's own `SyncBatchNorm` runs on GPUs alone. Two small all-reduces, one in each direction.
+    It needs two small all-reduces per step. torch's own `SyncBatchNorm` runs on GPUs only, and its forward
+    pass waits for the device.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,14 +75,14 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(model: nn.Module) -> None:
-    """Lets every `nn.BatchNorm2d` of `model` normalise over all ranks; parameters, names and hooks stay."""
+    """Makes every `nn.BatchNorm2d` of `model` normalise over all ranks; parameters, names and hooks stay."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncedBatchNorm2d
 
 
 def separate(model: nn.Module) -> None:
-    """Takes back what `synchronise` did."""
+    """Undoes `synchronise`."""
     for module in model.modules():
         if type(module) is SyncedBatchNorm2d:
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

@@ -1,7 +1,5 @@
 """Where in a run a fault comes, and which."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import resource

@@ -1,18 +1,22 @@
+"""Folders of image files: their layout, damaged files, and the cache of decoded images."""
+
 import os
+import re
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lowcal.data import decode
-from lowcal.data.folder import read_image_folder
+from lowcal.data import images
+from lowcal.data.folders import _cached, cache_folder, read_folders
 from lowcal.errors import LowcalError
 
 
 def read(root, size=16, on_error="stop"):
-    return read_image_folder(root, size, on_error)
+    return read_folders(root, size, on_error, images.fit_cropped)
 
 
 def message(root, **settings):
@@ -23,19 +27,15 @@ def message(root, **settings):
 
 
 def test_images_and_labels(make_folder):
-    source = read(make_folder(size=(16, 16)))
+    root = make_folder(size=(16, 16), splits=("train", "val"))
+    source = read(root)
+    expected = np.asarray(Image.open(root / "val/dog/2.png")).transpose(2, 0, 1)
+    assert torch.equal(source.test.pixels[6], torch.from_numpy(expected.copy()))
     assert source.classes == ("cat", "dog")
     assert source.train.pixels.shape == (8, 3, 16, 16)
     assert source.train.labels.tolist() == [0] * 4 + [1] * 4
     assert source.augmentation.pad == 2
     assert source.skipped == ()
-
-
-def test_pixels_are_those_of_the_files(make_folder):
-    root = make_folder(size=(16, 16))
-    source = read(root)
-    expected = np.asarray(Image.open(root / "test/dog/2.png")).transpose(2, 0, 1)
-    assert torch.equal(source.test.pixels[6], torch.from_numpy(expected.copy()))
 
 
 def test_shorter_side_is_scaled_and_the_middle_kept(make_folder):
@@ -49,10 +49,6 @@ def test_shorter_side_is_scaled_and_the_middle_kept(make_folder):
     assert inner[0].eq(0).all()
 
 
-def test_val_stands_in_for_test(make_folder):
-    assert len(read(make_folder(splits=("train", "val"))).test) == 8
-
-
 def test_nested_folders_are_read_and_hidden_files_are_not(make_folder):
     root = make_folder()
     (root / "train/cat/more").mkdir()
@@ -62,34 +58,22 @@ def test_nested_folders_are_read_and_hidden_files_are_not(make_folder):
     assert read(root).train.labels.tolist() == [0] * 5 + [1] * 4
 
 
-def test_missing_folder(tmp_path):
+def test_folders_of_another_layout_are_described(make_folder, tmp_path):
     assert "no data folder" in message(tmp_path / "nowhere")
-
-
-def test_empty_folder(tmp_path):
-    assert "it holds nothing" in message(tmp_path)
-
-
-def test_folder_without_splits_says_what_it_holds(make_folder):
-    assert "must hold train/ and test/ (or val/); it holds cat, dog" in message(make_folder() / "train")
-
-
-def test_one_class(make_folder):
-    assert "two or more classes; found only 'cat'" in message(make_folder(classes=("cat",)))
-
-
-def test_no_class(tmp_path):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    assert "two or more classes; found none" in message(tmp_path)
-
-
-def test_empty_class(make_folder):
-    root = make_folder()
-    (root / "train/owl").mkdir()
-    (root / "test/owl").mkdir()
-    assert "without a file" in message(root)
-    assert "owl" in message(root)
+    root = make_folder(classes=("cat", "dog", "owl"))
+    assert "must hold train/ and test/ (or val/); it holds cat, dog, owl" in message(root / "train")
+    for file in (root / "train/owl").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    assert re.search("without a file of images.*: owl;", message(root))
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "owl")
+        shutil.rmtree(root / split / "dog")
+    assert "two or more classes; found only 'cat'" in message(root)
+    shutil.rmtree(root / "train/cat")
+    assert "two or more classes; found none" in message(root)
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "test")
+    assert "it holds nothing" in message(root)
 
 
 def test_differing_classes_are_named(make_folder):
@@ -143,12 +127,6 @@ def test_stop_after_skip_still_stops_though_cached(damaged):
     assert len(read(damaged, on_error="skip").skipped) == 2
 
 
-def test_broken_link_is_named(make_folder):
-    root = make_folder()
-    (root / "train/cat/9.png").symlink_to(root / "gone.png")
-    assert "train/cat/9.png: No such file" in message(root)
-
-
 def test_class_whose_files_are_all_skipped(make_folder):
     root = make_folder()
     for path in (root / "train/dog").iterdir():
@@ -160,49 +138,30 @@ def test_class_whose_files_are_all_skipped(make_folder):
 def decoded(monkeypatch):
     """Count the files that are decoded."""
     files = []
-    original = decode.read_rgb
-    monkeypatch.setattr(decode, "read_rgb", lambda path: files.append(path) or original(path))
+    original = images.read_rgb
+    monkeypatch.setattr(images, "read_rgb", lambda path, **options: files.append(path) or original(path, **options))
     return files
 
 
-def test_second_reading_decodes_nothing(make_folder, decoded):
+def test_files_are_decoded_once_until_one_changes(make_folder, cache, decoded):
     root = make_folder()
-    first = read(root)
-    assert len(decoded) == 16
-    second = read(root)
+    first, second = read(root), read(root)
     assert len(decoded) == 16
     assert torch.equal(first.train.pixels, second.train.pixels)
     assert torch.equal(first.test.labels, second.test.labels)
-
-
-def test_changed_file_is_decoded_again(make_folder, decoded):
-    root = make_folder()
-    read(root)
     Image.new("RGB", (32, 32), "red").save(root / "train/cat/0.png")
     assert read(root).train.pixels[0, 0].eq(255).all()
-    assert len(decoded) == 16 + 8
-
-
-def test_other_size_is_decoded_again(make_folder):
-    root = make_folder()
-    assert read(root, size=16).train.pixels.shape[-1] == 16
-    assert read(root, size=8).train.pixels.shape[-1] == 8
-
-
-def test_added_and_removed_files_are_seen(make_folder):
-    root = make_folder()
-    read(root)
+    assert len(decoded) == 16 + 8  # that split alone
     (root / "train/dog/3.png").rename(root / "train/cat/9.png")
     assert read(root).train.labels.tolist() == [0] * 5 + [1] * 3
-
-
-def test_damaged_cache_is_made_again(make_folder, cache, decoded):
-    root = make_folder()
+    assert read(root, size=8).train.pixels.shape[-1] == 8  # a file of its own
+    before = len(decoded)
     read(root)
+    assert len(decoded) == before
     for path in (cache / "decoded").iterdir():
         path.write_bytes(path.read_bytes()[:-10])
     read(root)
-    assert len(decoded) == 32
+    assert len(decoded) == before + 16
 
 
 def test_more_than_the_memory_holds_is_refused_before_decoding(make_folder, decoded):
@@ -225,33 +184,90 @@ def test_files_that_are_no_images_by_their_ending_are_passed_over_and_counted(ma
     assert "notes.jpg: not an image" in message(root)  # what says that it is an image must be one
 
 
-def test_every_ending_of_torchvisions_image_folder_is_read():
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    from lowcal.data.listing import ENDINGS
-
-    assert set(IMG_EXTENSIONS) <= set(ENDINGS)
+CONTENT = {"pixels": torch.arange(200, dtype=torch.uint8), "skipped": [("a.jpg", "the file is empty")]}
 
 
-def test_a_class_without_an_image_by_its_ending_is_refused(make_folder):
-    root = make_folder(size=(16, 16))
-    for file in (root / "train/cat").iterdir():
-        file.rename(file.with_suffix(".txt"))
-    assert "without a file of images" in message(root)
+def write_cache(place, key, content):
+    _cached(place, key, lambda: content)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        {"pixels": torch.zeros(8, 3, 16, 16), "labels": torch.zeros(8, dtype=torch.int64), "skipped": []},
-        {"pixels": torch.zeros(7, 3, 16, 16, dtype=torch.uint8), "labels": torch.zeros(7).long(), "skipped": []},
-        {"pixels": "x", "labels": None, "skipped": 3},
-        [1, 2],
-    ],
-)
-def test_a_cache_that_holds_something_else_is_not_used(make_folder, monkeypatch, content):
-    root = make_folder(size=(16, 16))
-    whole = read(root)
-    monkeypatch.setattr("lowcal.data.folder.read_cache", lambda *_: content)
-    assert torch.equal(read(root).train.pixels, whole.train.pixels)
+def read_cache(place, key):
+    """What is stored; the file is left as it is if that is nothing."""
+
+    class Absent(Exception):
+        pass
+
+    def absent():
+        raise Absent
+
+    with suppress(Absent):
+        return _cached(place, key, absent)
+
+
+def stored():
+    (path,) = (cache_folder() / "decoded").iterdir()
+    return path
+
+
+def test_what_was_written_is_read_under_the_same_place_and_key_only():
+    write_cache("place", "old", CONTENT)
+    content = read_cache("place", "old")
+    assert torch.equal(content["pixels"], CONTENT["pixels"])
+    assert content["skipped"] == CONTENT["skipped"]
+    write_cache("place", "new", CONTENT)
+    assert stored().suffix == ".pt"
+    assert read_cache("place", "new") is not None
+    assert read_cache("place", "old") is None
+    assert read_cache("elsewhere", "new") is None
+
+
+def test_truncation_and_flipped_bits_are_found():
+    write_cache("place", "key", CONTENT)
+    whole = stored().read_bytes()
+    for position in range(0, len(whole), 29):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        for content in (whole[:position], damaged):
+            stored().write_bytes(content)
+            assert read_cache("place", "key") is None
+
+
+def test_a_full_disk_is_no_error_and_leaves_no_debris(monkeypatch):
+    write_cache("place", "key", CONTENT)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_cache("place", "new", CONTENT)
+    assert read_cache("place", "key") is not None
+    assert stored().suffix == ".pt"
+
+
+def test_two_processes_that_write_at_once_do_not_disturb_each_other(monkeypatch):
+    """Two ranks decode the same folder: one is halfway through its file while the other finishes."""
+    fsync, pids = os.fsync, iter((1, 2))
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
+    nested = []
+
+    def halfway(descriptor):
+        if not nested:
+            nested.append(descriptor)
+            write_cache("place", "key", {"pixels": CONTENT["pixels"] + 1})
+            assert torch.equal(read_cache("place", "key")["pixels"], CONTENT["pixels"] + 1)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", halfway)
+    write_cache("place", "key", CONTENT)
+    assert torch.equal(read_cache("place", "key")["pixels"], CONTENT["pixels"])
+    assert stored().suffix == ".pt"
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_home_is_used_without_xdg(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if value is None:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert cache_folder() == tmp_path / ".cache" / "lowcal"

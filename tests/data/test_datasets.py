@@ -1,0 +1,452 @@
+"""Datasets by name: settings, subsets, splits, and what each kind of data is."""
+
+import hashlib
+import pickle
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lowcal.data import DATASETS, Batches, Images, datasets, load
+from lowcal.data.dataset import split, subset
+from lowcal.data.datasets import make_synthetic, read_cifar, read_digits
+from lowcal.errors import LowcalError
+from lowcal.experiments.assemble import load_data
+from lowcal.experiments.recipe_text import apply_settings, load_recipe, recipe_names
+
+
+def rows(images):
+    return {tuple(row) for row in images.pixels.flatten(1).tolist()}
+
+
+def test_digits_by_default():
+    data = load("digits")
+    assert data.image_shape == (1, 8, 8)
+    assert len(data.classes) == 10
+    values = data.train.pixels.double() / 255
+    assert data.mean[0] == pytest.approx(values.mean().item())
+    assert data.std[0] == pytest.approx(values.std(correction=0).item())
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1():
+    data = load("synthetic", classes=3, image_size=8, train_images=300, test_images=30)
+    ((x, _),) = Batches(data.train, batch=300, mean=data.mean, std=data.std)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_validation_holds_out_training_images_and_hides_the_test_images():
+    full = load("digits")
+    held = load("digits", evaluate="validation", validation_fraction=0.25)
+    assert len(held.test) == 337
+    assert len(held.train) + len(held.test) == len(full.train)
+    assert rows(held.train) | rows(held.test) == rows(full.train)
+    assert not rows(held.test) & rows(full.test)
+
+
+def test_validation_then_subset():
+    data = load("digits", evaluate="validation", train_images=500, test_images=100)
+    assert (len(data.train), len(data.test)) == (500, 100)
+    assert not rows(data.train) & rows(data.test)
+
+
+def test_seed_decides_subset_and_split():
+    first, second, other = (load("digits", evaluate="validation", train_images=300, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert torch.equal(first.test.pixels, second.test.pixels)
+    assert rows(first.test) != rows(other.test)
+
+
+def test_synthetic_validation():
+    data = load("synthetic", train_images=100, test_images=10, evaluate="validation")
+    assert (len(data.train), len(data.test)) == (80, 20)
+
+
+def test_to_device_keeps_everything_else():
+    data = load("digits").to("meta")
+    assert data.train.pixels.device.type == "meta"
+    assert data.mean == load("digits").mean
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "cifar-10"}, r"unknown data 'cifar-10'; did you mean 'cifar10'\?"),
+        ({"name": "zzz"}, f"choose from {', '.join(DATASETS)}"),
+        ({"name": "digits", "data_dir": "x"}, "reads no folder"),
+        ({"name": "digits", "image_size": 16}, "no settable image size"),
+        ({"name": "digits", "classes": 5}, "brings its own classes"),
+        ({"name": "digits", "train_images": 1349}, "data.train_images is 1349.*only 1348"),
+        ({"name": "digits", "test_images": 3}, "data.test_images is 3, fewer than the 10 classes"),
+        ({"name": "digits", "train_images": 0}, "data.train_images is 0"),
+        ({"name": "synthetic", "classes": 1}, "data.classes is 1"),
+        ({"name": "synthetic", "image_size": 0}, "data.image_size is 0"),
+        ({"name": "synthetic", "train_images": 5}, "data.train_images is 5, fewer than the 10 classes"),
+        ({"name": "image-folder"}, "needs a folder"),
+        ({"name": "imagenet"}, r"needs a folder with train/ and val/: give it with --data-dir"),
+        ({"name": "imagenet", "workers": -1}, "data.workers is -1, but must be at least 0"),
+        ({"name": "cifar10", "workers": 2}, "needs no workers: leave out data.workers"),
+        ({"name": "cifar100", "image_size": 64}, "no settable image size"),
+        ({"name": "image-folder", "data_dir": "x"}, "data.image_size"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(LowcalError, match=message) as caught:
+        load(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+COUNTS = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+
+@pytest.fixture(scope="module")
+def empty_classes(tmp_path_factory):
+    """A function that makes train/ and test/ or val/ with so many class folders, which hold nothing."""
+
+    @cache
+    def make(count, held_out="test"):
+        root = tmp_path_factory.mktemp(f"{count}-{held_out}")
+        for part in ("train", held_out):
+            for label in range(count):
+                (root / part / f"{label:04}").mkdir(parents=True)
+        return root
+
+    return make
+
+
+# Each recipe with a folder of a wrong number of classes, and one recipe with each data set and number.
+CASES = [
+    *((name, "its own", 2) for name in recipe_names()),
+    *(("resnet18-cifar10", data, count) for data in COUNTS for count in (2, 10, 100, 1000)),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "count"), CASES)
+def test_a_wrong_number_of_classes_is_refused_with_a_remedy_that_works(empty_classes, name, data, count):
+    recipe = load_recipe(name)
+    recipe = recipe if data == "its own" else apply_settings(recipe, [f"data.name={data}"])
+    kind = recipe.data.name
+    root = empty_classes(count, "val" if kind == "imagenet" else "test")
+    with pytest.raises(LowcalError) as caught:
+        load_data(recipe, root)
+    text = str(caught.value)
+    assert "\n" not in text
+    if kind == "digits":
+        assert "reads no folder" in text
+    elif COUNTS[kind] == count:
+        assert "class folders without a file" in text  # the right number, so the reader looks at the files
+    else:
+        assert f"holds {count} class folders, but data {kind!r} has {COUNTS[kind]}" in text
+        remedies = re.findall(r"--set (\S+)", text)
+        assert remedies
+        remedied = apply_settings(recipe, remedies)
+        with pytest.raises(LowcalError, match="class folders without a file"):
+            load_data(remedied, root)
+
+
+def test_a_declared_number_of_classes_is_checked(empty_classes):
+    with pytest.raises(LowcalError, match=r"holds 10 class folders, but data\.classes is 2: .* --set data\.classes=10"):
+        load("image-folder", data_dir=empty_classes(10), image_size=8, classes=2)
+
+
+def test_torchvisions_files_of_the_other_cifar_are_named(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(LowcalError, match=r"holds CIFAR-10, but this recipe's data is 'cifar100'.*data\.name=cifar10$"):
+        load("cifar100", data_dir=tmp_path)
+
+
+def test_what_was_drawn_from_is_known(make_folder):
+    data = load("digits", train_images=100, test_images=50, evaluate="validation")
+    assert (data.whole, data.folder) == ((1348, 449), None)
+    data = load("image-folder", data_dir=make_folder(name="pets"), image_size=16, train_images=4)
+    assert (data.whole, data.folder) == ((8, 8), "pets")
+    data = load("cifar10", data_dir=make_folder(classes="abcdefghij"))
+    assert (data.whole, len(data.train)) == ((50_000, 10_000), 40)  # as published, however many are there
+
+
+def statistics(pixels):
+    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64)).statistics()
+
+
+def images_with(*sizes):
+    labels = torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+    pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)  # each image carries its position
+    return Images(pixels, labels)
+
+
+def positions(images):
+    return images.pixels.flatten().tolist()
+
+
+def test_statistics_equal_those_of_float64():
+    pixels = torch.randint(0, 200, (1500, 3, 5, 7), dtype=torch.uint8)
+    pixels[:, 1] //= 3
+    mean, std = statistics(pixels)
+    values = pixels.double() / 255
+    assert mean == pytest.approx(values.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+
+
+def test_statistics_of_constant_channel_do_not_divide_by_zero():
+    assert statistics(torch.full((4, 1, 2, 2), 255, dtype=torch.uint8)) == ((1.0,), (1.0,))
+
+
+def test_subset_keeps_shares_and_order():
+    images = images_with(100, 50, 50)
+    drawn = subset(images, 40, seed=1, what="n")
+    assert torch.bincount(drawn.labels).tolist() == [20, 10, 10]
+    assert positions(drawn) == sorted(set(positions(drawn)))
+    assert torch.equal(images.labels[positions(drawn)], drawn.labels)
+
+
+@pytest.mark.parametrize("count", range(3, 16))
+def test_subset_has_every_class_and_the_exact_count(count):
+    drawn = subset(images_with(12, 2, 2), count, seed=0, what="n")
+    counts = torch.bincount(drawn.labels, minlength=3)
+    assert len(drawn) == count
+    assert (counts >= 1).all()
+    assert (counts <= torch.tensor([12, 2, 2])).all()
+
+
+def test_subset_is_decided_by_the_seed():
+    images = images_with(60, 60)
+    draws = [positions(subset(images, 30, seed=seed, what="n")) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+
+
+def test_subset_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    subset(images_with(60, 60), 30, seed=0, what="n")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("count", "message"), [(31, "only 30 images"), (2, "fewer than the 3 classes")])
+def test_subset_mistakes(count, message):
+    with pytest.raises(LowcalError, match=f"data.train_images is {count}.*{message}"):
+        subset(images_with(10, 10, 10), count, seed=0, what="data.train_images")
+
+
+def test_split_is_a_stratified_partition():
+    images = images_with(100, 50)
+    rest, held = split(images, 0.2, seed=0)
+    assert torch.bincount(held.labels).tolist() == [20, 10]
+    assert sorted(positions(rest) + positions(held)) == list(range(150))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_split_that_leaves_too_little(fraction):
+    with pytest.raises(LowcalError, match=f"validation_fraction is {fraction}"):
+        split(images_with(10, 10), fraction, seed=0)
+
+
+def test_every_digit_is_in_one_of_the_two_parts():
+    source = read_digits()
+    assert (len(source.train), len(source.test)) == (1348, 449)
+    assert source.train.pixels.shape[1:] == (1, 8, 8)
+    assert source.train.pixels.dtype == torch.uint8
+    assert source.classes == tuple("0123456789")
+    assert not source.augmentation.flip
+    bundled = load_digits()
+    expected = {(label, *(image * 255 / 16).round().astype(int).ravel()) for image, label in zip(
+        bundled.images, bundled.target, strict=True
+    )}  # fmt: skip
+    found = set()
+    for part in (source.train, source.test):
+        rows = part.pixels.flatten(1).tolist()
+        found |= {(label, *row) for label, row in zip(part.labels.tolist(), rows, strict=True)}
+    assert found == expected
+
+
+def test_the_test_images_are_always_the_same():
+    torch.manual_seed(1)
+    first = read_digits().test
+    torch.manual_seed(2)
+    assert torch.equal(first.pixels, read_digits().test.pixels)
+
+
+def test_each_class_has_its_share():
+    source = read_digits()
+    share = torch.bincount(source.test.labels) / (
+        torch.bincount(source.test.labels) + torch.bincount(source.train.labels)
+    )
+    assert ((share - 0.25).abs() < 0.01).all()
+
+
+SYNTHETIC = {"classes": 3, "image_size": 16, "train": 301, "test": 90}
+
+
+def test_synthetic_shapes_and_classes():
+    source = make_synthetic(**SYNTHETIC, seed=0)
+    assert source.train.pixels.shape == (301, 3, 16, 16)
+    assert source.train.pixels.dtype == torch.uint8
+    assert torch.bincount(source.test.labels).tolist() == [30, 30, 30]
+    assert len(source.classes) == 3
+
+
+def test_the_seed_decides_the_synthetic_images():
+    first, second, other = (make_synthetic(**SYNTHETIC, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert not torch.equal(first.train.pixels, other.train.pixels)
+
+
+def test_synthetic_classes_can_be_told_apart():
+    source = make_synthetic(**SYNTHETIC, seed=0)
+    train, test = (part.pixels.flatten(1).double() for part in (source.train, source.test))
+    means = torch.stack([train[source.train.labels == label].mean(0) for label in range(3)])
+    assert torch.equal(torch.cdist(test, means).argmin(1), source.test.labels)
+
+
+def test_more_images_than_memory_holds_share_their_pixels(monkeypatch):
+    monkeypatch.setattr(datasets, "POOL", 25 * 3 * 16 * 16)
+    source = make_synthetic(classes=10, image_size=16, train=201_167, test=15, seed=0)
+    assert source.test.rows is None
+    assert len(source.train) == 201_167
+    assert len(source.train.pixels) == 20
+    assert source.train.labels.bincount().unique().tolist() == [20116, 20117]
+    assert torch.equal(source.train.labels % 10, source.train.rows % 10)
+    kept, held = split(source.train, 0.999, seed=0)
+    assert kept.labels.bincount().unique().tolist() == [20, 21]
+    ((x, y),) = Batches(kept, batch=len(kept), mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    assert torch.equal(x.to(torch.uint8), source.train.pixels[kept.rows])
+    assert torch.equal(y, kept.rows % 10)
+    assert held.pixels is kept.pixels
+
+
+def test_there_is_an_image_for_each_class_however_large_they_are(monkeypatch):
+    monkeypatch.setattr(datasets, "POOL", 1)
+    source = make_synthetic(**SYNTHETIC, seed=0)
+    assert len(source.train.pixels) == 3
+    assert source.train.rows[:5].tolist() == [0, 1, 2, 0, 1]
+
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FINE = [f"kind {number}" for number in range(100)]
+READERS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+both = pytest.mark.parametrize("name", READERS)
+
+
+def fill(root, monkeypatch, name="cifar10"):
+    """Write files of CIFAR's form with 20 images each, and make torchvision expect their checksums."""
+    reader = READERS[name]
+    folder = root / reader.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    arrays = {}
+
+    def write(file, content):
+        data = pickle.dumps(content)
+        (folder / file).write_bytes(data)
+        return [file, hashlib.md5(data).hexdigest()]
+
+    def batch(file):
+        arrays[file] = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        if name == "cifar10":
+            return write(file, {"data": arrays[file], "labels": [i % 10 for i in range(20)]})
+        fine = [99 - i for i in range(20)]
+        return write(file, {"data": arrays[file], "fine_labels": fine, "coarse_labels": [i // 5 for i in fine]})
+
+    train = [file for file, _ in reader.train_list]
+    (test,) = (file for file, _ in reader.test_list)
+    monkeypatch.setattr(reader, "train_list", [batch(file) for file in train])
+    monkeypatch.setattr(reader, "test_list", [batch(test)])
+    key = reader.meta["key"]
+    file, md5 = write(reader.meta["filename"], {key: NAMES if name == "cifar10" else FINE})
+    monkeypatch.setattr(reader, "meta", {"filename": file, "key": key, "md5": md5})
+    return arrays
+
+
+def message(*arguments, **settings):
+    with pytest.raises(LowcalError) as caught:
+        read_cifar(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_torchvisions_files_of_cifar10(tmp_path, monkeypatch):
+    arrays = fill(tmp_path / "data", monkeypatch)
+    source = read_cifar("cifar10", tmp_path / "data", "stop", download=True)
+    assert source.classes == tuple(NAMES)
+    assert source.train.pixels.shape == (100, 3, 32, 32)
+    expected = torch.from_numpy(arrays["data_batch_2"]).view(20, 3, 32, 32)
+    assert torch.equal(source.train.pixels[20:40], expected)
+    assert source.test.labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_torchvisions_files_of_cifar100_have_the_fine_classes(tmp_path, monkeypatch):
+    arrays = fill(tmp_path / "data", monkeypatch, "cifar100")
+    source = read_cifar("cifar100", tmp_path / "data", "stop", download=True)
+    assert source.classes == tuple(FINE)
+    assert torch.equal(source.train.pixels, torch.from_numpy(arrays["train"]).view(20, 3, 32, 32))
+    assert torch.equal(source.test.pixels, torch.from_numpy(arrays["test"]).view(20, 3, 32, 32))
+    assert source.test.labels.tolist() == [99 - i for i in range(20)]
+
+
+@both
+def test_without_a_folder_the_cache_is_read(cache, monkeypatch, name):
+    fill(cache / name, monkeypatch, name)
+    assert len(read_cifar(name, None, "stop", download=False).test) == 20
+
+
+@both
+def test_wrong_checksum_is_one_line_and_the_file_is_not_unpickled(tmp_path, monkeypatch, name):
+    fill(tmp_path, monkeypatch, name)
+    reader = READERS[name]
+    file, md5 = reader.train_list[-1]
+    path = tmp_path / reader.base_folder / file
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
+    text = message(name, tmp_path, "stop", download=True)
+    assert f"{reader.base_folder}/{file} is damaged: its MD5 checksum is not {md5}; replace it, or leave out" in text
+    assert text.startswith(f"cannot read {'CIFAR-10' if name == 'cifar10' else 'CIFAR-100'} from ")
+
+
+@both
+def test_missing_file_is_named(tmp_path, monkeypatch, name):
+    fill(tmp_path, monkeypatch, name)
+    meta = f"{READERS[name].base_folder}/{READERS[name].meta['filename']}"
+    (tmp_path / meta).unlink()
+    assert f"{meta} is missing" in message(name, tmp_path, "stop", download=True)
+
+
+@both
+def test_absent_without_download(name):
+    text = message(name, None, "stop", download=False)
+    assert "is missing; set data.download=true, or give a folder with --data-dir" in text
+
+
+def test_no_network(monkeypatch):
+    def fail(self):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    with pytest.raises(LowcalError, match=r"name resolution.*check the network") as caught:
+        read_cifar("cifar10", None, "stop", download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_of_images(make_folder):
+    source = read_cifar("cifar10", make_folder(), "stop", download=True)
+    assert source.classes == ("cat", "dog")
+    assert source.train.pixels.shape == (8, 3, 32, 32)
+    assert source.augmentation.pad == 4
+    assert source.augmentation.flip
+
+
+def test_folder_of_another_size_points_to_image_folder(make_folder):
+    with pytest.raises(LowcalError, match=r"0.png: 48x32 pixels.*data.name=image-folder.*data.image_size"):
+        read_cifar("cifar10", make_folder(size=(48, 32)), "stop", download=True)
+
+
+@pytest.mark.parametrize("name", ["other", "nowhere"])
+def test_a_given_folder_is_never_downloaded_into(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("downloaded"))
+    (tmp_path / "other/holiday").mkdir(parents=True)
+    with pytest.raises(LowcalError, match="--data-dir"):
+        read_cifar("cifar10", tmp_path / name, "stop", download=True)

@@ -121,7 +121,7 @@ def test_figure4_shows_how_the_batch_grew(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_every_table_and_figure_end_to_end(tmp_path):
     out = tmp_path / "out"
     for name in table_names():

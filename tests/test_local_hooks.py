@@ -171,7 +171,7 @@ def through_file(thing):
 @pytest.mark.parametrize(
     ("options", "duplicate"),
     [*((options, copy.deepcopy) for options in OPTIONS), ({}, through_pickle), ({}, through_file)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_copy_of_the_model_works_and_feeds_nothing_back(options, duplicate):
     """Copied at every point of a step, trained by itself: the original ends bitwise where it ends without copies."""

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import lowcal
+from lowcal.files import write_json
 from lowcal.hooks import Hook
 from lowcal.models import build_model
 from lowcal.training.environment import gather_environment
-from lowcal.files import write_json
 
 OUT = Path(__file__).parents[1] / "results" / "checks.json"
 STEPS, WARM_UP = 40, 5

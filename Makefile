@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 # An environment that happens to be active must not lend its packages to ours.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test test-lower-bounds test-library lint types format clean
+.PHONY: help demo test test-lower-bounds lint types format clean
 
 help:
 	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
 	@echo "make test    run the tests (ARGS='-m slow': the long ones)"
 	@echo "make lint    check style and format       make types   check types"
-	@echo "make format  apply style and format       make clean   remove the environment, caches and demo"
+	@echo "make format  apply style and format       make clean   remove the environments, caches and demo"
+	@echo "make test-lower-bounds  run the tests with the oldest release of each dependency"
 
 # torch and torchvision are resolved in one call: torchvision does not import beside another build of torch.
 $(STAMP): pyproject.toml
@@ -52,5 +53,5 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lower runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

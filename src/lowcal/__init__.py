@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lowcal.schedule import Fixed, NormTrend, Quadratic
     from lowcal.supervision import LossTrend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DistributedLoCal",

@@ -113,7 +113,7 @@ def _usage(error: Any) -> str:
     text = error.format_message()
     text = (text[:1].lower() + text[1:].rstrip(".")).replace("Input should be", "must be")
     context = error.ctx
-    if hasattr(error, "possibilities") and context is not None:
+    if hasattr(error, "option_name") and hasattr(error, "possibilities") and context is not None:
         known = [name for option in context.command.params for name in option.opts]
         return f"there is no option '{error.option_name}'{_meant_setting(error) or nearest(error.option_name, known)}"
     if "did you mean" in text.lower():

@@ -94,8 +94,7 @@ def place_labels(axes: Axes, labels: Iterable[Label], marks: Sequence[tuple[floa
 
     Call it after everything else is drawn. `marks` are the points of all marks.
     """
-    figure = axes.get_figure(root=True)
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(axes.figure)  # type: ignore[arg-type]  # matplotlib before 3.10 has no get_figure(root=True)
     canvas.draw()  # settles the layout
     unit = canvas.figure.dpi / 72  # pixels in a typographic point
     frame = axes.get_window_extent()

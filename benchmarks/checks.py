@@ -1,7 +1,7 @@
 """What LoCal's checks cost in an eager step: `checks.py`, some minutes on an idle CPU.
 
 The hooks of a controller with frozen local layers do nothing but look after the method: their time is that of the
-checks. It is taken around each hook in steps of training, and told beside the median step. Writes results/checks.json.
+checks. It is taken around each hook in steps of training, compared with the median step. Writes results/checks.json.
 """
 
 import statistics

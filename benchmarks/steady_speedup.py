@@ -1,6 +1,6 @@
 """Speed-ups of runs that took turns, with bursts of other work on the machine taken out: `steady_speedup.py FOLDER`.
 
-Other work comes in bursts of minutes, so that only epochs of one turn are held beside one another: the time of each is
+Other work comes in bursts of minutes, so that only epochs of one turn are compared: the time of each is
 divided by the median time of plain SGD's epochs in its turn. A run's time is the sum over its epochs, each with the
 median of these ratios over all epochs of its kind: of the same method at the same boundary, of all seeds.
 

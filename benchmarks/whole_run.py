@@ -84,7 +84,7 @@ SIZES = {
         "resnet50-imagenet": Size(batch=8, steps=16, width=32),
         "mobilenet_v2-imagenet": Size(batch=8, steps=22),
     },
-    # Moves, each of which records graphs anew, come thicker in a shortened run: epochs as long as time allows.
+    # A shortened run has more moves per epoch, and each records graphs again: epochs are as long as time allows.
     "cuda": {
         "resnet18-cifar10": Size(batch=64, steps=781, epochs=45, test_images=1024),
         "vgg13-cifar10": Size(batch=64, steps=781, epochs=45, test_images=1024),

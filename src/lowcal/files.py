@@ -140,7 +140,7 @@ def _sync_folder(path: Path) -> None:
 
 def refused(path: Path, error: OSError) -> LowcalError:
     """The system's refusal to write `path`, as an error that says what to do."""
-    return LowcalError(f"cannot write {path}: {error.strerror or error}; mend that or choose another folder")
+    return LowcalError(f"cannot write {path}: {error.strerror or error}; fix that or choose another folder")
 
 
 def first_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
 """Small runs of the command, in this process or in one forked from it, and the mistakes that end them."""
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from PIL import Image
 
 from lowcal.cli import main
 from lowcal.training.run import Run
+
+from .world import processes
 
 # A network and images small enough for a test: 64 images, 2 epochs, four steps each.
 SMALL = [
@@ -80,42 +82,38 @@ def interrupted(arguments: list[str], epochs: int, monkeypatch: pytest.MonkeyPat
 
 def signalled(arguments: list[str], number: int, after: str) -> tuple[int, str]:
     """The exit code and standard error of a process whose command gets a signal when it has printed `after`."""
-    reading, writing = os.pipe()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = started(arguments, writing, errors)
-        with os.fdopen(reading) as output:
-            for line in output:
-                if after in line:
-                    os.kill(process.pid, number)
-        return ended(process, errors)
+    with tempfile.TemporaryDirectory() as place:
+        process, output = started(arguments, place), Path(place) / "out"
+        while process.is_alive() and not (output.exists() and after in output.read_text()):
+            time.sleep(0.005)
+        os.kill(process.pid, number)
+        return ended(process, place)
 
 
 def into_a_closed_pipe(arguments: list[str]) -> tuple[int, str]:
     """The exit code and standard error of a process whose command prints to nobody."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with tempfile.TemporaryFile("w+") as errors:
-        return ended(started(arguments, writing, errors), errors)
+    with tempfile.TemporaryDirectory() as place:
+        return ended(started(arguments, place, listens=False), place)
 
 
-def started(arguments, output, errors):
+def started(arguments, place, *, listens=True):
     """The command in a process forked from this one, in which torch is loaded."""
-    process = multiprocessing.get_context("fork").Process(target=_command, args=(arguments, output, errors))
+    process = processes().Process(target=_command, args=(arguments, Path(place), listens))
     process.start()
-    os.close(output)
     return process
 
 
-def ended(process, errors):
+def ended(process, place):
     process.join()
-    errors.seek(0)
-    return process.exitcode, errors.read()
+    return process.exitcode, (Path(place) / "err").read_text()
 
 
-def _command(arguments, output, errors):
-    os.dup2(output, 1)
-    os.dup2(errors.fileno(), 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+def _command(arguments, place, listens):
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(os.open(place / "out", os.O_WRONLY | os.O_CREAT) if listens else writing, 1)
+    os.dup2(os.open(place / "err", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)

@@ -71,7 +71,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, annotation in annotations_of(type(self)).items():
+        for name, annotation in annotations_of(type(self)).items():  # type: ignore[arg-type]  # mypy: not hashable
             value = getattr(self, name)
             if not accepts(annotation, value):
                 raise SettingError(type(self).__name__, name, value, allowed(annotation))

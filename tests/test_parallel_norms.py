@@ -66,6 +66,7 @@ def test_two_ranks_that_normalise_together_are_like_one_process():
         is_like_one_process(results, *case)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm over two ranks needs two GPUs")
 @pytest.mark.parametrize("norm_stats", ["batch", "running"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -73,7 +74,7 @@ def test_sync_batch_norm_on_two_gpus(rule, norm_stats):
     is_like_one_process(on_two_ranks(train, rule, norm_stats, "cuda", cuda=True), rule, norm_stats, "cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_sync_batch_norm_on_one_gpu(tmp_path, rule):
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

@@ -1,12 +1,14 @@
-"""Several processes that train together, forked from the test's own so that torch need not be loaded again."""
+"""Several processes that train together. Where no GPU is in use they are forked, so that torch is loaded only once."""
 
 import gc
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def processes(*, cuda: bool = False) -> BaseContext:
+    """What starts a test's processes. Once a GPU is in use, by an earlier test too, and with `cuda`, none is forked."""
+    return multiprocessing.get_context("spawn" if cuda or torch.cuda.is_initialized() else "fork")
+
+
 def together(world: int, task: Callable[..., Any], *arguments: Any, cuda: bool = False) -> None:
     """Calls `task(ranks, *arguments)` in each of `world` processes, on a GPU each if `cuda`; none may fail."""
     assert apart(world, _joined, cuda, task, *arguments, cuda=cuda) == [0] * world
@@ -37,8 +44,8 @@ def together(world: int, task: Callable[..., Any], *arguments: Any, cuda: bool =
 
 def apart(world: int, task: Callable[..., int | None], *arguments: Any, cuda: bool = False) -> list[int | None]:
     """Calls `task(*arguments)` in each of `world` processes; their exit codes, which it may return."""
-    # A process that has used a GPU cannot be forked.
-    port, context = free_port(), multiprocessing.get_context("spawn" if cuda else "fork")
+    port, context = free_port(), processes(cuda=cuda)
+    pickle.dumps((task, arguments))  # fails here too, not only on a GPU, where a process is spawned
     ranks = [context.Process(target=_child, args=(rank, world, port, task, arguments)) for rank in range(world)]
     for rank in ranks:
         rank.start()

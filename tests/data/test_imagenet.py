@@ -292,7 +292,7 @@ def test_layout_mistakes(root, tmp_path):
     assert "two or more classes; found only 'a'" in message(tmp_path / "one")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_gets_what_the_cpu_gets(root):
     plain = passes(train_loader(read(root)))
     for workers in (0, 2):

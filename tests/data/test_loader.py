@@ -273,7 +273,7 @@ def test_a_pass_goes_on_with_another_number_of_processes(sharded):
     assert all(torch.equal(one, two) for one, two in zip(rest, expected[2:], strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_makes_batches_without_waiting_for_the_device(images):
     batches = make(images, device="cuda", shuffle=True, augmentation=CROP)
     epoch = iter(batches)

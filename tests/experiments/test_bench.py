@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lowcal.experiments.bench.predict import fastest_path, flops_speedup, known_
 from lowcal.experiments.bench.program import record
 from lowcal.experiments.bench.run import bench
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
-from lowcal.experiments.bench.show import targets_text
+from lowcal.experiments.bench.show import bench_text, targets_text
 from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
@@ -309,6 +311,30 @@ def test_command_prints_tables_and_writes_files(tmp_path, capsys):
     assert all(word in shown for word in ("plain loop", "local/4", "norm-trend"))
     assert json.loads((tmp_path / "a.json").read_text())["model"] == "resnet8"
     assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_the_plain_loop_is_timed_under_torch_compile_too(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: modes.append(mode) or model)
+    settings = BenchSettings("resnet8", 2, 8, width=2, rounds=1, warm_up=1, boundaries=(0.5,), layers=False)
+    assert bench(settings, CPU, lambda text: None)["compiled_step_ms"] is None
+    found = bench(replace(settings, compile=True), CPU, lambda text: None)
+    assert (modes, found["compile_mode"]) == (["default"], "default")
+    assert "plain loop, torch.compile default: " in bench_text(found)
+    ratio = found["rows"][0]["step_ms"] / found["compiled_step_ms"]
+    assert f"{ratio:.3f}" in targets_text(found, {"sgd / compiled loop": 9e9})
+    assert BenchSetup.compile_mode.fget(SimpleNamespace(device=torch.device("cuda"))) == "reduce-overhead"
+
+
+def test_a_loop_that_cannot_be_compiled_is_one_line(monkeypatch, capsys):
+    def fail(model, mode):
+        return lambda images: (_ for _ in ()).throw(RuntimeError("no C++ compiler\nand more"))
+
+    monkeypatch.setattr(torch, "compile", fail)
+    arguments = "bench --model resnet8 --width 2 --image-size 8 --batch 2 --device cpu --compile"
+    assert main(arguments.split()) == 2
+    expected = "lowcal: the plain loop cannot be compiled (no C++ compiler); use --no-compile\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

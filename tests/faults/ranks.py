@@ -1,6 +1,5 @@
 """Runs of two processes under torchrun, and faults in one of them."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ..world import processes
 from .points import Point, kill, plant
 from .runs import Trials, errors_of, says
 
@@ -86,8 +86,7 @@ class RankTrials(Trials):
         for file in (errors_of(run), *(code_of(run, number) for number in range(WORLD))):
             file.unlink(missing_ok=True)
         arguments = ["train", "--quiet", "--device", "cpu", "--out", str(run), *more]
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=_torchrun, args=(restarts, arguments, run, fault, at, rank))
+        process = processes().Process(target=_torchrun, args=(restarts, arguments, run, fault, at, rank))
         process.start()
         process.join()
         return process.exitcode or 0

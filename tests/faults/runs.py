@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..support import same
+from ..world import processes
 from .points import hang, hang_with_the_gil, kill, plant, terminate
 
 TIMES = {"seconds", "total_seconds", "step_ms", "images_per_second", "times", "part"}
@@ -32,8 +32,7 @@ WORKERS = (  # files decoded in this number of processes
 def train(folder, *more, fault=None, at=None):
     """`lowcal train` in a process of its own; its exit code, or less than 0 for the signal that ended it."""
     arguments = ["train", "--quiet", "--device", "cpu", "--out", str(folder), *more]
-    context = multiprocessing.get_context("fork")  # torch is loaded already
-    process = context.Process(target=_child, args=(arguments, errors_of(folder), fault, at))
+    process = processes().Process(target=_child, args=(arguments, errors_of(folder), fault, at))
     process.start()
     process.join()
     return process.exitcode or 0

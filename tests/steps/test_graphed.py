@@ -160,9 +160,6 @@ def test_it_needs_cuda():
         GraphedStep(model, (optimizer,), method, OPTIONS)
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 def on_cuda(kind, name, *, precision="float32", guard=False, steps=50, **values):
     """The losses of `steps` steps with two moves, new rates, and the state at the end."""
     device = torch.device("cuda")
@@ -188,7 +185,7 @@ def on_cuda(kind, name, *, precision="float32", guard=False, steps=50, **values)
     return torch.stack(losses), {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", RECORDED)
 @pytest.mark.parametrize(("precision", "guard"), [("float32", False), ("bf16", False), ("fp16", False), ("fp16", True)])
 def test_cuda_graphs_give_eager_s_losses(method, precision, guard):
@@ -198,7 +195,7 @@ def test_cuda_graphs_give_eager_s_losses(method, precision, guard):
     torch.testing.assert_close(graph[1], eager[1], rtol=1e-2, atol=1e-2)
 
 
-@cuda
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device_once_recorded():
     device = torch.device("cuda")
     model = network().to(device)

@@ -220,7 +220,7 @@ def broken_capture():
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_what_a_gpu_raises_is_known():
     with pytest.raises(torch.OutOfMemoryError) as caught:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")

@@ -13,7 +13,7 @@ from lowcal.training.epoch_state import EpochState
 from .runs import log, make_run, network, run_on, settings
 from .test_batch_growth import growing
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 RECORDED = [name for name, method in METHODS.items() if method.unreplayable is None]
 

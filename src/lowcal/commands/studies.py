@@ -45,6 +45,10 @@ def bench(
     every: Annotated[int, typer.Option(help="Also with local updates in every n-th step; 1: not.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
     rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Time the plain loop under torch.compile too [default: on a GPU]."),
+    ] = None,
     layer_times: Annotated[bool, typer.Option("--layer-times/--no-layer-times", help="Time each layer.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the picture, .svg or .png.")] = None,
@@ -83,6 +87,7 @@ def bench(
         epochs=epochs,
         rounds=rounds,
         layers=layer_times,
+        compile=compiled,
     )
     result = run(settings, find_device(device), (lambda text: None) if quiet else print)
     print(bench_text(result))

@@ -29,6 +29,8 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
 
         - `layers`: L, the number of the network's layers;
         - `plain_step_ms`: a hand-written loop with the same settings; its quartiles follow;
+        - `compiled_step_ms`: that loop with its network under torch.compile in the mode `compile_mode`; null if it was
+          not measured;
         - `rows`: one for each method and boundary, see `_row`;
         - `parts_ms`: by boundary, the medians of the parts of the limit;
         - `moves_ms`: by boundary, the time of a move from 0, with the new step;
@@ -36,7 +38,8 @@ def bench(settings: BenchSettings, device: torch.device, note: Callable[[str], N
         - `layer_times`: see `time_layers`.
 
     Raises:
-        LowcalError: the network, precision or step is unknown, or the network does not take such images.
+        LowcalError: the network, precision or step is unknown, the network does not take such images, or torch cannot
+            compile it.
     """
     with kernels(tf32=settings.tf32):
         return _bench(settings, device, note)
@@ -51,6 +54,9 @@ def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], 
     parts = {boundary: setup.parts(boundary) for boundary in setup.boundaries}
     costs = {name: timed.cost() for name, timed in methods.items()}
     works = {"plain": Work(setup.plain_step()), **{name: timed.work() for name, timed in methods.items()}}
+    if settings.compile:
+        note(f"compiling the plain loop, {setup.compile_mode}")
+        works["compiled"] = Work(setup.compiled_plain_step())
     for boundary, part in parts.items():
         works |= {f"{name} {boundary}": work for name, work in part.items()}
     note(f"timing {len(works)} pieces of work in turn, {settings.warm_up} + {settings.rounds} rounds")
@@ -85,6 +91,9 @@ def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], 
         "precision": settings.precision,
         "layers": depth,
         **times["plain"].fields("plain_step_ms"),
+        **dict.fromkeys(("compiled_step_ms", "compiled_step_ms_q25", "compiled_step_ms_q75")),
+        **(times["compiled"].fields("compiled_step_ms") if settings.compile else {}),
+        "compile_mode": setup.compile_mode if settings.compile else None,
         "rows": rows,
         "parts_ms": part_ms,
         "moves_ms": {timed.method.boundary: timed.move_ms for timed in methods.values() if timed.label == "local"},

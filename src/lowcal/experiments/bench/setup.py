@@ -18,6 +18,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.timing import Work
+from lowcal.files import first_line
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
@@ -27,6 +28,7 @@ from lowcal.steps.step import StepOptions, autocast, build_scaler, keep_batch, n
 from lowcal.strided import slice_inputs
 from lowcal.training.cost import Cost, dry_cost, held_bytes
 
+COMPILED_STEPS = 4  # after which torch.compile has compiled and recorded
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
 
 
@@ -51,6 +53,7 @@ class BenchSettings:
         runs: steps in a sample; None: 1 on a CPU, 10 on an asynchronous device.
         epochs: of the whole run whose speed-up is predicted.
         layers: whether single layers are timed too.
+        compile: whether the plain loop is timed under torch.compile too; None: on a GPU.
     """
 
     model: str
@@ -70,6 +73,7 @@ class BenchSettings:
     runs: int | None = None
     epochs: int = 90
     layers: bool = True
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         for fraction in self.boundaries:
@@ -91,7 +95,7 @@ def parse_boundaries(text: str) -> tuple[float, ...]:
 class BenchSetup:
     """The network, its images, and copies of it for each piece of work that is timed.
 
-    `settings` has the memory format that was chosen.
+    `settings` has what was chosen where it was None: the memory format, and whether to compile the plain loop.
 
     Args:
         loader: steps prepare its first mini-batch as the steps of a run do; None: they get a prepared one.
@@ -101,7 +105,8 @@ class BenchSetup:
         find_step(settings.step)  # refuses an unknown kind of step
         autocast(device, settings.precision)  # refuses an unknown precision
         channels_last = puts_channels_last(settings.channels_last, device, settings.precision)
-        self.settings, self.device = replace(settings, channels_last=channels_last), device
+        compiles = device.type == "cuda" if settings.compile is None else settings.compile
+        self.settings, self.device = replace(settings, channels_last=channels_last, compile=compiles), device
         shape = (3, settings.image_size, settings.image_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
@@ -148,17 +153,18 @@ class BenchSetup:
         )
         return {"prefix": parts.prefix, "suffix": parts.suffix, "products": parts.products}
 
-    def plain_step(self) -> Callable[[], None]:
-        """Return the body of a plain training loop."""
+    def plain_step(self, mode: str | None = None) -> Callable[[], None]:
+        """Return the body of a plain training loop; `mode` is that of torch.compile, None: not compiled."""
         model, images, labels = copy.deepcopy(self.model), self.images, self.labels
         optimizer = SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=5e-4)
         device, precision = self.device, self.settings.precision
         scaler = build_scaler(device, precision)
+        forward = model if mode is None else torch.compile(model, mode=mode)
 
         def step() -> None:
             optimizer.zero_grad()
             with autocast(device, precision):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(forward(images), labels)
             if scaler is None:
                 loss.backward()
                 optimizer.step()
@@ -167,6 +173,26 @@ class BenchSetup:
                 scaler.step(optimizer)
                 scaler.update()
 
+        return step
+
+    @property
+    def compile_mode(self) -> str:
+        """The mode of torch.compile that suits a plain loop: with CUDA graphs on a GPU."""
+        return "reduce-overhead" if self.device.type == "cuda" else "default"
+
+    def compiled_plain_step(self) -> Callable[[], None]:
+        """Return the body of a plain training loop under torch.compile, compiled and warm.
+
+        Raises:
+            LowcalError: torch cannot compile the network here.
+        """
+        step = self.plain_step(self.compile_mode)
+        try:
+            for _ in range(COMPILED_STEPS):
+                step()
+        except Exception as error:
+            text = f"the plain loop cannot be compiled ({first_line(error)}); use --no-compile"
+            raise LowcalError(text) from error
         return step
 
 

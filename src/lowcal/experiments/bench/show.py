@@ -31,11 +31,16 @@ def _steps(result: Mapping[str, Any]) -> str:
         Column("", "memory", lambda row: memory(row["peak_memory_bytes"]).replace(" ", "")),
         Column("", "FLOPs", lambda row: amount(row["flops"]).replace(" ", "")),
     )
-    quartiles = f"{result['plain_step_ms_q25']:.4g}-{result['plain_step_ms_q75']:.4g}"
+    loops = f"plain loop: {_loop(result, 'plain_step_ms')}"
+    if result["compiled_step_ms"]:
+        loops += f"\nplain loop, torch.compile {result['compile_mode']}: {_loop(result, 'compiled_step_ms')}"
     return (
-        f"{Table(columns, result['rows']).text()}\nplain loop: {result['plain_step_ms']:.4g} ms ({quartiles}); "
-        f"medians of {result['settings']['rounds']} samples in turn"
+        f"{Table(columns, result['rows']).text()}\n{loops}\nmedians of {result['settings']['rounds']} samples in turn"
     )
+
+
+def _loop(result: Mapping[str, Any], name: str) -> str:
+    return f"{result[name]:.4g} ms ({result[f'{name}_q25']:.4g}-{result[f'{name}_q75']:.4g})"
 
 
 def _parts(result: Mapping[str, Any]) -> str:
@@ -112,6 +117,8 @@ def _targeted(result: Mapping[str, Any]) -> list[tuple[str, str, float]]:
         ("sgd / plain", "", sgd["step_ms"] / result["plain_step_ms"]),
         ("memory", f"at {last}", rows["local", last]["peak_memory_bytes"] / sgd["peak_memory_bytes"]),
     ]
+    if result["compiled_step_ms"]:
+        found.append(("sgd / compiled loop", "", sgd["step_ms"] / result["compiled_step_ms"]))
     every = next((name for name, _ in rows if name.startswith("local/")), None)
     for boundary in boundaries:
         for method in ("local", "freeze"):
@@ -140,6 +147,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         figure.suptitle("Time of a training step, ms", x=0.015, ha="left", fontsize=14, fontweight="bold")
         axes.axhline(result["plain_step_ms"], color=INK, linewidth=1, label="plain loop")
+        if result["compiled_step_ms"]:
+            axes.axhline(
+                result["compiled_step_ms"], color=INK, linewidth=1, linestyle="-.", label="plain loop, compiled"
+            )
         for method, (colour, _dark) in colours(methods).items():
             chosen = [row for row in rows if row["method"] == method or row is sgd]
             chosen.sort(key=lambda row: row["boundary"])

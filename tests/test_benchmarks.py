@@ -18,9 +18,9 @@ import whole_run
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
 from lowcal.models import build_model
-from lowcal.training import graphed
+from lowcal.steps import graphed
 
-from .training.software_graphs import SoftwareGraphs
+from .steps.software_graphs import SoftwareGraphs
 
 CPU = torch.device("cpu")
 NAME = "resnet18-cifar10"

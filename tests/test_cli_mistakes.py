@@ -30,7 +30,7 @@ WRONG = {
     ),
     "step without a GPU": (
         ["train", "--device", "cpu", "--set", "step=graphed"],
-        "step=graphed needs a CUDA device, and this run is on cpu; use step=eager or compiled",
+        "the step 'graphed' needs a CUDA device, and this network is on cpu; use 'eager' or 'compiled'",
     ),
     "step that does not fit the method": (
         ["train", "--method", "sgd", "--device", "cpu", "--set", "step=compile"],

@@ -25,8 +25,10 @@ LEVELS = [
     {"updates"},
     {"local_layers"},
     {"local"},
+    {"parallel"},
+    {"steps"},
     {"models", "data"},
-    {"parallel", "integrations", "methods"},
+    {"integrations", "methods"},
     {"training"},
     {"report"},
     {"experiments"},
@@ -88,7 +90,7 @@ def test_report_reads_run_folders_only(path):
             assert parts[1] != "training" or name in ("lowcal.training", "lowcal.training.run_folder"), name
 
 
-CORE = [path for path in MODULES if LEVEL.get(room_of(path), 99) <= LEVEL["local"]] + [SOURCE / "__init__.py"]
+CORE = [path for path in MODULES if LEVEL.get(room_of(path), 99) <= LEVEL["steps"]] + [SOURCE / "__init__.py"]
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)

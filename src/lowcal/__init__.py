@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lowcal.parallel import DistributedLoCal
     from lowcal.rules import Frozen, Hebbian, Refresh, hebbian_update
     from lowcal.schedule import Fixed, NormTrend, Quadratic
+    from lowcal.steps.make import make_step
     from lowcal.supervision import LossTrend
 
 __version__ = "0.2.0"
@@ -25,6 +26,7 @@ __all__ = [
     "Quadratic",
     "Refresh",
     "hebbian_update",
+    "make_step",
 ]
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "Quadratic": "schedule",
     "Refresh": "rules",
     "hebbian_update": "rules",
+    "make_step": "steps.make",
 }
 
 

@@ -268,10 +268,22 @@ class LocalLayers:
 
     # A step that is replayed
 
+    @property
+    def phase(self) -> int:
+        """0 if the rule acts in the coming step, else 1; steps of one phase give the device the same work."""
+        return int(self.boundary > 0 and not self.updates.acts)
+
     def make_replayable(self, device: torch.device) -> None:
-        """Moves what a step depends on to `device`, so that a CUDA graph can replay it; then call `count_step`."""
+        """Moves what a step depends on to `device`, so that a CUDA graph can replay it; then call `replayed`."""
         self.updates.make_replayable(device)
         self.change.make_replayable(device)
+
+    def replayed(self) -> None:
+        """Does the part of a step that runs in Python alone, after the device has replayed the rest."""
+        if self.boundary:
+            self.count_step(applied=self.updates.acts)
+        else:
+            self.updates.epoch_counts[0] += 1
 
     # Several ranks
 

@@ -111,6 +111,11 @@ class LocalUpdates:
         return self.steps % self._rule.every == 0
 
     @property
+    def acts(self) -> bool:
+        """Whether the rule acts in the coming step, unless paused."""
+        return self.is_due and not self._pauses
+
+    @property
     def is_idle(self) -> bool:
         """Whether this epoch should have made updates and made none."""
         steps, due, applied = self.epoch_counts
@@ -165,7 +170,7 @@ class LocalUpdates:
             self._set_due()
 
     def _set_due(self) -> None:
-        due = self.is_due and not self._pauses
+        due = self.acts
         for _, _, hook in self._layers.values():
             hook.due = due
 
@@ -224,8 +229,7 @@ class LocalUpdates:
 
     def end_forward(self) -> None:
         """Ends a data-parallel forward pass; its updates are summed even if the last local layer did not run."""
-        due = self._layers and self.is_due and not self._pauses
-        if due and self._model.training and torch.is_grad_enabled():
+        if self._layers and self.acts and self._model.training and torch.is_grad_enabled():
             self._collect_compiled()
             self._pending.share(self._weights())
 

@@ -13,9 +13,9 @@ from lowcal import LowcalError
 from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSettings, StochasticDepthSettings
 from lowcal.methods import METHODS, Method, build_method
 from lowcal.models import build_model
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import StepOptions
 from lowcal.strided import slice_inputs
-from lowcal.training.step import StepOptions
-from lowcal.training.step_modes import build_step
 
 from ..networks import images
 from ..support import hooks, same, sgd, snapshot, weights
@@ -58,7 +58,7 @@ class Training:
         )
 
     def epoch(self, number: int) -> bool:
-        step = build_step("eager", self.model, self.optimizer, self.method, StepOptions(CPU))
+        step = build_step("eager", self.model, (self.optimizer,), self.method, StepOptions(CPU))
         self.model.train()
         losses = [step(*batch) for batch in images(3, seed=10 + number)]
         return self.method.end_epoch(float(torch.stack(losses).mean()))
@@ -247,7 +247,7 @@ def test_its_twin_does_the_same_and_leaves_it_alone(name, epochs):
     if name != "refresh":  # whose twin begins a period anew
         assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in training.model.parameters()]
     model.train()
-    step = build_step("eager", model, optimizer, twin, StepOptions(CPU))
+    step = build_step("eager", model, (optimizer,), twin, StepOptions(CPU))
     step(*images(1)[0])
     twin.detach()
     assert same((snapshot(training.model, training.optimizer), training.method.state_dict()), before)

@@ -28,9 +28,9 @@ from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
 from lowcal.schedule import NormTrend, Quadratic
-from lowcal.training import graphed
+from lowcal.steps import graphed
 
-from ..training.software_graphs import SoftwareGraphs
+from ..steps.software_graphs import SoftwareGraphs
 
 CPU = torch.device("cpu")
 

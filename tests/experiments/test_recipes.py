@@ -15,8 +15,8 @@ from lowcal.experiments.recipe_text import apply_settings, differences, load_rec
 from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, Method, build_method, find_method
 from lowcal.models import build_model
-from lowcal.training.step import Step, StepOptions
-from lowcal.training.step_modes import build_step
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import Step, StepOptions
 
 CPU = torch.device("cpu")
 IMAGES = {"cifar10": (32, 10), "cifar100": (32, 100), "imagenet": (224, 1000)}  # side, classes
@@ -136,7 +136,7 @@ def attach(recipe: Recipe, name: str, model: nn.Module) -> tuple[SGD, Method]:
 
 
 def eager(recipe: Recipe, model: nn.Module, optimizer: SGD, method: Method) -> Step:
-    return build_step("eager", model, optimizer, method, StepOptions(CPU, recipe.precision))
+    return build_step("eager", model, (optimizer,), method, StepOptions(CPU, recipe.precision))
 
 
 @every_method

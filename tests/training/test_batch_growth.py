@@ -7,7 +7,8 @@ import torch
 
 from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import build_method
-from lowcal.training.batch_growth import BatchGrowth, is_out_of_memory, next_batch, predicted_peak
+from lowcal.steps.step import is_out_of_memory
+from lowcal.training.batch_growth import BatchGrowth, next_batch, predicted_peak
 from lowcal.training.cost import dry_cost, held_bytes
 
 from ..support import same

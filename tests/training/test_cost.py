@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import StepOptions
 from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
-from lowcal.training.step import StepOptions
-from lowcal.training.step_modes import build_step
 
 from ..networks import convnet
 from ..support import same, sgd, snapshot
@@ -67,7 +67,7 @@ def real_step(name, model, optimizer, method, precision="float32"):
 
     handles = [model.get_submodule(layer).register_forward_hook(watch(layer)) for layer in method.layers]
     model.train()
-    step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision))
+    step = build_step("eager", model, (optimizer,), method, StepOptions(CPU, precision))
     images = torch.randn(SHAPES[name])
     with FlopCounterMode(display=False) if name != "grouped" else flop_counter() as counter:
         step(images, torch.arange(len(images)) % 3)

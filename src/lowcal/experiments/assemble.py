@@ -17,6 +17,8 @@ from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
 from lowcal.models import build_model, check_input
 from lowcal.norms import synchronise
+from lowcal.steps.modes import find_step
+from lowcal.steps.step import StepOptions
 from lowcal.strided import slice_inputs
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.distributed import TrainingGroup
@@ -24,7 +26,6 @@ from lowcal.training.environment import gather_environment
 from lowcal.training.process import ALONE, Launch
 from lowcal.training.run import Run, RunOptions
 from lowcal.training.run_folder import RunFolder
-from lowcal.training.step_modes import find_step
 
 EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
 
@@ -86,7 +87,7 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
         with torch.random.fork_rng([]):
             model, optimizer, attached, _ = _parts(recipe, method, data, cpu)
         if recipe.step != "auto":
-            find_step(recipe.step).check(model, optimizer, attached, device)
+            find_step(recipe.step).check(model, (optimizer,), attached, StepOptions(device, recipe.precision))
         attached.detach()
 
 

@@ -91,9 +91,10 @@ def train_in_turn(
 def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, epochs: int, later: int = 0) -> None:
     """Train prepared runs to their ends as `train_in_turn` does; none has more than `epochs` epochs."""
     watcher.begin(arms, [run.finished for run in runs], epochs, later=later)
-    for run in runs:
-        run.warm_up()
     pairs = list(zip(arms, runs, strict=True))
+    for arm, run in pairs:
+        for text in run.warm_up():
+            watcher.note(f"{arm.folder}: {text}")
     for epoch in range(epochs):
         first = epoch % len(pairs)
         for arm, run in pairs[first:] + pairs[:first]:

@@ -88,7 +88,8 @@ def train(
             changed = what_changed(run, parse_recipe(before, str(folder / "recipe.yaml")), recipe)
             watcher.note(f"{arm.folder}: {changed}")
         watcher.begin([arm], [run.finished], recipe.epochs)
-        run.warm_up()
+        for text in run.warm_up():
+            watcher.note(f"{arm.folder}: {text}")
         with deferred():  # between epochs too, where one process alone must not leave
             while not run.done:
                 advance(arm, run, watcher, way_out)

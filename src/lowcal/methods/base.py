@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -154,19 +154,3 @@ class SGD(Method):
     """The whole network learns by SGD."""
 
     name: ClassVar[str] = "sgd"
-
-
-def fill_momentum(optimizer: Optimizer) -> None:
-    """Gives a momentum of zero to parameters for which a fused SGD has none yet; its first step stays the same.
-
-    Its kernel takes the momentum of all parameters or of none, and if it skips the first step, as the gradient scaler
-    may ask for, it leaves what it allocated for it unwritten (torch 2.15).
-    """
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, optim.SGD) and group["fused"] and group["momentum"]:
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                state = optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

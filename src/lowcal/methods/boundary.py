@@ -66,7 +66,7 @@ class Local(Method):
     @property
     def phase(self) -> int:
         """0 if the rule acts in the next step, else 1."""
-        return int(self.boundary > 0 and not self._layers.updates.is_due)
+        return self._layers.phase
 
     def make_replayable(self, device: torch.device) -> None:
         """Keeps the length and sign of local steps on `device`."""
@@ -74,8 +74,7 @@ class Local(Method):
 
     def replayed(self) -> None:
         """Counts the step, and lets the layers before the boundary learn by SGD in the next one or not."""
-        if self.boundary:
-            self._layers.count_step(applied=self._layers.updates.is_due)
+        self._layers.replayed()
 
     def end_epoch(self, loss: float) -> bool:
         """Sets the sign of local updates and moves the boundary as the schedule decides."""

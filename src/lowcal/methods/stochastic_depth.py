@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.method_settings import StochasticDepthSettings
-from lowcal.methods.base import Method, fill_momentum
+from lowcal.methods.base import Method
 from lowcal.methods.residual import ResidualBlock, residual_blocks
+from lowcal.steps.optimizing import fill_momentum
 
 
 class StochasticDepth(Method):

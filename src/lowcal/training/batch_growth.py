@@ -106,21 +106,6 @@ class BatchGrowth:
         self._limit, self._is_freed = state["limit"], state["is_freed"]
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error`, or an error that caused it, means that memory ran out."""
-    words = (
-        "DefaultCPUAllocator",
-        "CUDA error: out of memory",
-        "_STATUS_ALLOC_FAILED",  # of cuBLAS, cuDNN
-        "unable to find an engine",  # cuDNN has tried all its algorithms, and none has enough memory
-    )
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__  # an interrupted capture raises an error of its own
-    return False
-
-
 def cpu_copy(state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `state` on the CPU that shares nothing with the original."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(state))

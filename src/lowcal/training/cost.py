@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowcal.data import Shard
 from lowcal.methods import Method
-from lowcal.training.step import PRECISIONS, EagerStep, StepOptions
+from lowcal.steps.step import PRECISIONS, EagerStep, StepOptions
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
         twin = method.twin(model, optimizer, images)
         model.train()
         _make_state(optimizer)
-        step = EagerStep(model, optimizer, twin, StepOptions(torch.device("cpu"), precision))
+        step = EagerStep(model, (optimizer,), twin, StepOptions(torch.device("cpu"), precision))
         live.peak = live.now
         flops = round(twin.expected_flops(lambda: step(images, labels), _count))
         twin.detach()

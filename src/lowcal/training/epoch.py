@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
-from lowcal.training.batch_growth import is_out_of_memory, release_memory
+from lowcal.steps.step import autocast, is_out_of_memory, now
+from lowcal.training.batch_growth import release_memory
 from lowcal.training.cost import CostMeter
 from lowcal.training.epoch_state import DivergedError, EpochState
 from lowcal.training.signals import Interrupted, deferred, ignore_signals, requested
-from lowcal.training.step import autocast, now
-from lowcal.training.step_modes import StepBuilder
+from lowcal.training.step_builder import StepBuilder
 from lowcal.training.train_state import RunState
 
 CHECK_EVERY = 100  # steps; a look at the losses waits for the device

@@ -17,7 +17,7 @@ from lowcal.training.checkpoint import export_weights, settle
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.epoch import EpochLoop, Progress
 from lowcal.training.run_folder import RunFolder
-from lowcal.training.step_modes import StepBuilder
+from lowcal.training.step_builder import StepBuilder
 from lowcal.training.train_state import RunOptions, RunState, TrainState
 
 __all__ = ["Progress", "Run", "RunOptions"]
@@ -89,17 +89,21 @@ class Run:
         """Notes for the user on the last epoch."""
         return self._loop.news
 
-    def warm_up(self, steps: int = 3) -> None:
+    def warm_up(self, steps: int = 3) -> tuple[str, ...]:
         """Trains copies of everything for a few steps, so that the time of the first epoch includes no start-up.
 
         With ``step="auto"`` this also chooses the fastest way to run a step, for the whole run.
+
+        Returns:
+            Notes for the user: what was chosen and why.
         """
         full, last = (self._own(size) for size in (self._growth.proven, self.train.count % self.train.batch))
-        if self._steps.choose_mode(10 * steps, full):
-            self._loop.rebuild()
+        note = self._steps.choose_mode(full)
+        self._loop.rebuild()
         self._steps.try_steps(steps, full)
         if last:  # kernels are chosen, or built, for each size
             self._steps.try_steps(steps, last)
+        return (note,) if note else ()
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.

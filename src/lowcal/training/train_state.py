@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
+from lowcal.steps.modes import find_step
+from lowcal.steps.step import StepOptions, build_scaler
 from lowcal.training.batch_growth import BatchGrowth, cpu_copy
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
 from lowcal.training.distributed import TrainingGroup
@@ -22,8 +24,6 @@ from lowcal.training.epoch_state import EpochState
 from lowcal.training.random_state import RandomState
 from lowcal.training.run_folder import RunFolder, digest
 from lowcal.training.signals import renew_grace
-from lowcal.training.step import build_scaler
-from lowcal.training.step_modes import find_step
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunOptions:
         device: the device of the network and the mini-batches.
         precision: "float32", "bf16" or "fp16".
         seed: of torch's global random generators during this run.
-        step: how a step runs: "eager", "compiled", "graphed", or "auto", of which `Run.warm_up` chooses the fastest.
+        step: how a step runs: a mode of `steps.modes`, or "auto", of which `Run.warm_up` chooses the fastest.
         max_skips: steps in a row that may be skipped because their loss or gradient is NaN or infinite; 0: such a loss
             stops the run.
         checkpoint: whether the run is saved at the end of each epoch.
@@ -220,7 +220,8 @@ class RunState:
         seconds, finished, in_a_row = float(state["seconds"]), int(state["finished"]), int(state["in_a_row"])
         self.loader.load_state_dict(state["batches"])
         mode = state["step"] if self.group.world == 1 else str(self.step_mode)
-        find_step(mode).check(self.train.model, self.train.optimizer, self.train.method, self.options.device)
+        step_options = StepOptions(self.options.device, self.options.precision)
+        find_step(mode).check(self.train.model, (self.train.optimizer,), self.train.method, step_options)
         epoch = None
         if state["part"] is not None:
             epoch = EpochState(len(self.loader), self.options.device)

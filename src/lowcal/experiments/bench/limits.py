@@ -23,8 +23,8 @@ from lowcal.discovery import trace
 from lowcal.experiments.bench.timing import Work
 from lowcal.layers import own_parameters
 from lowcal.rules import hebbian_update
-from lowcal.training.graphed import Graphs
-from lowcal.training.step import autocast
+from lowcal.steps.graphed import Graphs
+from lowcal.steps.step import autocast
 
 
 class Parts:

@@ -22,11 +22,11 @@ from lowcal.files import first_line
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import Method, build_method
 from lowcal.models import build_model, check_input
+from lowcal.steps import graphed
+from lowcal.steps.modes import build_step, find_step
+from lowcal.steps.step import StepOptions, autocast, build_scaler, keep_batch, now
 from lowcal.strided import slice_inputs
-from lowcal.training import graphed
 from lowcal.training.cost import Cost, dry_cost, held_bytes
-from lowcal.training.step import StepOptions, autocast, build_scaler, keep_batch, now
-from lowcal.training.step_modes import build_step, find_step
 
 COMPILED_STEPS = 4  # after which torch.compile has compiled and recorded
 LR = 1e-4  # of SGD and of local updates: small, so that the same mini-batch can be trained on for long
@@ -45,7 +45,7 @@ class BenchSettings:
         precision: "float32", "bf16" or "fp16".
         tf32: whether float32 products on a GPU round their factors to 10 bits; None: torch's choice.
         channels_last: the memory format; None: the faster one (`puts_channels_last`).
-        step: how a step is run: "eager", "compiled" or "graphed".
+        step: how a step is run: "eager", "compiled", "graphed" or "graphed-compiled".
         norm_stats: the statistics that normalisation before the boundary uses.
         every: adds a row with a local update every `every` steps; 1 adds none.
         rounds: samples of each time.
@@ -119,7 +119,7 @@ class BenchSetup:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         slice_inputs(self.model)
-        self.collate: Callable[..., tuple[Tensor, Tensor]] = keep_batch if loader is None else loader.collate
+        self.collate: Callable[..., tuple[Tensor, ...]] = keep_batch if loader is None else loader.collate
         self.given: tuple[Tensor, ...] = (self.images, self.labels) if loader is None else next(loader.raw_batches())
         self.order = trace(self.model, self.images[:1])
         depth = len(self.order.layers)
@@ -149,7 +149,7 @@ class BenchSetup:
             self.labels,
             boundary=boundary,
             precision=self.settings.precision,
-            graphs=graphed.GRAPHS(self.device) if self.settings.step == "graphed" else None,
+            graphs=graphed.GRAPHS(self.device) if "graphed" in self.settings.step else None,
         )
         return {"prefix": parts.prefix, "suffix": parts.suffix, "products": parts.products}
 
@@ -225,7 +225,7 @@ class TimedMethod:
         device, settings = self._setup.device, self._setup.settings
         scaler = build_scaler(device, settings.precision)
         options = StepOptions(device, settings.precision, scaler, collate=self._setup.collate)
-        self.step = build_step(settings.step, self.model, self.optimizer, self.method, options)
+        self.step = build_step(settings.step, self.model, (self.optimizer,), self.method, options)
 
     def _run(self, steps: int) -> None:
         for _ in range(steps):

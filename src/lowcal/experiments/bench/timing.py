@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from lowcal.discovery import trace
 from lowcal.rules import apply_updates, hebbian_update
-from lowcal.training.step import PRECISIONS, autocast, now
+from lowcal.steps.step import PRECISIONS, autocast, now
 
 
 @dataclass(frozen=True)

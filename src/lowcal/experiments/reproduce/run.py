@@ -26,8 +26,8 @@ from lowcal.experiments.reproduce.write import write
 from lowcal.experiments.sweep import Sweep, require_optuna, sweep
 from lowcal.models import build_model
 from lowcal.report.table import Table, duration
+from lowcal.steps.step import now
 from lowcal.training.run_folder import RunFolder
-from lowcal.training.step import now
 
 SMALL_BATCH = 8  # of an estimate on a CPU, where a step's time is proportional to its images
 ESTIMATE_SECONDS = 5.0  # after which an estimate uses the steps so far

@@ -10,12 +10,12 @@ import lowcal
 from lowcal import LowcalError
 from lowcal.methods.base import SGD
 from lowcal.methods.boundary import Local
-from lowcal.training.step import StepOptions, build_scaler
-from lowcal.training.step_modes import build_step
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import StepOptions, build_scaler
 
 from ..networks import convnet, images
 from ..support import same, snapshot, weights
-from .runs import log, make_run, run_on, settings, spoilt, state
+from ..training.runs import log, make_run, run_on, settings, spoilt, state
 
 CPU = torch.device("cpu")
 SPOILS = {
@@ -48,7 +48,7 @@ def built(fused, *, boundary=0, precision="float32", guard=True):
     scaler = build_scaler(CPU, precision)
     if scaler is not None:
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, backoff_factor=0.999999, growth_interval=10**6)
-    step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision, scaler, guard=guard))
+    step = build_step("eager", model, (optimizer,), method, StepOptions(CPU, precision, scaler, guard=guard))
     return model, optimizer, step
 
 
@@ -122,7 +122,7 @@ def test_a_loss_alone_that_is_not_finite_skips_under_a_scaler():
     method = Endless(model, optimizer, None, epochs=1, example_inputs=images(1)[0][0])
     for precision in ("float32", "fp16"):
         scaler = build_scaler(CPU, precision)
-        step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision, scaler, guard=True))
+        step = build_step("eager", model, (optimizer,), method, StepOptions(CPU, precision, scaler, guard=True))
         before = weights(model)
         step(*images(1)[0])
         assert bool(step.skipped)

@@ -6,8 +6,8 @@ from torch import nn
 
 from lowcal import LowcalError
 from lowcal.methods.base import SGD
-from lowcal.training.step import StepOptions, autocast, build_scaler
-from lowcal.training.step_modes import build_step
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import StepOptions, autocast, build_scaler
 
 from ..networks import convnet, images
 from ..support import same, sgd, train_step, weights
@@ -20,7 +20,7 @@ def built(precision="float32", method_class=SGD, model=None):
     optimizer = sgd(model)
     scaler = build_scaler(CPU, precision)
     method = method_class(model, optimizer, None, epochs=1, example_inputs=images(1)[0][0])
-    step = build_step("eager", model, optimizer, method, StepOptions(CPU, precision, scaler))
+    step = build_step("eager", model, (optimizer,), method, StepOptions(CPU, precision, scaler))
     return model, optimizer, scaler, step
 
 
@@ -74,4 +74,4 @@ def test_what_does_not_exist_is_named_with_the_nearest():
     with pytest.raises(LowcalError, match="did you mean 'bf16'"):
         autocast(CPU, "bf61")
     with pytest.raises(LowcalError, match="no step 'eagr'; did you mean 'eager'"):
-        build_step("eagr", model, optimizer, None, StepOptions(CPU))
+        build_step("eagr", model, (optimizer,), None, StepOptions(CPU))

@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.layers import weight_layers
-from lowcal.methods import Method
-from lowcal.training.step import EagerStep, StepOptions
+from lowcal.steps.step import EagerStep, Learning, StepOptions
 
 BACKEND: str | Callable[..., Any] = "inductor"
 
@@ -40,11 +39,13 @@ class CompiledStep:
         LowcalError: the network has no block.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
-        self._step = EagerStep(model, optimizer, method, options)
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions
+    ) -> None:
+        self._step = EagerStep(model, optimizers, learning, options)
         self._batch = options.batch
         self._switch = _Switch()
-        self.check(model, optimizer, method, options.device)
+        self.check(model, optimizers, learning, options)
         self._blocks = find_blocks(model)
         for block in self._blocks.values():
             key = (_signature(block), options.batch, options.precision, options.device, BACKEND)
@@ -53,10 +54,10 @@ class CompiledStep:
         self._last_hook = RemovableHandle.next_id
 
     @staticmethod
-    def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
+    def check(model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions) -> None:
         """Refuses a network without blocks."""
         if not find_blocks(model):
-            raise LowcalError(f"{type(model).__name__} has no block of layers to compile; use step=eager")
+            raise LowcalError(f"{type(model).__name__} has no block of layers to compile; use the step 'eager'")
 
     @property
     def skipped(self) -> Tensor | None:
@@ -76,7 +77,7 @@ class CompiledStep:
             return self._step(*batch)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-            raise LowcalError(f"a block cannot be compiled ({lines[0]}); use step=eager") from error
+            raise LowcalError(f"a block cannot be compiled ({lines[0]}); use the step 'eager'") from error
         finally:
             self._switch.on = False
 
@@ -86,7 +87,7 @@ class CompiledStep:
             if found != self._hooks[name]:
                 raise LowcalError(
                     f"hooks on '{name}' have changed since it was compiled, and compiled code does not run them; "
-                    "register hooks before the step is built, or use step=eager"
+                    "register hooks before the step is built, or use the step 'eager'"
                 )
         self._last_hook = RemovableHandle.next_id
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from lowcal.data import Augmentation, Batches
 from lowcal.methods import METHODS, build_method
-from lowcal.training import graphed, step
-from lowcal.training.step import EagerStep, StepOptions
+from lowcal.steps import graphed, step
+from lowcal.steps.step import EagerStep, StepOptions
 
-from .runs import OTHER_SETTINGS, images, make_run, network, run_on, settings
+from ..training.runs import OTHER_SETTINGS, images, make_run, network, run_on, settings
 from .software_graphs import SoftwareGraphs
 
 ATEN = torch.ops.aten
@@ -127,7 +127,7 @@ def test_all_of_a_step_is_on_the_device(monkeypatch, method, replayable, scaled,
         attached.make_replayable(meta)
     scaler = torch.amp.GradScaler("cpu") if scaled else None
     options = StepOptions(meta, scaler=scaler, guard=guard, collate=loader.collate)
-    trained = EagerStep(model.train(), optimizer, attached, options)
+    trained = EagerStep(model.train(), (optimizer,), attached, options)
     given = next(loader.raw_batches())
     with OneDevice(meta) as mode:
         trained(*given)  # the count of updates left out follows the first of them to the device

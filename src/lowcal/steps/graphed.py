@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from lowcal.errors import LowcalError
-from lowcal.methods import Method
-from lowcal.training.batch_growth import is_out_of_memory
-from lowcal.training.step import EagerStep, StepOptions
+from lowcal.steps.compiled import CompiledStep
+from lowcal.steps.optimizing import is_fused
+from lowcal.steps.step import EagerStep, Learning, StepOptions, is_out_of_memory
 
 
 class Graphs(Protocol):
@@ -53,7 +53,7 @@ class CudaGraphs:
         """Refuses all devices except CUDA devices."""
         if device.type != "cuda":
             raise LowcalError(
-                f"step=graphed needs a CUDA device, and this run is on {device}; use step=eager or compiled"
+                f"the step 'graphed' needs a CUDA device, and this network is on {device}; use 'eager' or 'compiled'"
             )
 
     @contextmanager
@@ -94,8 +94,9 @@ def _reading_refused() -> Iterator[None]:
 
 GRAPHS: type[Graphs] = CudaGraphs
 EAGER_STEPS = 2  # of each kind, before it is recorded
+MOST_GRAPHS = 16  # each keeps memory; further kinds of step run eagerly
 
-_Kind = tuple[int, int]  # images in the mini-batch, `Method.phase`
+_Kind = tuple[tuple[tuple[torch.Size, torch.dtype], ...], int]  # of the mini-batch's tensors, `Learning.phase`
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class _Recorded:
 class GraphedStep:
     """The eager step, recorded and replayed; build another one after each move.
 
-    There is a graph for each size of mini-batch and each phase of the method (`Method.phase`). The first such step runs
-    eagerly; this is all the warm-up that recording needs, so nothing has to be undone. The second also runs eagerly,
-    and reading from the device is an error in it: such an error while recording would leave torch in an invalid state.
-    The third is recorded and replayed. What Python does in a step happens once per step: in an eager step, while
-    recording, or in `Method.replayed`. Learning rates and the length of local steps are on the device, so epochs share
-    graphs.
+    There is a graph for each shape of mini-batch and each phase (`Learning.phase`). The first such step runs eagerly;
+    this is all the warm-up that recording needs, so nothing has to be undone. The second also runs eagerly, and reading
+    from the device is an error in it: such an error while recording would leave torch in an invalid state. The third is
+    recorded and replayed. What Python does in a step happens once per step: in an eager step, while recording, or in
+    `Learning.replayed`. Learning rates and the length of local steps are on the device, so epochs share graphs. Other
+    settings of the optimizers are recorded as they are.
 
     The loss that a call returns is overwritten by the next call.
 
@@ -124,30 +125,42 @@ class GraphedStep:
         LowcalError: see `check`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: StepOptions) -> None:
+    kind: ClassVar[type[EagerStep | CompiledStep]] = EagerStep  # of the steps that are recorded
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions
+    ) -> None:
+        self.check(model, optimizers, learning, options)
         device = options.device
-        self.check(model, optimizer, method, device)
-        self._step = EagerStep(model, optimizer, method, options)
-        self._optimizer, self._method = optimizer, method
+        self._step = self.kind(model, optimizers, learning, options)
+        self._learning = learning
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._graphs = GRAPHS(device)
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._rates = [torch.zeros((), device=device) for _ in self._groups]
         self._rates_set: list[float] = []
         self._has_run: Counter[_Kind] = Counter()
         self._recorded: dict[_Kind, _Recorded] = {}
         self._skipped: Tensor | None = None
-        method.make_replayable(device)
+        learning.make_replayable(device)
 
-    @staticmethod
-    def check(model: nn.Module, optimizer: Optimizer, method: Method, device: torch.device) -> None:
-        """Refuses a device without graphs, a method whose steps differ, an optimizer that a graph cannot hold."""
-        GRAPHS.check(device)
-        if method.unreplayable is not None:
-            raise LowcalError(f"step=graphed cannot run {method.name}: {method.unreplayable}; use step=eager")
-        if not (isinstance(optimizer, SGD) and all(group["fused"] for group in optimizer.param_groups)):
-            raise LowcalError(
-                f"step=graphed cannot run {type(optimizer).__name__} as it is; use torch.optim.SGD(fused=True), "
-                "or step=eager"
+    @classmethod
+    def check(cls, model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions) -> None:
+        """Refuses a device without graphs, steps that differ, and an optimizer that a graph cannot hold."""
+        GRAPHS.check(options.device)
+        cls.kind.check(model, optimizers, learning, options)
+        if learning.unreplayable is not None:
+            raise LowcalError(f"the step 'graphed' cannot run {learning.name}: {learning.unreplayable}; use 'eager'")
+        for optimizer in optimizers:
+            stays_on_device = is_fused(optimizer) or (
+                isinstance(optimizer, Adam)
+                and not (options.scaler or options.guard)
+                and all(group["capturable"] for group in optimizer.param_groups)
             )
+            if not (isinstance(optimizer, SGD | Adam) and stays_on_device):
+                raise LowcalError(
+                    f"the step 'graphed' cannot run {type(optimizer).__name__} as it is; build SGD, Adam or AdamW with "
+                    "fused=True, or use the step 'eager'"
+                )
 
     @property
     def skipped(self) -> Tensor | None:
@@ -161,10 +174,10 @@ class GraphedStep:
             LowcalError: the step cannot be recorded, as when the network reads from the device.
         """
         self._set_rates()
-        key = len(batch[0]), self._method.phase
-        if self._has_run[key] < EAGER_STEPS:
-            return self._run_eagerly(key, batch)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in batch), self._learning.phase
         is_new = key not in self._recorded
+        if self._has_run[key] < EAGER_STEPS or (is_new and len(self._recorded) >= MOST_GRAPHS):
+            return self._run_eagerly(key, batch)
         if is_new:
             self._recorded[key] = self._record(batch)
         step = self._recorded[key]
@@ -172,12 +185,12 @@ class GraphedStep:
             fixed.copy_(tensor)
         step.replay()
         if not is_new:
-            self._method.replayed()
+            self._learning.replayed()
         self._skipped = step.skipped
         return step.loss
 
     def _run_eagerly(self, key: _Kind, batch: tuple[Tensor, ...]) -> Tensor:
-        is_strict = self._has_run[key] > 0
+        is_strict = self._has_run[key] == 1
         named = _unrecordable() if is_strict else nullcontext()
         with named, self._graphs.aside(strict=is_strict), self._rates_on_device():
             loss = self._step(*batch)
@@ -193,7 +206,7 @@ class GraphedStep:
         return _Recorded(replay, batch, losses[0], self._step.skipped)
 
     def _set_rates(self) -> None:
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        rates = [float(group["lr"]) for group in self._groups]
         if rates != self._rates_set:
             for tensor, rate in zip(self._rates, rates, strict=True):
                 tensor.fill_(rate)
@@ -201,16 +214,21 @@ class GraphedStep:
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Within it the optimizer reads its learning rates from the device, as graphs do."""
-        groups = self._optimizer.param_groups
-        before = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
+        """Within it the optimizers read their learning rates from the device, as graphs do."""
+        before = [group["lr"] for group in self._groups]
+        for group, rate in zip(self._groups, self._rates, strict=True):
             group["lr"] = rate
         try:
             yield
         finally:
-            for group, number in zip(groups, before, strict=True):
-                group["lr"] = number
+            for group, rate in zip(self._groups, before, strict=True):
+                group["lr"] = rate
+
+
+class CompiledGraphedStep(GraphedStep):
+    """The step with compiled blocks, recorded and replayed: compiling fuses what stands between the products."""
+
+    kind = CompiledStep
 
 
 @contextmanager
@@ -223,5 +241,5 @@ def _unrecordable() -> Iterator[None]:
             raise
         first_line = str(error).partition("\n")[0]
         raise LowcalError(
-            f"the step cannot be recorded as a CUDA graph ({first_line}); use step=eager or compiled"
+            f"the step cannot be recorded as a CUDA graph ({first_line}); use the step 'eager' or 'compiled'"
         ) from error

@@ -8,13 +8,13 @@ from lowcal import LowcalError
 from lowcal.experiments.backends import kernels
 from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
-from lowcal.training import graphed
-from lowcal.training.graphed import GraphedStep
-from lowcal.training.step import EagerStep, StepOptions, build_scaler
+from lowcal.steps import graphed
+from lowcal.steps.graphed import GraphedStep
+from lowcal.steps.step import EagerStep, StepOptions, build_scaler
 
 from ..networks import images
 from ..support import same
-from .runs import OTHER_SETTINGS, log, make_run, network, outcome, run_on, settings, spoilt, state
+from ..training.runs import OTHER_SETTINGS, log, make_run, network, outcome, run_on, settings, spoilt, state
 from .software_graphs import SoftwareGraphs
 from .test_compiled import attached
 
@@ -98,7 +98,7 @@ def test_a_graph_is_recorded_once_for_each_kind_of_step(software):
     model = network()
     optimizer, method = attached(model, every=3, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
     method.move_to(3)
-    step = GraphedStep(model, optimizer, method, OPTIONS)
+    step = GraphedStep(model, (optimizer,), method, OPTIONS)
     counts = []
     for batch in images(9):
         step(*batch)
@@ -114,7 +114,7 @@ def test_local_updates_left_out_are_counted(software):
         model = network()
         optimizer, method = attached(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
         method.move_to(1)
-        step = kind(model, optimizer, method, OPTIONS)
+        step = kind(model, (optimizer,), method, OPTIONS)
         for inputs, labels in images(5):
             step(torch.zeros_like(inputs), labels)  # a stem of no bias would give no update; this one's bias does
         with torch.no_grad():
@@ -133,9 +133,9 @@ def test_reading_from_the_device_is_named(software):
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), Reading(), nn.Linear(4, 3))
     optimizer, method = attached(model, "sgd", optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
-    step = GraphedStep(model, optimizer, method, OPTIONS)
+    step = GraphedStep(model, (optimizer,), method, OPTIONS)
     step(*images(1)[0])
-    with pytest.raises(LowcalError, match=r"cannot be recorded as a CUDA graph \(.*\); use step=eager") as error:
+    with pytest.raises(LowcalError, match=r"cannot be recorded as a CUDA graph \(.*\); use the step 'eager'") as error:
         step(*images(1)[0])
     assert "\n" not in str(error.value)
     assert software.recorded == 0  # found before anything is recorded, which would leave torch in disorder
@@ -144,20 +144,20 @@ def test_reading_from_the_device_is_named(software):
 def test_what_cannot_be_recorded_is_refused(software):
     model = network()
     optimizer, method = attached(model, "sgd")
-    with pytest.raises(LowcalError, match=r"cannot run SGD as it is; use torch\.optim\.SGD\(fused=True\)"):
-        GraphedStep(model, optimizer, method, OPTIONS)
+    with pytest.raises(LowcalError, match="cannot run SGD as it is; build SGD, Adam or AdamW with fused=True"):
+        GraphedStep(model, (optimizer,), method, OPTIONS)
 
 
 def test_stochastic_depth_is_refused(tmp_path, software):
-    with pytest.raises(LowcalError, match="cannot run stochastic-depth: other blocks run in each step; use step=eager"):
+    with pytest.raises(LowcalError, match="cannot run stochastic-depth: other blocks run in each step; use 'eager'"):
         make_run(tmp_path / "run", "stochastic-depth", step="graphed", fused=True)
 
 
 def test_it_needs_cuda():
     model = network()
     optimizer, method = attached(model, "sgd")
-    with pytest.raises(LowcalError, match="needs a CUDA device, and this run is on cpu; use step=eager or compiled"):
-        GraphedStep(model, optimizer, method, OPTIONS)
+    with pytest.raises(LowcalError, match="needs a CUDA device, and this network is on cpu; use 'eager' or 'compiled'"):
+        GraphedStep(model, (optimizer,), method, OPTIONS)
 
 
 def on_cuda(kind, name, *, precision="float32", guard=False, steps=50, **values):
@@ -178,7 +178,7 @@ def on_cuda(kind, name, *, precision="float32", guard=False, steps=50, **values)
     losses = []
     for epoch in range(5):
         optimizer.param_groups[0]["lr"] = float(torch.tensor(0.1 * 0.7**epoch))  # a graph has it in single precision
-        step = kind(model, optimizer, method, StepOptions(device, precision, scaler, guard=guard))
+        step = kind(model, (optimizer,), method, StepOptions(device, precision, scaler, guard=guard))
         own = [step(*batch).clone() for batch in batches[epoch * steps // 5 : (epoch + 1) * steps // 5]]
         losses += own
         method.end_epoch(float(torch.stack(own).mean()))
@@ -203,7 +203,7 @@ def test_nothing_waits_for_the_device_once_recorded():
     example = torch.zeros(1, 2, 6, 6, device=device)
     method = build_method("local", model, optimizer, settings(every=2), epochs=9, example_inputs=example)
     method.move_to(3)
-    step = GraphedStep(model, optimizer, method, StepOptions(device, "bf16", guard=True))
+    step = GraphedStep(model, (optimizer,), method, StepOptions(device, "bf16", guard=True))
     batches = [(x.to(device), y.to(device)) for x, y in images(8)]
     for batch in batches:
         step(*batch)

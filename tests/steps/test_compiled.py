@@ -14,14 +14,14 @@ import lowcal
 from lowcal import LowcalError
 from lowcal.methods import METHODS, build_method
 from lowcal.models import BasicBlock, build_model
-from lowcal.training import compiled
-from lowcal.training.compiled import CompiledStep, find_blocks
-from lowcal.training.step import EagerStep, StepOptions
-from lowcal.training.step_modes import build_step
+from lowcal.steps import compiled
+from lowcal.steps.compiled import CompiledStep, find_blocks
+from lowcal.steps.modes import build_step
+from lowcal.steps.step import EagerStep, StepOptions
 
 from ..networks import images
 from ..support import same, weights
-from .runs import make_run, network, outcome, run_on, settings, state
+from ..training.runs import make_run, network, outcome, run_on, settings, state
 
 CPU = torch.device("cpu")
 OPTIONS = StepOptions(CPU)
@@ -87,8 +87,8 @@ def test_twelve_moves_compile_few_graphs(counter):
     for boundary in range(13):
         method.move_to(boundary)
         plain_method.move_to(boundary)
-        step = build_step("compiled", model, optimizer, method, OPTIONS)
-        plain_step = EagerStep(plain, plain_optimizer, plain_method, OPTIONS)
+        step = build_step("compiled", model, (optimizer,), method, OPTIONS)
+        plain_step = EagerStep(plain, (plain_optimizer,), plain_method, OPTIONS)
         for batch in batches:
             assert torch.equal(step(*batch), plain_step(*batch))
         compiled_graphs.append(counter.frame_count)
@@ -102,7 +102,7 @@ def test_steps_of_several_kinds_have_a_graph_each(counter):
     model = chain(4)
     optimizer, method = attached(model, every=3)
     method.move_to(2)
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
     for batch in images(7):
         step(*batch)
     assert counter.frame_count == 3  # the local block with and without its updates, and the one that learns
@@ -113,7 +113,7 @@ def test_another_network_of_the_same_kind_compiles_nothing(counter):
         model = chain(4)
         optimizer, method = attached(model, "sgd")
         before = counter.frame_count
-        build_step("compiled", model, optimizer, method, OPTIONS)(*images(1)[0])
+        build_step("compiled", model, (optimizer,), method, OPTIONS)(*images(1)[0])
         assert bool(counter.frame_count - before) is bool(count)
 
 
@@ -125,14 +125,14 @@ def test_a_frozen_block_s_code_is_not_taken_for_a_local_one(counter):
         optimizer, method = attached(model, name)
         method.move_to(2)
         before = model.blocks[0].conv1.weight.detach().clone()
-        build_step("compiled", model, optimizer, method, OPTIONS)(*batch)
+        build_step("compiled", model, (optimizer,), method, OPTIONS)(*batch)
         assert torch.equal(model.blocks[0].conv1.weight, before) is (name == "freeze")
 
 
 def test_a_smaller_batch_runs_as_it_is(counter):
     model = chain(4)
     optimizer, method = attached(model, "sgd")
-    step = build_step("compiled", model, optimizer, method, replace(OPTIONS, batch=7))
+    step = build_step("compiled", model, (optimizer,), method, replace(OPTIONS, batch=7))
     step(*images(1)[0])
     assert counter.frame_count == 0
     step(*images(1, size=7)[0])
@@ -144,7 +144,7 @@ def test_the_network_stays_what_it_is(counter):
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
     optimizer, method = attached(model)
     method.move_to(2)
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
     step(*images(1)[0])
     assert [type(m) for m in model.modules()] == classes
     assert list(model.state_dict()) == keys
@@ -160,12 +160,12 @@ def test_the_network_stays_what_it_is(counter):
 def test_a_hook_that_comes_late_is_an_error(counter):
     model = chain(4)
     optimizer, method = attached(model)
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
     step(*images(1)[0])
     nn.Linear(1, 1).register_forward_hook(lambda *_: None)  # elsewhere: no matter
     step(*images(1)[0])
     handle = model.blocks[1].norm2.register_forward_hook(lambda *_: None)
-    with pytest.raises(LowcalError, match=r"hooks on 'blocks\.1\.norm2' have changed .* use step=eager"):
+    with pytest.raises(LowcalError, match=r"hooks on 'blocks\.1\.norm2' have changed .* use the step 'eager'"):
         step(*images(1)[0])
     handle.remove()
     step(*images(1)[0])
@@ -177,7 +177,7 @@ def test_a_hook_that_comes_late_is_an_error(counter):
 def test_too_many_graphs_are_an_error(counter):
     model = chain(4)
     optimizer, method = attached(model, "sgd")
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
     step(*images(1, size=3)[0])
     with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(LowcalError, match="cannot be compiled") as error:
         step(*images(1, size=4)[0])
@@ -194,8 +194,8 @@ def test_what_cannot_be_compiled_is_an_error(counter):
     optimizer, method = attached(model, "sgd")
     local = lowcal.LoCal(model, optimizer, epochs=3, rule=Printing(), example_inputs=images(1)[0][0])
     local.move_to(2)
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
-    with pytest.raises(LowcalError, match=r"a block cannot be compiled .* use step=eager") as error:
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
+    with pytest.raises(LowcalError, match=r"a block cannot be compiled .* use the step 'eager'") as error:
         step(*images(1)[0])
     assert "\n" not in str(error.value)
     counters.clear()
@@ -204,8 +204,8 @@ def test_what_cannot_be_compiled_is_an_error(counter):
 def test_a_network_without_blocks_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
     optimizer, method = attached(model, "sgd")
-    with pytest.raises(LowcalError, match="Sequential has no block of layers to compile; use step=eager"):
-        CompiledStep(model, optimizer, method, OPTIONS)
+    with pytest.raises(LowcalError, match="Sequential has no block of layers to compile; use the step 'eager'"):
+        CompiledStep(model, (optimizer,), method, OPTIONS)
 
 
 def test_it_resumes_exactly(tmp_path, counter):
@@ -250,7 +250,7 @@ def test_inductor_gives_eager_s_losses(monkeypatch, norm_stats):
         taken = []
         for boundary, steps in ((0, 20), (1, 15), (4, 15)):
             method.move_to(boundary)
-            step = build_step(mode, model, optimizer, method, OPTIONS)
+            step = build_step(mode, model, (optimizer,), method, OPTIONS)
             taken += [step(*next(generator)) for _ in range(steps)]
         losses.append(torch.stack(taken))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
@@ -268,6 +268,6 @@ def test_normalisation_by_running_statistics_is_one_kernel_with_its_activation()
     optimizer, method = attached(model, "freeze", moves={1: 1}, norm_stats="running")
     method.move_to(1)
     metrics.reset()
-    step = build_step("compiled", model, optimizer, method, OPTIONS)
+    step = build_step("compiled", model, (optimizer,), method, OPTIONS)
     step(inputs.contiguous(memory_format=torch.channels_last), labels)
     assert metrics.generated_kernel_count == 1

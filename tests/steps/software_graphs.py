@@ -40,14 +40,20 @@ class SoftwareGraphs:
         return recorder.replay
 
 
-class _NoReading(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def is_infra_mode(cls):  # under other modes torch runs no compiled code
+        return True
+
+
+class _NoReading(_Mode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("the device was read from\nas by Tensor.item()")
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(_Mode):
     def __init__(self):
         super().__init__()
         self.operations = []

@@ -1,0 +1,205 @@
+"""The steps of a run: building them after each move, and choosing the fastest mode."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowcal.errors import LowcalError
+from lowcal.methods import Method
+from lowcal.norms import separate
+from lowcal.steps.graphed import EAGER_STEPS
+from lowcal.steps.modes import build_step, candidates
+from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, now
+from lowcal.training.distributed import TrainingGroup
+
+if TYPE_CHECKING:
+    from lowcal.training.train_state import RunState, TrainState
+
+MARGIN = 0.97  # a smaller gain is noise
+TRIAL_STEPS = EAGER_STEPS + 2  # the step after these is replayed
+TRIAL_SECONDS = 2.0  # for each mode
+LONG_RUN = 3600.0  # seconds of eager steps, from which on minutes of compiling are earned back
+
+
+def fastest(modes: Sequence[str], seconds: Callable[[str], float]) -> dict[str, float]:
+    """The time of a step in each mode that applies, the fastest mode last.
+
+    A mode counts as faster only if it is clearly faster than those before it.
+
+    Args:
+        modes: the candidates. The first one must apply.
+        seconds: time of a step in a mode. A mode that does not apply (LowcalError) or runs out of memory is left out.
+    """
+    times = {modes[0]: seconds(modes[0])}
+    best = modes[0]
+    for mode in modes[1:]:
+        try:
+            times[mode] = seconds(mode)
+        except Exception as error:
+            if not isinstance(error, LowcalError) and not is_out_of_memory(error):
+                raise
+            continue
+        if times[mode] < MARGIN * times[best]:
+            best = mode
+    least = times.pop(best)
+    return {**times, best: least}
+
+
+_chosen: dict[Hashable, str] = {}  # in this process, for all runs of an experiment
+
+
+class DistributedStep(EagerStep):
+    """The step of one of several processes on its shard: up to rounding that of one process on the whole mini-batch.
+
+    Shards may differ in size, and be empty. Normalisation layers use the statistics of the shard, unless they are
+    synchronised. What the network draws at random (dropout) differs from process to process.
+    """
+
+    def __init__(self, optimizer: Optimizer, method: Method, options: StepOptions, *, group: TrainingGroup) -> None:
+        device_ids = [group.device.index] if group.device.type == "cuda" else None
+        super().__init__(method.parallel(device_ids=device_ids), (optimizer,), method, options)
+        self._group = group
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Trains on this process's shard; returns the mean loss over all shards."""
+        with self._group.own_random():
+            return super().__call__(*batch)
+
+    def _losses(self, *part: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = part
+        own = F.cross_entropy(self._model(images), labels, reduction="sum")
+        count = torch.full((), len(labels), dtype=own.dtype, device=own.device)
+        total, count = self._group.sum(torch.stack((own.detach(), count))).unbind()
+        # DDP divides the sum of the gradients by the number of processes.
+        return total / count, own * (self._group.world / count)
+
+
+class StepBuilder:
+    """Builds the steps of a run, and tries them on copies.
+
+    Attributes:
+        step: the training step for the network as it was at the last `rebuild`.
+    """
+
+    step: Step
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self.step = self._build(state.train, state.group, state.step_mode or "eager")
+
+    def rebuild(self) -> None:
+        """Builds the step for the network as it is now; to be called after each move."""
+        if self._state.group.world > 1:
+            del self.step
+            gc.collect()  # also removes DDP's hooks on the parameters
+        self.step = self._build(self._state.train, self._state.group, self._state.step_mode or "eager")
+
+    def try_steps(
+        self,
+        steps: int,
+        images: int | None = None,
+        *,
+        alone: bool = False,
+        mode: str | None = None,
+        seconds: float = 0.0,
+    ) -> float:
+        """Trains copies of everything on the next mini-batch's first `images` images.
+
+        Args:
+            steps: how many steps to take before time is measured.
+            images: None for all of this process's images.
+            alone: whether to leave out the other processes.
+            mode: how the step runs; None: as in the run.
+            seconds: measured is the mean of as many steps as this time allows, an epoch at most; 0: of the last step.
+
+        Returns:
+            Seconds per step.
+        """
+        state, device = self._state, self._state.options.device
+        position = state.loader.state_dict()
+        batch = [tensor[:images] for tensor in next(state.loader.raw_batches())]
+        state.loader.load_state_dict(position)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            trial = state.train.copy(state.loader.sample_input(1))
+            trial.model.train()
+            if alone:
+                separate(trial.model)
+            try:
+                step = self._build(trial, TrainingGroup(), mode or state.step_mode or "eager")
+                for _ in range(steps):
+                    start = now(device)
+                    step(*batch)
+                taken = now(device) - start
+                if count := min(int(seconds / taken), len(state.loader)):
+                    start = now(device)
+                    for _ in range(count):
+                        step(*batch)
+                    taken = (now(device) - start) / count
+                return taken
+            finally:
+                trial.method.detach()
+
+    def has_memory(self) -> bool:
+        """Whether this process alone can take a step with its shard of the mini-batch."""
+        try:
+            self.try_steps(1, alone=True)
+        except Exception as error:
+            if is_out_of_memory(error):
+                return False
+            raise
+        return True
+
+    def choose_mode(self, images: int) -> str | None:
+        """Decides "auto" for the whole run by the times of steps with `images` images.
+
+        Runs of one network with the same settings share the decision. Compiling is tried only in runs that take
+        longer than `LONG_RUN`.
+
+        Returns:
+            What was chosen and why, if modes were tried; `rebuild` must be called if the mode is not "eager".
+        """
+        state, note = self._state, None
+        if state.step_mode is not None:
+            return None
+        options, method = state.options, state.train.method
+        modes = [mode for mode in candidates(options.device) if mode == "eager" or method.unreplayable is None]
+        shapes = tuple((p.shape, p.stride()) for p in state.train.model.parameters())
+        key = (shapes, state.loader.shape, images, options.device, options.precision, options.max_skips > 0, *modes)
+        if key not in _chosen and len(modes) == 1:
+            _chosen[key] = modes[0]
+        elif key not in _chosen:
+            begin = perf_counter()
+
+            def seconds(mode: str) -> float:
+                return self.try_steps(TRIAL_STEPS, images, mode=mode, seconds=TRIAL_SECONDS)
+
+            times = fastest(modes, seconds)
+            if times["eager"] * len(state.loader) * options.epochs > LONG_RUN:
+                times = fastest([*times, "compiled", "graphed-compiled"], lambda mode: times.get(mode) or seconds(mode))
+            *others, _chosen[key] = times
+            steps = ", ".join(f"{mode} {1000 * times[mode]:.3g} ms" for mode in (_chosen[key], *others))
+            note = f"step={_chosen[key]}, chosen in {perf_counter() - begin:.1f} s by the time of a step: {steps}"
+        state.step_mode = _chosen[key]
+        return note
+
+    def _build(self, train: TrainState, group: TrainingGroup, mode: str) -> Step:
+        loader, run = self._state.loader, self._state.options
+        options = StepOptions(
+            run.device,
+            run.precision,
+            train.scaler,
+            guard=run.max_skips > 0,
+            batch=loader.batch,
+            collate=loader.collate,
+        )
+        if group.world > 1:
+            return DistributedStep(train.optimizer, train.method, options, group=group)
+        return build_step(mode, train.model, (train.optimizer,), train.method, options)

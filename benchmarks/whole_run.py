@@ -28,7 +28,7 @@ from lowcal.data import Loader, make_loader
 from lowcal.discovery import trace
 from lowcal.experiments.assemble import find_device, load_data
 from lowcal.experiments.backends import cpu_threads, kernels_of
-from lowcal.experiments.bench.predict import fastest_path, flops_speedup, predicted_speedup
+from lowcal.experiments.bench.run import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod, forward_flops
 from lowcal.experiments.bench.timing import time_in_turn
 from lowcal.experiments.compare import compare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -70,7 +71,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        for name, annotation in annotations_of(type(self)).items():
+        for name, annotation in annotations_of(type(self)).items():  # type: ignore[arg-type]  # mypy: not hashable
             value = getattr(self, name)
             if not accepts(annotation, value):
                 raise SettingError(type(self).__name__, name, value, allowed(annotation))
@@ -78,7 +79,8 @@ class Settings:
                 object.__setattr__(self, name, float(value))
 
 
-def annotations_of(settings: type) -> dict[str, Any]:
+@functools.cache  # Python evaluates the annotations in each call
+def annotations_of(settings: type) -> Mapping[str, Any]:
     """The annotation of each field of a dataclass, in order."""
     found = get_type_hints(settings, include_extras=True)
     return {field.name: found[field.name] for field in fields(settings)}

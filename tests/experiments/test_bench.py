@@ -13,10 +13,15 @@ from torch import nn
 from lowcal.cli import main
 from lowcal.data import load, make_loader
 from lowcal.discovery import trace
-from lowcal.experiments.bench.limits import Parts
-from lowcal.experiments.bench.predict import fastest_path, flops_speedup, known_schedules, predicted_speedup, step_work
-from lowcal.experiments.bench.program import record
-from lowcal.experiments.bench.run import bench
+from lowcal.experiments.bench.limits import Parts, record
+from lowcal.experiments.bench.run import (
+    bench,
+    fastest_path,
+    flops_speedup,
+    known_schedules,
+    predicted_speedup,
+    step_work,
+)
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup
 from lowcal.experiments.bench.show import bench_text, targets_text
 from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
@@ -302,6 +307,7 @@ def test_measuring_leaves_the_random_state_alone():
     torch.testing.assert_close(torch.rand(2), wanted)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_command_prints_tables_and_writes_files(tmp_path, capsys):
     arguments = "bench --model resnet8 --width 2 --image-size 8 --batch 2 --rounds 1 --boundaries 0.5 --device cpu"
     code = main([*arguments.split(), "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")])

@@ -160,7 +160,9 @@ def test_two_steps_of_a_narrow_network(name, method):
     assert not torch.equal(model.get_parameter(f"{attached.layers[-1]}.weight"), before)
 
 
-@pytest.mark.parametrize("method", ["local", "stochastic-depth", "prune"])
+@pytest.mark.parametrize(
+    "method", ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stochastic-depth", "prune"))]
+)
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "imagenet" in name])
 def test_two_steps_without_values(name, method):
     """At the real sizes the steps run on the meta device, the second with a boundary where the method has one."""

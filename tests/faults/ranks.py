@@ -77,6 +77,9 @@ def _process(arguments, folder, fault, at, rank):
 class RankTrials(Trials):
     """Faults in one of two processes, compared with an uninterrupted run of two processes."""
 
+    def undisturbed(self, run):
+        return self.start(run, *self.more)
+
     def start(self, run, *more, fault=None, at=None, rank=0, restarts=0):
         """`torchrun --nproc-per-node 2 --max-restarts RESTARTS -m lowcal train`; torchrun's exit code.
 

@@ -103,7 +103,10 @@ def flops_with(gates, model, optimizer, method):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("network", "survival"), [*((name, 0.3) for name in NETWORKS), ("ours", 1.0)])
+@pytest.mark.parametrize(
+    ("network", "survival"),
+    [("ours", 0.3), ("ours", 1.0), ("bottleneck", 0.3), pytest.param("mobilenet", 0.3, marks=pytest.mark.slow)],
+)
 def test_the_expected_flops_are_a_whole_step_less_each_branch_as_often_as_it_is_dropped(network, survival):
     model = NETWORKS[network]()
     optimizer, method = built(model, survival)

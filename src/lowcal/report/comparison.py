@@ -82,19 +82,19 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
     pairs = [(sgd, run) for sgd, run in pairs if sgd.machine == run.machine and not differing(sgd, run)]
     speedups = [_ratio(sgd.results["seconds"], run.results["seconds"]) for sgd, run in pairs]
     flops = [_ratio(run.results["flops"], sgd.results["flops"]) for sgd, run in pairs]
-    error, test_images = _mean(errors), group[0].test_images
+    error, test_images = mean_or_none(errors), group[0].test_images
     low, high = wilson(error, test_images) if error is not None and test_images else (None, None)
     return Row(
         method=method,
         seeds=len(group),
         epochs=min(run.results["epochs"] for run in group),
         top1_error=error,
-        top1_error_std=_deviation(errors),
+        top1_error_std=deviation(errors),
         seconds=mean(seconds),
-        seconds_std=_deviation(seconds),
-        speedup=_mean(speedups),
-        speedup_std=_deviation(speedups),
-        flops_ratio=_mean(flops),
+        seconds_std=deviation(seconds),
+        speedup=mean_or_none(speedups),
+        speedup_std=deviation(speedups),
+        flops_ratio=mean_or_none(flops),
         peak_memory_bytes=max(run.results["peak_memory_bytes"] for run in group),
         boundary=mean(run.results["boundary"] for run in group),
         layers=group[0].results["layers"],
@@ -110,12 +110,14 @@ def _ratio(above: float, below: float) -> float | None:
     return above / below if below else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_or_none(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None for no values or where one is unknown."""
     known = [value for value in values if value is not None]
     return mean(known) if known and len(known) == len(values) else None
 
 
-def _deviation(values: Sequence[float | None]) -> float | None:
+def deviation(values: Sequence[float | None]) -> float | None:
+    """Return the sample deviation; None for fewer than two values or where one is unknown."""
     known = [value for value in values if value is not None]
     return stdev(known) if len(known) > 1 and len(known) == len(values) else None
 

@@ -176,6 +176,7 @@ def test_the_batch_from_epoch_to_epoch(results):
     assert not {"first_batch", "growth_epoch"} & rows_of("figure3", results)["local"].keys()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_files_say_the_scale_and_what_is_missing(results):
     make_run(results, (RESNET18, "sgd"), [40.0, 30.0], 10.0)
     _, files = write(results.table("table7"), results, 1)

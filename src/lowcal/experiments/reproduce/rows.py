@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from statistics import mean, stdev
 from typing import Any
 
 from lowcal.experiments.reproduce.paper import Cell, PaperTable, Row
 from lowcal.experiments.reproduce.results import Results
+from lowcal.report.comparison import deviation, mean_or_none
 from lowcal.report.runs import RunData
 from lowcal.report.table import Column
 
@@ -171,18 +171,6 @@ def column(run: RunData, key: str) -> list[Any]:
 def first_epoch(paths: Sequence[Sequence[float]], holds: Callable[[float, float], bool]) -> float | None:
     """The mean over runs of the first epoch whose value satisfies `holds(value, first value)`."""
     return mean_or_none([next((n for n, at in enumerate(path, 1) if holds(at, path[0])), None) for path in paths])
-
-
-def mean_or_none(values: Sequence[float | None]) -> float | None:
-    """The mean; None for no values or where one is unknown."""
-    known = [value for value in values if value is not None]
-    return mean(known) if known and len(known) == len(values) else None
-
-
-def deviation(values: Sequence[float | None]) -> float | None:
-    """The sample deviation; None for fewer than two values or where one is unknown."""
-    known = [value for value in values if value is not None]
-    return stdev(known) if len(known) > 1 and len(known) == len(values) else None
 
 
 KINDS: dict[str, Kind] = {

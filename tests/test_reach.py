@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lowcal
+from lowcal import LowcalError
 
-from .networks import images, mlp, vectors
+from .networks import convnet, images, mlp, vectors
 from .ranks import data as rank_data
 from .ranks import network, on_two_ranks
 from .reference import local_step, weight_product
@@ -421,3 +422,30 @@ def test_sharded_and_wrapped_networks_are_refused():
         assert "sharded" in messages[0]
         assert "wrapped in DistributedDataParallel" in messages[1]
         assert "sharded" in messages[2]
+
+
+def test_layers_may_be_local_from_the_start():
+    """As by `move_to` before the first step; a resumed controller starts there too."""
+    ends = []
+    for moves, first in (({0: 2, 2: 3}, 0), ({2: 3}, 2)):
+        torch.manual_seed(0)
+        model = convnet()
+        optimizer = sgd(model)
+        local = lowcal.LoCal(model, optimizer, epochs=4, schedule=lowcal.Fixed(moves), example_inputs=images(1)[0][0])
+        local.move_to(first or local.boundary)
+        assert local.boundary == 2
+        for _ in range(3):
+            for batch in images(3):
+                train_step(model, optimizer, batch)
+            local.end_epoch(1.0)
+        ends.append((weights(model), local.history))
+    assert same(*ends)
+    assert ends[0][1] == ((0, 2), (2, 3))
+    state = local.state_dict()
+    again = lowcal.LoCal(
+        fresh := convnet(), sgd(fresh), epochs=4, schedule=lowcal.Fixed({0: 2}), example_inputs=images(1)[0][0]
+    )
+    again.load_state_dict(state)
+    assert again.history == local.history
+    with pytest.raises(LowcalError, match=r"local layers from the start.*give example_inputs"):
+        lowcal.LoCal(model := convnet(), sgd(model), epochs=4, schedule=lowcal.Fixed({0: 2}))

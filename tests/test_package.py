@@ -21,7 +21,7 @@ LEVELS = [
     {"layers", "schedule", "strided", "supervision", "trainable"},
     {"arguments", "method_settings", "products", "state"},
     {"hooks", "rules", "transition"},
-    {"discovery", "norms", "pending"},
+    {"discovery", "drop_path", "norms", "pending"},
     {"updates"},
     {"local_layers"},
     {"local"},

@@ -1,7 +1,4 @@
-"""Steps with drop path on one CPU thread: with `save_drop_path`, and with the network's own, in turn.
-
-Needs timm. Writes results/drop-path.json and .md.
-"""
+"""Steps with and without `save_drop_path` in turn, on one CPU thread; needs timm. Writes results/drop-path.*."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +16,7 @@ from lowcal.experiments.bench.timing import Work, time_in_turn
 from lowcal.report.table import Column, Table
 from lowcal.training.environment import gather_environment
 
-CPU, BATCH, PIXELS, ROUNDS = torch.device("cpu"), 32, 64, 40
+CPU, BATCH, PIXELS, ROUNDS = torch.device("cpu"), 32, 64, 30
 VIT = {"img_size": PIXELS, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 10}
 NETWORKS = {
     "ViT, 6 blocks, width 192": lambda: VisionTransformer(**VIT),
@@ -43,13 +40,14 @@ def measure(name: str, rate: float) -> dict[str, Any]:
     for kind in ("own_ms", "step_ms"):
         model = NETWORKS[name]().train()
         for module in list(model.modules()):
-            for child in {"drop_path1", "drop_path2", "stochastic_depth"} & {child for child, _ in module.named_children()}:
-                setattr(module, child, DropPath(rate))
+            for child in ("drop_path1", "drop_path2", "stochastic_depth"):
+                if hasattr(module, child):
+                    setattr(module, child, DropPath(rate))
         if kind == "step_ms":
             save_drop_path(model)
         runs[kind] = partial(step, model, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9), images)
         with FlopCounterMode(display=False) as counter:
-            for _ in range(20):
+            for _ in range(10):
                 runs[kind]()
         flops[kind] = counter.get_total_flops()
     timings = time_in_turn({kind: Work(run) for kind, run in runs.items()}, rounds=ROUNDS, warm_up=4, device=CPU)

@@ -97,8 +97,8 @@ def save_drop_path(model: nn.Module, *, allow_batch_norm: bool = False) -> Saved
         has_batch_norm = any(isinstance(module, _BatchNorm) for module in block.modules())
         if has_batch_norm and not allow_batch_norm:
             raise LowcalError(
-                f"save_drop_path: the block '{name}' has batch normalisation, whose statistics would come from the kept "
-                "samples alone; pass allow_batch_norm=True to accept that, or use a network with layer normalisation"
+                f"save_drop_path: the block '{name}' has batch normalisation, whose statistics would come from the "
+                "kept samples alone; pass allow_batch_norm=True to accept that, or use layer normalisation"
             )
         branches += [
             _Branch(name, block, block.get_submodule(first), drop, least=2 if has_batch_norm else 1)
@@ -147,8 +147,8 @@ def check_computes_all(model: nn.Module, step: str) -> None:
     """
     if _is_saved(model):
         raise LowcalError(
-            f"the step '{step}' cannot run a network under save_drop_path, whose branches get another number of samples "
-            "in each step; use the step 'eager', or call detach() of the handle"
+            f"the step '{step}' cannot run a network under save_drop_path, whose branches get another number of "
+            "samples in each step; use the step 'eager', or call detach() of the handle"
         )
 
 
@@ -195,8 +195,7 @@ class _Branch:
         self._selection = chosen, kept, count
         if len(chosen) == count and kept == count:
             return None
-        dims = _by_stride(x)
-        return (x.permute(dims).index_select(0, chosen).permute(_inverse(dims)), *inputs[1:])
+        return (_selected(x, chosen), *inputs[1:])
 
     def pause(self) -> None:
         """Makes the model's own drop path, which runs next, the identity."""
@@ -213,10 +212,10 @@ class _Branch:
         scale = 1 / (1 - rate) if is_scaled and rate < 1 else 1.0
         if kept == count:
             return y * scale
-        dims = _by_stride(y)
-        y = y.permute(dims)[:kept]
-        whole = y.new_zeros((count, *y.shape[1:]))
-        return whole.index_add_(0, chosen[:kept], y, alpha=scale).permute(_inverse(dims))
+        kind = torch.channels_last if _is_channels_last(y) else torch.contiguous_format
+        # Not a view: blocks add to it in place, and autograd would copy the gradient of the whole.
+        whole = torch.empty((count, *y.shape[1:]), dtype=y.dtype, device=y.device, memory_format=kind).zero_()
+        return whole.index_add_(0, chosen[:kept], y[:kept], alpha=scale)
 
     def end(self) -> None:
         """Checks that the block's drop path has run."""
@@ -282,11 +281,12 @@ def _is_captured(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _by_stride(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of `x` in the order of its memory, so that a permuted copy of some samples keeps its format."""
-    is_channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return (0, 2, 3, 1) if is_channels_last and not x.is_contiguous() else tuple(range(x.dim()))
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(dims.index(dim) for dim in range(len(dims)))
+def _selected(x: Tensor, chosen: Tensor) -> Tensor:
+    """`x` at the samples `chosen`, in its memory format, which `index_select` alone does not keep."""
+    if _is_channels_last(x):
+        return x.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)
+    return x.index_select(0, chosen)

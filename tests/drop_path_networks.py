@@ -12,29 +12,32 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer,
 from torchvision.ops import StochasticDepth
 
 
-def convnext(rate=0.5):
-    settings = [CNBlockConfig(8, 12, 2), CNBlockConfig(12, None, 2)]
-    model = ConvNeXt(settings, stochastic_depth_prob=rate, layer_scale=0.5, num_classes=3)
+def with_rate(model, rate):
+    """`model`, with the same rate in all its drop paths."""
     for module in model.modules():
         if isinstance(module, StochasticDepth):
             module.p = rate
+        elif type(module).__name__ == "DropPath":
+            module.drop_prob = rate
     return model
+
+
+def convnext(rate=0.5):
+    settings = [CNBlockConfig(8, 12, 2), CNBlockConfig(12, None, 2)]
+    model = ConvNeXt(settings, stochastic_depth_prob=rate, layer_scale=0.5, num_classes=3)
+    return with_rate(model, rate)
 
 
 def swin(rate=0.5, **options):
     arguments = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": [4, 4]}
     model = SwinTransformer(**arguments, **options, num_classes=3, stochastic_depth_prob=rate)
-    model.features[1][0].stochastic_depth.p = rate
-    return model
+    return with_rate(model, rate)
 
 
 def efficientnet(rate=0.5, **options):
     settings = [FusedMBConvConfig(2, 3, 1, 8, 8, 2), MBConvConfig(2, 3, 2, 8, 12, 2)]
     model = EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.1, num_classes=3, last_channel=8, **options)
-    for module in model.modules():
-        if isinstance(module, StochasticDepth):
-            module.p = rate
-    return model
+    return with_rate(model, rate)
 
 
 def timm_model(path, rate=0.5, **options):
@@ -43,10 +46,7 @@ def timm_model(path, rate=0.5, **options):
 
     family, _, name = path.rpartition(".")
     model = getattr(getattr(models, family), name)(num_classes=3, drop_path_rate=rate, **options)
-    for module in model.modules():
-        if type(module).__name__ == "DropPath":
-            module.drop_prob = rate
-    return model
+    return with_rate(model, rate)
 
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}

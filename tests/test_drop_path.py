@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import CNBlock
-from torchvision.ops import StochasticDepth
 
 import lowcal
 from lowcal import Fixed, Frozen, LoCal, save_drop_path
@@ -22,6 +21,7 @@ from .drop_path_networks import (
     masked,
     passed,
     timm_model,
+    with_rate,
 )
 from .support import hooks, same, sgd, train_step, weights
 
@@ -46,11 +46,7 @@ def test_the_output_and_gradients_are_those_of_masked_branches(name):
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 @pytest.mark.parametrize("size", [1, 4])
 def test_at_rates_0_and_1_nothing_is_random(name, rate, size):
-    model = LAYER_NORM[name]()
-    for module in model.modules():
-        for attribute in ("p", "drop_prob"):
-            if type(module).__name__ in ("StochasticDepth", "DropPath") and hasattr(module, attribute):
-                setattr(module, attribute, rate)
+    model = with_rate(LAYER_NORM[name](), rate)
     plain = copy.deepcopy(model)
     with save_drop_path(model):
         output, gradients = passed(model, images(size), seed=1)
@@ -68,9 +64,7 @@ def test_branches_compute_the_kept_samples_alone_and_one_if_there_are_none():
     sizes = Sizes(model)
     model(images(5))
     assert list(sizes.of.values()) == [[1]] * 4
-    for module in model.modules():
-        if isinstance(module, StochasticDepth):
-            module.p = 0.4
+    with_rate(model, 0.4)
     sizes.of.clear()
     with torch.no_grad():
         for _ in range(300):
@@ -122,15 +116,11 @@ def test_the_mean_output_is_that_of_the_models_own_drop_path(name):
 
 
 def test_kept_samples_are_not_scaled_where_the_model_does_not():
-    model = timm_model("convnext.ConvNeXt", **TIMM_CONVNEXT)
+    model = timm_model("convnext.ConvNeXt", rate=0.999, **TIMM_CONVNEXT)
     for module in model.modules():
         if type(module).__name__ == "DropPath":
-            module.scale_by_keep, module.drop_prob = False, 0.999
+            module.scale_by_keep = False
     eval_output = model.eval()(images())
-    dropped = copy.deepcopy(model)
-    for module in dropped.modules():
-        if type(module).__name__ == "DropPath":
-            module.drop_prob = 1.0
     with save_drop_path(model), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda count, device: torch.ones(count))
         torch.testing.assert_close(model.train()(images()), eval_output)
@@ -163,16 +153,12 @@ def test_it_stays_without_the_handle_and_its_copies_have_their_own_drop_path():
     assert list(sizes.of.values()) == [[1]] * 4
     plain = convnext(rate=1.0)
     plain.load_state_dict(model.state_dict())
-    sizes = Sizes(plain)
     expected = plain.train()(images(4))
     saved = convnext()
     save_drop_path(saved)
     for copied in (copy.deepcopy(saved), pickle.loads(pickle.dumps(saved))):
         copied.load_state_dict(model.state_dict())
-        for module in copied.modules():
-            if isinstance(module, StochasticDepth):
-                module.p = 1.0
-        sizes = Sizes(copied)
+        sizes = Sizes(with_rate(copied, 1.0))
         assert same(copied.train()(images(4)), expected)
         assert list(sizes.of.values()) == [[4]] * 4
         save_drop_path(copied)  # not refused

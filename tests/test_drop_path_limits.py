@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 from lowcal import LowcalError, drop_path, make_step, save_drop_path
 from lowcal.steps import graphed
 
-from .drop_path_networks import LAYER_NORM, Sizes, convnext, efficientnet, images
+from .drop_path_networks import LAYER_NORM, Sizes, convnext, efficientnet, images, with_rate
 from .steps.software_graphs import SoftwareGraphs
 from .support import hooks, same, sgd
 
@@ -24,9 +24,7 @@ def test_batch_normalisation_is_refused_unless_it_is_accepted():
         save_drop_path(model)
     assert hooks(model, sgd(model)) == before
     save_drop_path(model, allow_batch_norm=True)
-    for module in model.modules():
-        if isinstance(module, StochasticDepth):
-            module.p = 1.0
+    with_rate(model, 1.0)
     for size in (2, 3):  # two samples: one would be too few where an image is one pixel
         model.train()(torch.randn(size, 3, 2, 2))
     assert all(value.isfinite().all() for value in model.state_dict().values())

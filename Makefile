@@ -31,8 +31,9 @@ demo: $(STAMP)
 	$(VENV)/bin/lowcal compare --recipe digits --out runs/demo
 
 # One process a core, each of one thread: threads that wait for one another on busy cores cost more than they give.
+# Neighbouring tests go to one process (worksteal), which shares what they set up.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # The oldest release of each dependency that pyproject.toml admits, in an environment of its own. Old releases cause deprecation
 # warnings in the newest releases of what they need themselves.
@@ -40,7 +41,7 @@ test-lower-bounds:
 	@test -x .venv-lower/bin/python || $(PYTHON) -m venv .venv-lower
 	.venv-lower/bin/python -m pip install --disable-pip-version-check --quiet uv
 	VIRTUAL_ENV=$(CURDIR)/.venv-lower .venv-lower/bin/uv pip install --quiet --resolution lowest-direct -e '.[cli,dev]'
-	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n auto -W ignore::DeprecationWarning $(ARGS)
+	OMP_NUM_THREADS=1 .venv-lower/bin/python -m pytest -n auto --dist worksteal -W ignore::DeprecationWarning $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -5,7 +5,7 @@ Variants of a step are timed in turn in one process. `performance.py` runs these
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +21,10 @@ from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMetho
 from lowcal.experiments.bench.show import bench_text, plot, targets_text
 from lowcal.experiments.bench.timing import Timing, Work, time_in_turn
 from lowcal.report.table import Column, Table
+from lowcal.steps.modes import STEPS as STEP_KINDS
+from lowcal.steps.step import now
 from lowcal.training.environment import gather_environment
 
-KINDS = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "graphed")}
 FORMAT_ROUNDS = 7
 FORMATS = {"first": False, "last": True}  # where the channels are
 
@@ -49,26 +50,9 @@ def write_steps(stem: Path, settings: BenchSettings, device: torch.device, targe
     print(bench_text(result), targets_text(result, targets), sep="\n\n")
 
 
-def write_kinds(stem: Path, settings: BenchSettings, kinds: Sequence[str], device: torch.device) -> None:
-    """Time the steps of sgd, local and freeze in each kind, in turn, beside the plain loop.
-
-    `ready_s` is the time until a step runs at full speed, at the start and after a move, with compiling (from an
-    empty cache) and recording.
-    """
-    settings = replace(settings, boundaries=(0.5,), every=1)
-    with TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
-        methods, times = _in_turn({kind: replace(settings, step=kind) for kind in kinds}, settings.rounds, device)
-    plain = times["plain"].median
-    rows = [
-        {
-            "step": kind,
-            **_place(timed),
-            **times[f"{kind} {name}"].fields("step_ms"),
-            "plain_over_step": plain / times[f"{kind} {name}"].median,
-            "ready_s": timed.move_ms / 1000.0,
-        }
-        for (kind, name), timed in methods.items()
-    ]
+def write_kinds(stem: Path, settings: BenchSettings, names: Sequence[str], device: torch.device) -> None:
+    """Time the steps of sgd, local and freeze in each kind, in turn, next to the plain loop."""
+    *_, facts = kinds(replace(settings, boundaries=(0.5,), every=1), names, device)
     columns = (
         Column("step", "step"),
         METHOD,
@@ -77,8 +61,60 @@ def write_kinds(stem: Path, settings: BenchSettings, kinds: Sequence[str], devic
         Column("plain_over_step", "plain loop / step", ".3f", "×"),
         Column("ready_s", "seconds until it runs", lambda row: f"{max(row['ready_s'], 0.0):.2f}"),
     )
-    facts = {"layers": rows[0]["layers"], "plain_step_ms": plain, "settings": asdict(settings)}
-    write(stem, Table(columns, rows), **facts, environment=gather_environment(str(device)))
+    write(stem, Table(columns, facts.pop("rows")), **facts)
+
+
+def kinds(settings: BenchSettings, names: Sequence[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Time the methods of `settings` in each kind of step, and the plain loop, in turn.
+
+    Args:
+        names: kinds of step, and modes of torch.compile for the network of a plain loop.
+
+    Yields:
+        The figures, once more after each kind and mode, since compiling may take longer than there is time. `ready_s`
+        of a row is the time until a step runs at full speed, at the start and after a move, with compiling (from an
+        empty cache) and recording.
+    """
+    with (
+        TemporaryDirectory() as cache,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        kernels(tf32=settings.tf32),
+    ):
+        setups = {name: BenchSetup(replace(settings, step=name), device) for name in names if name in STEP_KINDS}
+        plain = next(iter(setups.values()))
+        works, rows = {"plain": Work(plain.plain_step())}, []
+        for name in names:
+            start = now(device)
+            if name in setups:
+                for label, timed in setups[name].methods().items():
+                    works[f"{name} {label}"] = timed.work()
+                    place = {"step": name, **_place(timed), "ready_s": timed.move_ms / 1000.0}
+                    rows.append((f"{name} {label}", place))
+            else:
+                works[name] = Work(plain.compiled_plain_step(name))
+                place = {"step": f"torch.compile, {name}", "method": "plain loop", "boundary": 0}
+                rows.append((name, {**place, "layers": len(plain.order.layers), "ready_s": now(device) - start}))
+            yield _kinds_so_far(works, rows, plain.settings, device)
+
+
+def _kinds_so_far(
+    works: Mapping[str, Work],
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    settings: BenchSettings,
+    device: torch.device,
+) -> dict[str, Any]:
+    times = time_in_turn(works, rounds=settings.rounds, warm_up=settings.warm_up, runs=settings.runs, device=device)
+    plain = times["plain"].median
+    return {
+        "layers": rows[0][1]["layers"],
+        "plain_step_ms": plain,
+        "settings": asdict(settings),
+        "environment": gather_environment(str(device)),
+        "rows": [
+            {**row, **times[name].fields("step_ms"), "plain_over_step": plain / times[name].median}
+            for name, row in rows
+        ],
+    }
 
 
 def write_formats(stem: Path, networks: Mapping[str, BenchSettings], device: torch.device) -> None:

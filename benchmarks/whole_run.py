@@ -26,7 +26,7 @@ import torch
 from common import METHOD, Log, script
 from lowcal.data import Loader, make_loader
 from lowcal.discovery import trace
-from lowcal.experiments.assemble import find_device, load_data
+from lowcal.experiments.assemble import load_data
 from lowcal.experiments.backends import cpu_threads, kernels_of
 from lowcal.experiments.bench.run import fastest_path, flops_speedup, predicted_speedup
 from lowcal.experiments.bench.setup import BenchSettings, BenchSetup, TimedMethod, forward_flops
@@ -38,7 +38,6 @@ from lowcal.experiments.reproduce.paper import published
 from lowcal.layers import recurring_block
 from lowcal.models import build_model
 from lowcal.report.table import Column, Table
-from lowcal.training.batch_growth import release_memory
 from lowcal.training.environment import gather_environment
 from lowcal.training.process import keep_freed_memory
 
@@ -77,26 +76,17 @@ class Size:
 
 
 SIZES = {
-    "cpu": {
-        "resnet18-cifar10": Size(batch=64, steps=24, test_images=64, width=32),
-        "vgg13-cifar10": Size(batch=64, steps=48, test_images=64, width=32),
-        "resnet34-imagenet": Size(batch=8, steps=24, width=32),
-        "resnet50-imagenet": Size(batch=8, steps=16, width=32),
-        "mobilenet_v2-imagenet": Size(batch=8, steps=22),
-    },
-    # A shortened run has more moves per epoch, and each records graphs again: epochs are as long as time allows.
-    "cuda": {
-        "resnet18-cifar10": Size(batch=64, steps=781, epochs=45, test_images=1024),
-        "vgg13-cifar10": Size(batch=64, steps=781, epochs=45, test_images=1024),
-        "resnet34-imagenet": Size(batch=64, steps=100, test_images=1000, classes=1000),
-        "resnet50-imagenet": Size(batch=64, steps=60, test_images=1000, classes=1000),
-        "mobilenet_v2-imagenet": Size(batch=64, steps=100, test_images=1000, classes=1000),
-    },
+    "resnet18-cifar10": Size(batch=64, steps=24, test_images=64, width=32),
+    "vgg13-cifar10": Size(batch=64, steps=48, test_images=64, width=32),
+    "resnet34-imagenet": Size(batch=8, steps=24, width=32),
+    "resnet50-imagenet": Size(batch=8, steps=16, width=32),
+    "mobilenet_v2-imagenet": Size(batch=8, steps=22),
 }
-WAYS = {"cpu": ("step=eager", "channels_last=true"), "cuda": ("step=graphed", "precision=bf16", "channels_last=true")}
+WAYS = ("step=eager", "channels_last=true")
+CPU = torch.device("cpu")
 
 
-def shortened(recipe: Recipe, size: Size, ways: Sequence[str], *, synthetic: bool) -> list[str]:
+def shortened(recipe: Recipe, size: Size, *, synthetic: bool) -> list[str]:
     """The settings that make of the published `recipe` one of `size`."""
     settings = [
         f"epochs={size.epochs}",
@@ -104,7 +94,7 @@ def shortened(recipe: Recipe, size: Size, ways: Sequence[str], *, synthetic: boo
         f"batch={size.batch}",
         f"data.train_images={size.batch * size.steps}",
         f"data.test_images={size.test_images}",
-        *ways,
+        *WAYS,
     ]
     if size.width is not None:
         settings.append(f"model.width={size.width}")
@@ -118,29 +108,27 @@ def image_size(recipe: Recipe) -> int:
     return 224 if recipe.data.name == "imagenet" else 32
 
 
-def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, data_dir: Path | None) -> dict[str, Any]:
+def measure(name: str, size: Size, data_dir: Path | None) -> dict[str, Any]:
     """Trains, times steps and predicts; the figures as they are written.
 
     Args:
         name: the published recipe's.
-        ways: settings of how steps are run.
         data_dir: where CIFAR-10 is; None: synthetic images.
     """
     whole = load_recipe(name)
     is_synthetic = data_dir is None or whole.data.name == "imagenet"
-    settings = shortened(whole, size, ways, synthetic=is_synthetic)
+    settings = shortened(whole, size, synthetic=is_synthetic)
     recipe = apply_settings(whole, settings)
     data_dir = None if is_synthetic else data_dir
-    runs = train(recipe, data_dir, device)
-    release_memory(device)
+    runs = train(recipe, data_dir)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         bench = bench_settings(recipe, size, image_size(whole), runs["sgd"][0]["step"])
-        setup = BenchSetup(bench, device, training_images(recipe, data_dir, device))
+        setup = BenchSetup(bench, CPU, training_images(recipe, data_dir))
         fastest = fastest_published_path(whole, setup)
         on_it = {fastest[len(fastest) // 2], fastest[-1]}  # whether the runs came there or not
         visited = {record["boundary"] for record in chain(*runs.values())}
         times = step_times(setup, sorted((visited | on_it) - {0}))
-        environment = gather_environment(str(device))
+        environment = gather_environment("cpu")
     return {
         "format": FORMAT,
         "recipe": name,
@@ -161,12 +149,12 @@ def measure(name: str, size: Size, ways: Sequence[str], device: torch.device, da
     }
 
 
-def train(recipe: Recipe, data_dir: Path | None, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+def train(recipe: Recipe, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
     """The epochs' records of sgd and of `METHODS`, trained in turn."""
     methods = ("sgd", *METHODS)
     with TemporaryDirectory() as name:
         out = Path(name) / "runs"
-        compare(recipe, methods, 1, out, data_dir=data_dir, device=device, watcher=Log())
+        compare(recipe, methods, 1, out, data_dir=data_dir, device=CPU, watcher=Log())
         logs = {method: out / f"{method}-seed{recipe.seed}" / "epochs.jsonl" for method in methods}
         return {method: [json.loads(line) for line in log.read_text().splitlines()] for method, log in logs.items()}
 
@@ -187,13 +175,13 @@ def bench_settings(recipe: Recipe, size: Size, pixels: int, step: str) -> BenchS
     )
 
 
-def training_images(recipe: Recipe, data_dir: Path | None, device: torch.device) -> Loader:
+def training_images(recipe: Recipe, data_dir: Path | None) -> Loader:
     """The mini-batches of a run, which its steps make themselves."""
     return make_loader(
         load_data(recipe, data_dir),
         training=True,
         batch=recipe.batch.size,
-        device=device,
+        device=CPU,
         seed=recipe.seed,
         channels_last=recipe.channels_last,
     )
@@ -291,9 +279,9 @@ def write_table(folder: Path) -> Table:
     return found
 
 
-def write(name: str, device: torch.device, data_dir: Path | None, out: Path) -> None:
+def write(name: str, data_dir: Path | None, out: Path) -> None:
     """Measure one network of `SIZES`, and write its figures and the table of all that are in `out`."""
-    result = measure(name, SIZES[device.type][name], WAYS[device.type], device, data_dir)
+    result = measure(name, SIZES[name], data_dir)
     (out / f"whole-run-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(write_table(out).markdown())
     for found in result["rows"]:
@@ -307,15 +295,13 @@ def write(name: str, device: torch.device, data_dir: Path | None, out: Path) -> 
 def main() -> None:
     """Train, measure, print and write."""
     parser = script(__doc__)
-    parser.add_argument("--only", choices=SIZES["cpu"], help="one network alone")
+    parser.add_argument("--only", choices=SIZES, help="one network alone")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10; without it these networks too get synthetic images")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
-    device = find_device(arguments.device)
     keep_freed_memory()  # as the command does
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in [arguments.only] if arguments.only else SIZES[device.type]:
-        write(name, device, arguments.data_dir, arguments.out)
+    for name in [arguments.only] if arguments.only else SIZES:
+        write(name, arguments.data_dir, arguments.out)
 
 
 if __name__ == "__main__":

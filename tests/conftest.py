@@ -36,8 +36,10 @@ def _remembered_costs():
 
     @functools.wraps(dry_cost)
     def remember(method, shape, *, precision):
-        weights = [(name, value.shape) for name, value in method.model.named_parameters()]
-        key = (str(method.model), method.name, method.boundary, str(method.settings), str(weights), shape, precision)
+        weights = [(name, value.shape, value.requires_grad) for name, value in method.model.named_parameters()]
+        momentum = [group.get("momentum") for group in method.optimizer.param_groups]
+        sizes = str((type(method.optimizer), momentum, weights, shape, precision))
+        key = (str(method.model), method.name, method.boundary, str(method.settings), sizes)
         if key not in known:
             known[key] = dry_cost(method, shape, precision=precision)
         return known[key]

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import cifar10
 import performance
 import prune_runs
-import savings
 import steady_speedup
 import steps
 import whole_run
@@ -44,7 +42,7 @@ def result():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole_run, "ROUNDS", 1)
         patch.setattr(whole_run, "load_recipe", tiny_recipe)
-        return json.loads(json.dumps(whole_run.measure(NAME, TINY, ("step=eager",), CPU, None)))
+        return json.loads(json.dumps(whole_run.measure(NAME, TINY, None)))
 
 
 def test_a_whole_run_is_held_beside_what_its_steps_predict(result):
@@ -98,11 +96,10 @@ def test_a_table_of_all_networks_in_the_papers_order(result, tmp_path):
     assert f"| 1.51× | {result['rows'][0]['measured']:.2f}× |" in lines[2]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", whole_run.SIZES["cpu"])
-def test_shortened_recipes_are_whole_and_their_networks_can_be_had(kind, name):
-    size, published = whole_run.SIZES[kind][name], load_recipe(name)
-    settings = whole_run.shortened(published, size, whole_run.WAYS[kind], synthetic=True)
+@pytest.mark.parametrize("name", whole_run.SIZES)
+def test_shortened_recipes_are_whole_and_their_networks_can_be_had(name):
+    size, published = whole_run.SIZES[name], load_recipe(name)
+    settings = whole_run.shortened(published, size, synthetic=True)
     recipe = apply_settings(published, settings)
     assert recipe.lr_schedule.epochs == published.epochs > recipe.epochs
     assert recipe.data.train_images == size.steps * recipe.batch.size
@@ -135,12 +132,11 @@ def test_memory_formats_are_timed_in_turn(monkeypatch, tmp_path):
 
 @pytest.fixture
 def script(graphs, monkeypatch, tmp_path):
-    """performance.py with tiny networks; "cuda" runs on the processor, with graphs in software."""
+    """performance.py with tiny networks."""
     tiny = replace(NETWORK, layers=False, boundaries=(0.5,), precision="bf16", channels_last=True)
-    for kind in ("cpu", "cuda"):
-        monkeypatch.setitem(performance.NETWORKS, kind, dict.fromkeys(performance.NETWORKS[kind], tiny))
+    monkeypatch.setattr(performance, "NETWORKS", dict.fromkeys(performance.NETWORKS, tiny))
+    monkeypatch.setattr(performance, "KINDS", ("eager", "graphed"))
     monkeypatch.setattr(steps, "FORMAT_ROUNDS", 1)
-    monkeypatch.setitem(steps.KINDS, "cpu", ("eager", "graphed"))
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["performance.py", "--out", str(tmp_path), *arguments])
@@ -168,40 +164,19 @@ def test_the_script_measures_what_is_asked_for(script, tmp_path, monkeypatch, ca
 
 def test_whole_runs_are_written_with_the_table_of_all(result, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whole_run, "measure", lambda *_: result)
-    whole_run.write(NAME, CPU, None, tmp_path)
+    whole_run.write(NAME, None, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"whole-run-{NAME}.json", "whole-runs.md"}
     assert "moves took" in capsys.readouterr().out
 
 
-def test_a_piece_that_fails_or_comes_too_late_is_named_and_the_others_run(script, tmp_path, capsys, monkeypatch):
+def test_a_piece_that_fails_is_named_and_the_others_run(script, tmp_path, capsys, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no such kernel\nand more")
 
     monkeypatch.setattr(steps, "write_steps", fail)
     assert script("--only", "resnet18-32*") == 1
-    assert "resnet18-32: RuntimeError: no such kernel\n" in capsys.readouterr().out.partition("left out:")[2]
+    assert "resnet18-32: RuntimeError: no such kernel\n" in capsys.readouterr().out.partition("failed:")[2]
     assert (tmp_path / "resnet18-32-kinds.json").exists(), "the part after it"
-    monkeypatch.setitem(performance.SECONDS, "cpu", -1)
-    assert script("--part", "large-runs") == 1
-    assert capsys.readouterr().out.count("the time is up") == 3
-
-
-def test_the_gpu_parts_cover_the_papers_networks_and_kinds(monkeypatch):
-    found = performance.parts(torch.device("cuda"))
-    assert {name for part in ("small-runs", "large-runs") for name in found[part]} == {
-        f"whole-run-{name}" for name in whole_run.SIZES["cuda"]
-    }
-    assert {name.partition("-imagenet")[0].partition("-cifar10")[0] for name in whole_run.SIZES["cuda"]} == {
-        settings.model for settings in performance.NETWORKS["cuda"].values()
-    }
-    settings = {}
-    monkeypatch.setattr(steps, "write_steps", lambda stem, each, *_: settings.update({stem.name: each}))
-    for piece in found["steps"].values():
-        piece(Path("out"))
-    assert {name: each.step for name, each in settings.items()} == {
-        **{f"{name}-graphed": "graphed" for name in performance.NETWORKS["cuda"]},
-        **{f"{name}-eager": "eager" for name in ("resnet18-32", "resnet50-224")},
-    }
 
 
 def slowed_runs():
@@ -250,19 +225,6 @@ def test_of_two_seeds_both_are_shown():
     assert cifar10.of_seeds(1.25, [1.0, 2.0], "×") == "1.25× (1.00 to 2.00)"
     assert cifar10.of_seeds(2.0, [1.0, 2.0, 3.0]) == "2.00 ± 1.00"
     assert cifar10.of_seeds(2.0, [2.0]) == cifar10.of_seeds(2.0, [2.0, 2.0]) == "2.00"
-
-
-def test_what_local_updates_save_beside_freezing():
-    rows = [
-        {"method": "sgd", "boundary": 0, "speedup": 1.0, "ideal": 1.0},
-        {"method": "local", "boundary": 5, "speedup": 1.25, "ideal": 1.2},  # saves 0.2 of the time
-        {"method": "freeze", "boundary": 5, "speedup": 2.0, "ideal": 1.5},  # 0.5
-        {"method": "local/4", "boundary": 5, "speedup": 1.6, "ideal": 1.4},  # 0.375
-    ]
-    row = savings.row("resnet18-32", rows)
-    assert (row["paper"], row["ideal"], row["speedup"]) == (1.51, 1.2, 1.25)
-    assert row["paper_share"] == pytest.approx((1 - 1 / 1.51) / (1 - 1 / 1.65))
-    assert (row["steps"], row["steps_4"]) == ("0.40 to 0.40", "0.75 to 0.75")
 
 
 def test_what_was_pruned_is_told_from_the_runs():

@@ -84,7 +84,7 @@ def special(name, key, order):
 
 def boundaries(name, layers):
     """The first layer alone, inside a block, and for the smallest network more."""
-    return [0, 1, layers // 3, layers - 1] if name == "resnet18" else [1, 2 * layers // 3]
+    return [0, 1, layers // 3, layers - 1] if name == "resnet18" else [2 * layers // 3]
 
 
 @pytest.mark.parametrize("name", [*list(NETWORKS)[:-1], pytest.param("densenet121", marks=pytest.mark.slow)])

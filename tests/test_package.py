@@ -19,7 +19,7 @@ LEVELS = [
     {"errors"},
     {"files", "settings"},
     {"layers", "schedule", "strided", "supervision", "trainable"},
-    {"arguments", "method_settings", "products", "state"},
+    {"arguments", "fused", "method_settings", "products", "state"},
     {"hooks", "rules", "transition"},
     {"discovery", "drop_path", "norms", "pending"},
     {"updates"},
@@ -27,7 +27,7 @@ LEVELS = [
     {"local"},
     {"parallel"},
     {"steps"},
-    {"models", "data"},
+    {"models", "pretrained", "data"},
     {"integrations", "methods"},
     {"training"},
     {"report"},
@@ -122,7 +122,7 @@ def test_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert set(project["optional-dependencies"]) == {
-        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "dev",
+        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "finetune", "dev",
     }  # fmt: skip
     assert project["scripts"] == {"lowcal": "lowcal.cli:main"}
 

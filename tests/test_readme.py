@@ -22,7 +22,7 @@ def fact(name):
 
 
 def test_step_time_and_memory_on_a_gpu():
-    rows = json.loads((ROOT / "results/bench-h200/resnet50-224-graphed.json").read_text())["rows"]
+    rows = json.loads((ROOT / "results/h200/resnet50-224-graphed.json").read_text())["rows"]
     sgd, local, freeze = (
         next(row for row in rows if (row["method"], row["boundary"]) == at)
         for at in (("sgd", 0), ("local", 27), ("freeze", 27))

@@ -288,6 +288,8 @@ def test_fixed_holds_from_its_epoch_on():
     assert trace(Fixed({2: 3, 5: 6}), [1.0] * 7, layers=20) == [0, 3, 3, 3, 6, 6, 6]
     assert trace(Fixed({5: 6, 2: 3}), [1.0] * 7, layers=20) == [0, 3, 3, 3, 6, 6, 6]
     assert trace(Fixed({2: 3}), [1.0] * 4, layers=20, boundary=5) == [5, 5, 5, 5]
+    assert Fixed({0: 2, 4: 3}).start(20) == 2
+    assert Fixed({2: 3}).start(20) == NormTrend().start(20) == 0
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_quadratic_refuses(name, value):
 
 @pytest.mark.parametrize(
     ("epochs", "named"),
-    [({-1: 2}, "-1"), ({0: 2}, "0"), ({1: -2}, "-2"), ({1: 3, 2: 2}, "2"), ({1.5: 2}, "1.5"), ({1: 2.5}, "2.5")],
+    [({-1: 2}, "-1"), ({1: -2}, "-2"), ({1: 3, 2: 2}, "2"), ({1.5: 2}, "1.5"), ({1: 2.5}, "2.5")],
     ids=str,
 )
 def test_fixed_refuses(epochs, named):

@@ -7,9 +7,15 @@ import torch
 from torch import nn
 
 import lowcal
+from lowcal.methods import METHODS, build_method
+from lowcal.methods.boundary import Local
+from lowcal.steps.step import PRECISIONS, EagerStep, StepOptions, build_scaler
 
-from .networks import Residual, convnet, mlp
+from .networks import Residual, convnet, images, mlp
 from .strict import Strict
+from .training.runs import OTHER_SETTINGS, network, settings
+
+CPU = torch.device("cpu")
 
 RULES = {
     "hebbian": lowcal.Hebbian(),
@@ -96,3 +102,20 @@ def test_the_mode_refuses_what_a_gpu_refuses():
         torch.ops.aten.mm(torch.rand(2, 2), torch.rand(2, 2, device="meta"))
     with Strict():  # promoted on a GPU too
         assert (weight[0, 0, 0] + inputs[0, 0, 0, :3]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_s_whole_step(method, precision):
+    torch.manual_seed(0)
+    model = network().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    own = OTHER_SETTINGS.get(METHODS[method].section, settings(every=2, refresh_every=3))
+    attached = build_method(method, model, optimizer, own, epochs=9, example_inputs=torch.zeros(1, 2, 6, 6))
+    if issubclass(METHODS[method], Local):
+        attached.move_to(4)
+    options = StepOptions(CPU, precision, build_scaler(CPU, precision), guard=True, max_norm=1.0)
+    step = EagerStep(model, (optimizer,), attached, options)
+    with Strict():
+        losses = [step(*batch) for batch in images(4)]
+    assert all(loss.isfinite() for loss in losses)

@@ -16,7 +16,7 @@ from lowcal.errors import LowcalError, is_count
 from lowcal.layers import block_ends, recurring_block
 from lowcal.local_layers import LocalLayers
 from lowcal.rules import Hebbian, Rule
-from lowcal.schedule import NormTrend, Progress, Schedule, reach
+from lowcal.schedule import NormTrend, Progress, Schedule, reach, start
 from lowcal.state import check_state, completed
 from lowcal.supervision import LossTrend, Supervision
 
@@ -26,7 +26,8 @@ class LoCal:
 
     Layers are numbered in the order in which the forward pass runs them. Those before the boundary take no part in
     back-propagation. They need no gradient; `rule` updates their weights from their inputs and outputs, right after
-    each ``optimizer.step()``. Training starts with boundary 0, which is plain training; `end_epoch` moves the boundary.
+    each ``optimizer.step()``. Training starts with boundary 0, which is plain training, unless the schedule says
+    otherwise; `end_epoch` moves the boundary.
 
     Args:
         model: any network with linear or convolution layers. Its classes and ``state_dict`` keys stay as they are.
@@ -39,7 +40,8 @@ class LoCal:
         norm_stats: how normalisation layers before the boundary normalise in training: by "batch" statistics, updating
             the running ones as usual, or by the "running" statistics, which then stay the same.
         example_inputs: one input of the model: a tensor, a tuple of arguments or a dict of keyword arguments. With it
-            the order of layers is known at once, otherwise after the first forward pass.
+            the order of layers is known at once, otherwise after the first forward pass. A schedule with local layers
+            from the start needs it.
 
     Attributes:
         model: the network, without the wrapper that `torch.compile` puts around it.
@@ -115,8 +117,15 @@ class LoCal:
         self._local_layers = LocalLayers(
             self.model, optimizers, rule, norm_stats=norm_stats, measure=measure, reach=checked_reach
         )
+        if example_inputs is None and start(schedule, len(self._local_layers.candidates)):
+            raise LowcalError(
+                f"LoCal: {schedule} has local layers from the start, when the order of layers is not known; "
+                "give example_inputs, one input of the model"
+            )
         self._set_step()
         self._local_layers.attach(example_inputs)
+        if first := start(schedule, len(self.layers)):
+            self.move_to(first)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Networks by name: our own for small images, torchvision's classification models for the rest."""
+"""Networks by name: our own for small images, torchvision's and timm's classification models for the rest."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -130,14 +130,16 @@ def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | N
     """Build a network with fresh weights; the global random state decides them.
 
     `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16), of torchvision's networks of
-    the first layer, and settable for those of `NARROW`; torchvision's take images of 3 channels. Raises LowcalError for
-    an unknown name, or for a setting that the network does not have.
+    the first layer, and settable for those of `NARROW`; torchvision's take images of 3 channels. "timm/NAME" is timm's
+    network NAME. Raises LowcalError for an unknown name, or for a setting that the network does not have.
     """
     for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
         if value is not None and value < 1:
             raise LowcalError(f"model {name!r}: {what} is {value}, but must be at least 1")
     if name in MODELS:
         return MODELS[name](classes, in_channels, width)
+    if name.startswith("timm/"):
+        return _timm_model(name, classes, in_channels, width)
     return _torchvision_model(name, classes, in_channels, width)
 
 
@@ -188,6 +190,20 @@ def _torchvision_model(name: str, classes: int, in_channels: int, width: int | N
     # One output in training as in evaluation; init_weights is stated as torchvision warns of its default.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return models.get_model(name, weights=None, num_classes=classes, **options)
+
+
+def _timm_model(name: str, classes: int, in_channels: int, width: int | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise LowcalError(f"model {name!r} needs timm, which is not installed; pip install 'lowcal[timm]'") from error
+    own = name.removeprefix("timm/")
+    if own not in timm.list_models():
+        raise LowcalError(f"unknown model {name!r}{nearest(name, [f'timm/{known}' for known in timm.list_models()])}")
+    if width is not None:
+        raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
+    model: nn.Module = timm.create_model(own, num_classes=classes, in_chans=in_channels)
+    return model
 
 
 def _build_narrow(name: str, *, classes: int, width: int) -> nn.Module:

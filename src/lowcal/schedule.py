@@ -59,6 +59,10 @@ class Schedule(Protocol):
         """The boundary for the epoch `progress.epoch`: never less than `progress.boundary`."""
         ...
 
+    def start(self, layers: int) -> int:
+        """The boundary before the first epoch in a network of `layers` layers."""
+        return 0
+
     def check(self, layers: int, epochs: int) -> None:
         """Raises LowcalError if this schedule does not fit a network of `layers` layers and `epochs` epochs."""
         return
@@ -156,10 +160,11 @@ class Fixed(Settings, Schedule):
     """Boundaries set by hand: the number of local layers from each 0-based epoch on.
 
     Args:
-        boundaries: layers by epoch. Training starts with boundary 0, so epochs are at least 1.
+        boundaries: layers by epoch; those of epoch 0 are local from the start, for which `LoCal` needs
+            ``example_inputs``.
 
     Example:
-        >>> schedule = Fixed({10: 3, 20: 6})
+        >>> schedule = Fixed({0: 2, 10: 3, 20: 6})
     """
 
     boundaries: Mapping[int, int] = field(hash=False)
@@ -168,11 +173,8 @@ class Fixed(Settings, Schedule):
         super().__post_init__()
         previous = 0
         for epoch, layers in sorted(self.boundaries.items()):
-            if epoch < 1:
-                raise LowcalError(
-                    f"Fixed: epoch {epoch} cannot move the boundary; "
-                    "give epochs of at least 1, or call move_to before training"
-                )
+            if epoch < 0:
+                raise LowcalError(f"Fixed: epoch {epoch} is before the first one; give epochs of at least 0")
             if layers < previous:
                 raise LowcalError(
                     f"Fixed: {layers} layers at epoch {epoch} after {previous} before; "
@@ -185,6 +187,10 @@ class Fixed(Settings, Schedule):
         """The boundary given for the coming epoch or the last one before it."""
         due = (layers for epoch, layers in self.boundaries.items() if epoch <= progress.epoch)
         return max(progress.boundary, *due, 0)
+
+    def start(self, layers: int) -> int:
+        """The boundary of epoch 0."""
+        return self.boundaries.get(0, 0)
 
     def reach(self, layers: int) -> int:
         """The last boundary given."""
@@ -204,6 +210,12 @@ def reach(schedule: Schedule, layers: int) -> int:
     """The largest boundary that `schedule` can set; if it has no `reach`, all layers but the last."""
     own = getattr(schedule, "reach", None)
     return layers - 1 if own is None else min(own(layers), layers - 1)
+
+
+def start(schedule: Schedule, layers: int) -> int:
+    """The boundary before the first epoch; 0 if `schedule` has no `start`."""
+    own = getattr(schedule, "start", None)
+    return 0 if own is None else own(layers)
 
 
 def interval(layers: int, shift: int, epochs: int, max_fraction: float) -> int:

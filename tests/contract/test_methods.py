@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import json
 
 import pytest
@@ -117,26 +116,32 @@ def test_each_does_here_what_it_is_there_for():
 
 
 @every_method
-def test_the_boundary_starts_at_zero_and_never_goes_backwards(name):
+def test_what_holds_in_every_epoch(name):
     training = Training(name)
+    keys, groups = list(training.model.state_dict()), training.optimizer.state_dict()["param_groups"]
+    facts = training.method.facts().keys()
+    assert facts >= FACTS
     boundaries = [training.method.boundary]
     for number in range(EPOCHS):
-        training.epoch(number)
+        learning = training.learning()
+        changed = training.epoch(number)
+        assert changed == (training.learning() != learning), "it says when the step must be built again"
         boundaries.append(training.method.boundary)
+        assert list(training.model.state_dict()) == keys
+        assert training.optimizer.state_dict()["param_groups"] == groups
+        now = training.method.facts()
+        assert now.keys() == facts
+        assert json.loads(json.dumps(now, allow_nan=False)) == now
+        training.model.eval()
+        before = training.state()
+        with torch.no_grad():
+            training.model(images(1)[0][0])
+        assert same(training.state(), before), "evaluation changes nothing"
     assert boundaries[0] == 0
-    assert all(a <= b for a, b in itertools.pairwise(boundaries))
+    assert boundaries == sorted(boundaries)
     with pytest.raises(LowcalError):
         training.method.move_to(boundaries[-1] - 1)
     assert training.method.boundary == boundaries[-1]
-
-
-@every_method
-def test_it_says_when_the_step_must_be_built_anew(name):
-    training = Training(name)
-    for number in range(EPOCHS):
-        before = training.learning()
-        changed = training.epoch(number)
-        assert changed == (training.learning() != before)
 
 
 @every_method
@@ -188,40 +193,6 @@ def test_with_boundary_zero_it_is_bitwise_sgd(name, norm_stats):
         two.epoch(number)
         assert same(weights(one.model), weights(two.model))
         assert same(one.optimizer.state_dict(), two.optimizer.state_dict())
-
-
-@every_method
-def test_the_networks_names_and_the_optimizers_groups_stay(name):
-    training = Training(name)
-    keys, groups = list(training.model.state_dict()), training.optimizer.state_dict()["param_groups"]
-    for number in range(EPOCHS):
-        training.epoch(number)
-        assert list(training.model.state_dict()) == keys
-        assert training.optimizer.state_dict()["param_groups"] == groups
-
-
-@every_method
-def test_evaluation_changes_nothing(name):
-    training = Training(name)
-    for number in range(EPOCHS):
-        training.epoch(number)
-        training.model.eval()
-        before = training.state()
-        with torch.no_grad():
-            training.model(images(1)[0][0])
-        assert same(training.state(), before)
-
-
-@every_method
-def test_its_facts_are_plain_values(name):
-    training = Training(name)
-    keys = training.method.facts().keys()
-    assert keys >= FACTS
-    for number in range(EPOCHS):
-        training.epoch(number)
-        facts = training.method.facts()
-        assert facts.keys() == keys
-        assert json.loads(json.dumps(facts, allow_nan=False)) == facts
 
 
 @every_method

@@ -74,7 +74,7 @@ def test_to_device_keeps_everything_else():
         ({"name": "cifar-10"}, r"unknown data 'cifar-10'; did you mean 'cifar10'\?"),
         ({"name": "zzz"}, f"choose from {', '.join(DATASETS)}"),
         ({"name": "digits", "data_dir": "x"}, "reads no folder"),
-        ({"name": "digits", "image_size": 16}, "no settable image size"),
+        ({"name": "synthetic", "channels": 3}, "has images of 3 channels: leave out data.channels"),
         ({"name": "digits", "classes": 5}, "brings its own classes"),
         ({"name": "digits", "train_images": 1349}, "data.train_images is 1349.*only 1348"),
         ({"name": "digits", "test_images": 3}, "data.test_images is 3, fewer than the 10 classes"),
@@ -86,7 +86,6 @@ def test_to_device_keeps_everything_else():
         ({"name": "imagenet"}, r"needs a folder with train/ and val/: give it with --data-dir"),
         ({"name": "imagenet", "workers": -1}, "data.workers is -1, but must be at least 0"),
         ({"name": "cifar10", "workers": 2}, "needs no workers: leave out data.workers"),
-        ({"name": "cifar100", "image_size": 64}, "no settable image size"),
         ({"name": "image-folder", "data_dir": "x"}, "data.image_size"),
     ],
 )
@@ -311,3 +310,17 @@ def test_there_is_an_image_for_each_class_however_large_they_are(monkeypatch):
     source = make_synthetic(**SYNTHETIC, seed=0)
     assert len(source.train.pixels) == 3
     assert source.train.rows[:5].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_digits_may_be_enlarged_and_coloured():
+    plain, large = load("digits"), load("digits", image_size=32, channels=3)
+    assert large.image_shape == (3, 32, 32)
+    assert torch.equal(large.train.labels, plain.train.labels)
+    pixels = large.train.pixels
+    assert torch.equal(pixels[:, :1].expand(-1, 3, -1, -1), pixels)
+    corner = plain.train.pixels[:, 0, :2, :2].double()
+    near = torch.tensor([0.125, 0.875], dtype=torch.float64)  # pixel 5 of 32 has its centre at 0.875 of the 8
+    expected = torch.einsum("nij,i,j->n", corner, near, near)
+    assert (pixels[:, 0, 5, 5] - expected).abs().max() <= 0.5
+    assert large.augmentation.pad == 4 * plain.augmentation.pad
+    assert load("digits", augment=False).augmentation is None

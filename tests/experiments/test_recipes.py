@@ -36,11 +36,10 @@ MODERN = {"resnet18-cifar10-modern": "resnet18-cifar10", "vgg13-cifar10-modern":
 MOVING = {name for name, method in METHODS.items() if method.section == "local"} - {"sgd"}
 
 published = pytest.mark.parametrize("name", PUBLISHED)
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def test_there_is_a_recipe_for_each_pair_a_twin_where_it_is_needed_and_the_demo():
-    assert set(recipe_names()) == {*PUBLISHED, *MODERN, "digits"}
+    assert set(recipe_names()) == {*PUBLISHED, *MODERN, "digits", "finetune-demo"}
 
 
 @published
@@ -139,8 +138,13 @@ def eager(recipe: Recipe, model: nn.Module, optimizer: SGD, method: Method) -> S
     return build_step("eager", model, (optimizer,), method, StepOptions(CPU, recipe.precision))
 
 
-@every_method
-@published
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "local") for name in PUBLISHED),
+        *((name, method) for name in ("resnet18-cifar10", "vgg13-cifar100") for method in METHODS if method != "local"),
+    ],
+)
 def test_two_steps_of_a_narrow_network(name, method):
     recipe = load_recipe(name)
     torch.manual_seed(0)
@@ -163,7 +167,9 @@ def test_two_steps_of_a_narrow_network(name, method):
 @pytest.mark.parametrize(
     "method", ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stochastic-depth", "prune"))]
 )
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "imagenet" in name])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet50-imagenet", marks=pytest.mark.slow), "resnet34-imagenet", "mobilenet_v2-imagenet"]
+)
 def test_two_steps_without_values(name, method):
     """At the real sizes the steps run on the meta device, the second with a boundary where the method has one."""
     recipe = load_recipe(name)

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..world import processes
+from ..world import apart, processes
 from .points import Point, kill, plant
 from .runs import Trials, errors_of, says
 
@@ -78,7 +78,10 @@ class RankTrials(Trials):
     """Faults in one of two processes, compared with an uninterrupted run of two processes."""
 
     def undisturbed(self, run):
-        return self.start(run, *self.more)
+        from lowcal.cli import main
+
+        arguments = ["train", "--quiet", "--device", "cpu", "--out", str(run), *self.more]
+        return any(apart(WORLD, main, arguments))
 
     def start(self, run, *more, fault=None, at=None, rank=0, restarts=0):
         """`torchrun --nproc-per-node 2 --max-restarts RESTARTS -m lowcal train`; torchrun's exit code.

@@ -71,6 +71,13 @@ def comparison(tmp_path_factory):
     return root, write_report(root)
 
 
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Drawing takes longer than all else."""
+    monkeypatch.setattr("lowcal.report.page.inline_svg", lambda *_: "")
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_the_notes_say_how_a_batch_changed(tmp_path):
     write_run(tmp_path, "sgd", epochs=4)
     write_run(tmp_path, "local", epochs=4, batches=[64, 64, 128, 256])
@@ -161,6 +168,7 @@ def test_names_and_recipes_of_others_cannot_break_the_page(tmp_path):
     assert not re.search(r"(?<!\\)[<>$]", markdown)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_unfinished_runs_are_shown_and_marked(tmp_path):
     write_run(tmp_path, "sgd", 0)
     write_run(tmp_path, "freeze", 0, done=2)
@@ -172,6 +180,7 @@ def test_unfinished_runs_are_shown_and_marked(tmp_path):
     assert report.notes == ["Unfinished: freeze-seed0 (2 of 3 epochs)."]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_runs_of_different_code_are_named(tmp_path):
     write_run(tmp_path, "sgd", machine=MACHINE | {"code": "aaaa00000000"})
     write_run(tmp_path, "local", boundary=4, machine=MACHINE | {"code": "aaaa00000000", "commit": None})
@@ -184,6 +193,7 @@ def test_runs_of_different_code_are_named(tmp_path):
     assert report.summary["environment"]["code"] == "aaaa00000000, bbbb00000000"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_runs_of_several_folders_go_to_a_new_one(tmp_path):
     write_run(tmp_path / "a", "sgd", label="small")
     write_run(tmp_path / "b", "freeze", boundary=4, machine=MACHINE | {"device_name": "another"})
@@ -205,6 +215,7 @@ def test_any_number_of_epochs_and_unrecorded_values_can_be_drawn(tmp_path, epoch
     Page(report.page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_bad_input_writes_nothing(tmp_path):
     run = write_run(tmp_path / "runs", "sgd").path
     before = run.joinpath("summary.json").read_bytes()

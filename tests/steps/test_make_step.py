@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,21 @@ def test_within_autocast(software, dtype):
     assert same(one["weights"], other["weights"])
     if dtype == torch.float16:
         assert scalers[0].state_dict() == scalers[1].state_dict()
+
+
+def test_one_autocast_context_may_hold_many_steps(software):
+    """Autocast keeps cast weights until its outermost context ends."""
+    ends = []
+    for mode, is_outer in (("eager", False), ("eager", True), ("graphed", True)):
+        model, _, step = fresh(mode)
+        with torch.autocast("cpu", torch.bfloat16) if is_outer else nullcontext():
+            for batch in images(6):
+                with torch.autocast("cpu", torch.bfloat16):
+                    step(*batch)
+            with torch.no_grad():
+                ends.append((weights(model), model(images(1)[0][0]).float() if is_outer else None))
+    assert same(ends[0][0], ends[1][0])
+    assert same(ends[1], ends[2])
 
 
 def test_in_parts_it_is_the_whole_mini_batch(software):

@@ -74,7 +74,7 @@ def train_all(group, folder, methods):
 @pytest.mark.parametrize(
     ("world", "methods"),
     [
-        (2, ("local", "prune")),
+        (2, ("prune",)),
         (3, ("local",)),
         pytest.param(2, tuple(METHODS), marks=pytest.mark.slow),
     ],

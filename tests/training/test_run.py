@@ -8,11 +8,10 @@ from torch import nn
 import lowcal.training.train_state as run_state
 from lowcal import LowcalError
 from lowcal.methods import METHODS
-from lowcal.methods.boundary import Local
 from lowcal.training.epoch import Progress
 
 from ..support import hooks, same, snapshot
-from .runs import MOVES, log, make_run, network, run_on, settings, spoilt, state
+from .runs import log, make_run, network, run_on, settings, spoilt, state
 
 
 def broken_off(scores):
@@ -27,19 +26,6 @@ def test_the_methods_do_in_these_runs_what_they_are_there_for(whole):
         name: value.shape for name, value in plain.items()
     }
     assert len({log[-1]["train_loss"] for log in (state["log"] for state in whole.values())}) == len(METHODS)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cut", [4])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, whole, method, cut):
-    run_on(make_run(tmp_path / "run", method), cut)
-    torch.manual_seed(99)  # another process has other global generators
-    run = make_run(tmp_path / "run", method)
-    assert run.resume() == ()
-    assert run.finished == cut
-    run_on(run)
-    assert same(state(run), whole[method][0])
-    assert run.method.boundary == (max(MOVES.values()) if issubclass(METHODS[method], Local) else 0)
 
 
 def test_a_run_resumed_at_its_end_is_done(tmp_path, whole):

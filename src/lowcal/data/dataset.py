@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from lowcal.data.images import Decoders
 from lowcal.errors import LowcalError
@@ -47,6 +48,18 @@ class Images:
         std = (frequency * (levels - mean[:, None]).square()).sum(1).sqrt()
         std[std < 1e-6] = 1.0
         return tuple(mean.tolist()), tuple(std.tolist())
+
+    def enlarged(self, size: int | None, channels: int | None) -> Self:
+        """The images at `size` x `size` pixels, grey ones repeated in `channels`; None: their own."""
+        pixels = self.pixels
+        if size is not None and self.shape[1:] != (size, size):
+            large = torch.empty(len(pixels), self.shape[0], size, size, dtype=torch.uint8)
+            for part, into in zip(pixels.split(256), large.split(256), strict=True):  # in float only a part at a time
+                into.copy_(interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round())
+            pixels = large
+        if channels is not None and self.shape[0] == 1:
+            pixels = pixels.expand(-1, channels, -1, -1).contiguous()
+        return type(self)(pixels, self.labels, self.rows)
 
     def pixels_at(self, index: Tensor) -> Tensor:
         """The pixels, uint8 (n, C, H, W), of the images at the positions `index`, int64 (n,)."""

@@ -1,7 +1,7 @@
 """Datasets by name: bundled digits, synthetic images, CIFAR, and folders of image files."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,13 +25,12 @@ IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet":
 _OWNERS = {
     "data_dir": (("cifar10", "cifar100", "image-folder", "imagenet"),
                  "reads no folder: leave out --data-dir (found {!r})"),
-    "image_size": (("image-folder", "imagenet", "synthetic"),
-                   "has no settable image size: leave out data.image_size ({})"),
+    "channels": (("digits",), "has images of 3 channels: leave out data.channels ({})"),
     "classes": (("image-folder", "imagenet", "synthetic"),
                 "brings its own classes: leave out data.classes (found {})"),
     "workers": (("imagenet",), "is held in memory and needs no workers: leave out data.workers ({})"),
 }  # fmt: skip
-_LEAST = {"train_images": 1, "test_images": 1, "image_size": 1, "classes": 2, "workers": 0}
+_LEAST = {"train_images": 1, "test_images": 1, "image_size": 1, "channels": 3, "classes": 2, "workers": 0}
 TEST_FRACTION = 0.25  # of the digits, which come without a split
 SPLIT_SEED = 0  # the digits' test images are the same in every run, whatever its seed
 NOISE = 48.0  # standard deviation of the synthetic images' noise, in grey levels; the patterns' is 64
@@ -47,6 +46,8 @@ def load(
     train_images: int | None = None,
     test_images: int | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    augment: bool = True,
     classes: int | None = None,
     evaluate: Literal["test", "validation"] = "test",
     validation_fraction: float = 0.2,
@@ -62,7 +63,10 @@ def load(
         seed: decides subsets, the validation split, and the synthetic images.
         train_images: draw a stratified subset of this size, after the validation split.
         test_images: likewise.
-        image_size: in pixels, for image-folder, imagenet (default 224) and synthetic (default 32).
+        image_size: in pixels; digits and CIFAR are enlarged to it (default: their own size), image-folder needs it, the
+            default of imagenet is 224, that of synthetic 32.
+        channels: 3 repeats the grey digits, for networks that take colour images.
+        augment: whether training images are cropped and flipped at random.
         classes: for synthetic (default 10); for imagenet (default 1000) and image-folder (default: any) the number
             that the folder must hold.
         evaluate: "validation" uses a stratified part of the training images instead of the test images, so that
@@ -84,6 +88,7 @@ def load(
         train_images=train_images,
         test_images=test_images,
         image_size=image_size,
+        channels=channels,
         classes=classes,
         workers=workers,
     )
@@ -117,9 +122,17 @@ def load(
         train = subset(train, train_images, seed, "data.train_images")
     if test_images is not None:
         test = subset(test, test_images, seed, "data.test_images")
+    augmentation = source.augmentation
+    if name in ("digits", *CIFAR) and isinstance(train, Images) and isinstance(test, Images):
+        scale = (image_size or train.shape[1]) / train.shape[1]
+        if augmentation is not None:
+            augmentation = replace(augmentation, pad=round(scale * augmentation.pad))
+        train, test = (part.enlarged(image_size, channels) for part in (train, test))
     mean, std = train.statistics()
     folder = data_dir.resolve().name if data_dir is not None and name == "image-folder" else None
-    return Dataset(name, source.classes, train, test, mean, std, source.augmentation, source.skipped, whole, folder)
+    return Dataset(
+        name, source.classes, train, test, mean, std, augmentation if augment else None, source.skipped, whole, folder
+    )
 
 
 def _check_settings(name: str, **settings: str | int | None) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_loader
-from lowcal.errors import LowcalError
+from lowcal.discovery import trace
+from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.backends import puts_channels_last
-from lowcal.experiments.recipe import BatchSettings, Recipe, lr_at
+from lowcal.experiments.recipe import BatchSettings, OptimizerSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
+from lowcal.methods.boundary import Local
 from lowcal.models import build_model, check_input
 from lowcal.norms import synchronise
+from lowcal.pretrained import load_weights
 from lowcal.steps.modes import find_step
 from lowcal.steps.step import StepOptions
 from lowcal.strided import slice_inputs
@@ -70,8 +74,11 @@ def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> 
     return load(data_dir=data_dir, **settings)
 
 
-def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> None:
+def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> str | None:
     """Builds each method once, so that a mistake is found before anything is written.
+
+    Returns:
+        Which weights the network begins with; None for new ones.
 
     Raises:
         LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
@@ -85,10 +92,11 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
     cpu = torch.device("cpu")
     for method in methods:
         with torch.random.fork_rng([]):
-            model, optimizer, attached, _ = _parts(recipe, method, data, cpu)
+            model, optimizer, attached, _, loaded = _parts(recipe, method, data, cpu)
         if recipe.step != "auto":
             find_step(recipe.step).check(model, (optimizer,), attached, StepOptions(device, recipe.precision))
         attached.detach()
+    return loaded
 
 
 def images_of(data: Dataset) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def build_run(
     """
     group = group or TrainingGroup()
     torch.manual_seed(recipe.seed)
-    model, optimizer, attached, sliced = _parts(recipe, method, data, device)
+    model, optimizer, attached, sliced, loaded = _parts(recipe, method, data, device)
     if recipe.sync_batch_norm and group.world > 1:
         synchronise(model)
     if reopen or not group.is_main:
@@ -132,7 +140,12 @@ def build_run(
         files = RunFolder.create(
             folder,
             recipe=dump_recipe(recipe),
-            environment={**gather_environment(str(device)), "ranks": group.world, "sliced_layers": sliced},
+            environment={
+                **gather_environment(str(device)),
+                "ranks": group.world,
+                "sliced_layers": sliced,
+                "weights": loaded,
+            },
             identity={
                 "method": method,
                 "recipe": recipe.name,
@@ -159,6 +172,8 @@ def build_run(
             seed=recipe.seed,
             step=recipe.step,
             max_skips=recipe.guard.max_skips,
+            max_norm=recipe.optimizer.max_norm,
+            label_smoothing=recipe.label_smoothing,
             checkpoint_minutes=recipe.checkpoint.minutes,
         ),
         growth=_growth(recipe.batch, len(data.train)),
@@ -168,25 +183,18 @@ def build_run(
 
 def _parts(
     recipe: Recipe, method: str, data: Dataset, device: torch.device
-) -> tuple[nn.Module, SGD, Method, list[str]]:
-    """The network, its optimizer, the method, and the names of the layers that `slice_inputs` changed."""
-    shape = data.image_shape
-    model = build_model(recipe.model.name, classes=len(data.classes), in_channels=shape[0], width=recipe.model.width)
-    check_input(model, recipe.model.name, shape)
+) -> tuple[nn.Module, Optimizer, Method, list[str], str | None]:
+    """The network, its optimizer, the method, the layers that `slice_inputs` changed, and which weights were loaded."""
+    shape, settings = data.image_shape, recipe.model
+    model = build_model(settings.name, classes=len(data.classes), in_channels=shape[0], width=settings.width)
+    check_input(model, settings.name, shape)
+    loaded = load_weights(model, settings.name, settings.weights) if settings.weights else None
     model = model.to(device)
     if puts_channels_last(recipe.channels_last, device, recipe.precision):
         model = model.to(memory_format=torch.channels_last)
     sliced = slice_inputs(model)
-    sgd = recipe.optimizer
-    optimizer = SGD(
-        model.parameters(),
-        lr=sgd.lr,
-        momentum=sgd.momentum,
-        weight_decay=sgd.weight_decay,
-        nesterov=sgd.nesterov,
-        fused=True,  # the fastest, and under fp16 on CUDA the one that never waits
-    )
     example = torch.zeros(1, *shape, device=device)
+    optimizer = _optimizer(recipe.optimizer, model, example)
     attached = build_method(
         method,
         model,
@@ -196,7 +204,38 @@ def _parts(
         example_inputs=example,
         seed=recipe.seed,
     )
-    return model, optimizer, attached, sliced
+    if settings.frozen is not None and isinstance(attached, Local):
+        attached.move_to(max(attached.boundary, _first_boundary(settings.frozen, attached.layers)))
+    return model, optimizer, attached, sliced, loaded
+
+
+def _optimizer(settings: OptimizerSettings, model: nn.Module, example: Tensor) -> Optimizer:
+    """The optimizer; fused, which is the fastest, and the only one that skips steps without waiting for a GPU."""
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if settings.head_lr != 1.0:
+        head = set(model.get_submodule(trace(model, example).layers[-1]).parameters())
+        others = [parameter for parameter in model.parameters() if parameter not in head]
+        groups = [{"params": others}, {"params": list(head), "lr_factor": settings.head_lr}]
+    if settings.name == "adamw":
+        return AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    return SGD(
+        groups,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        fused=True,
+    )
+
+
+def _first_boundary(frozen: int | float | str, layers: Sequence[str]) -> int:
+    """The number of leading layers that `model.frozen` names."""
+    if isinstance(frozen, str):
+        found = [n for n, layer in enumerate(layers, 1) if layer == frozen or layer.startswith(f"{frozen}.")]
+        if not found:
+            raise LowcalError(f"model.frozen={frozen}: no layer has this name{nearest(frozen, layers)}")
+        return found[-1]
+    return frozen if isinstance(frozen, int) else int(frozen * len(layers) + 1e-9)
 
 
 def _growth(batch: BatchSettings, images: int) -> BatchGrowth:

@@ -21,10 +21,17 @@ Name = Annotated[str, Limits(least=1, unit=" character")]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """The network; `width` is the channels of the first stage (None: the network's own)."""
+    """The network; `width` is the channels of the first stage (None: the network's own).
+
+    `weights` are loaded before training: a file (safetensors or a state_dict), "imagenet", or the name of torchvision's
+    weights; the classifier may have other classes. `frozen` is the boundary from the first step on, in methods with a
+    boundary: a number of layers, a fraction of them, or the name of a layer or of a part with layers, the last one.
+    """
 
     name: Name
     width: Count | None = None
+    weights: Name | None = None
+    frozen: Whole | Annotated[float, Limits(above=0, below=1)] | Name | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +39,8 @@ class DataSettings(Settings):
     """The images; `evaluate="validation"` holds out a part of the training images and evaluates on it.
 
     `workers` processes decode imagenet's files (None: one per processor, 16 at most); their number changes no image.
-    `seed` decides subsets and splits, so that runs with different seeds see the same images.
+    `seed` decides subsets and splits, so that runs with different seeds see the same images. `augment` crops and flips
+    training images at random. `channels=3` repeats grey images, for networks that take colour.
     """
 
     name: Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
@@ -40,6 +48,8 @@ class DataSettings(Settings):
     train_images: Count | None = None
     test_images: Count | None = None
     image_size: Count | None = None
+    channels: Annotated[int, Limits(least=3, most=3)] | None = None
+    augment: bool = True
     classes: Annotated[int, Limits(least=2)] | None = None
     evaluate: Literal["test", "validation"] = "test"
     validation_fraction: Annotated[float, Limits(above=0, below=1)] = 0.2
@@ -79,9 +89,16 @@ def _in_bytes(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
-    """SGD's settings; the paper names no momentum, and 0.9 is the usual one."""
+    """The optimizer: SGD, as in the paper, which names no momentum (0.9 is the usual one), or AdamW, which has its own.
 
+    The classifier's learning rate is `head_lr` times that of the other layers. Gradients with a larger norm over all
+    parameters than `max_norm` are scaled down to it (None: they are not).
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: Positive
+    head_lr: Positive = 1.0
+    max_norm: Positive | None = None
     momentum: Annotated[float, Limits(least=0, below=1)] = 0.9
     weight_decay: NonNegative = 0.0
     nesterov: bool = False
@@ -134,7 +151,8 @@ class Recipe(Settings):
     and weights last in memory (None: where it makes steps faster, which is on a CPU, and on a GPU in half precision).
     `threads` are torch's on the CPU (None: torch's choice). `deterministic` forbids algorithms whose result differs
     from run to run, which costs speed on a GPU. `tf32` lets float32 products on a GPU round their factors to 10 bits
-    (None: torch's choice, which is in convolutions only). `batch` is that of all processes together; with
+    (None: torch's choice, which is in convolutions only). `label_smoothing` is the part of the target that all classes
+    share (Szegedy et al. 2016). `batch` is that of all processes together; with
     `sync_batch_norm` they normalise by its statistics, else each by those of its shard.
     """
 
@@ -150,6 +168,7 @@ class Recipe(Settings):
     deterministic: bool = False
     tf32: bool | None = None
     sync_batch_norm: bool = False
+    label_smoothing: Annotated[float, Limits(least=0, below=1)] = 0.0
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings

@@ -77,7 +77,8 @@ def train(
     with group.local_main_first():  # data may have to be downloaded, or decoded and kept
         data = load_data(recipe, data_dir, group.launch)
     note_skipped(data, watcher)
-    group.from_main(lambda: check(recipe, [method], data, group.device))
+    if loaded := group.from_main(lambda: check(recipe, [method], data, group.device)):
+        watcher.note(loaded)
     arm = Arm(method, recipe.seed)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         before = group.from_main(lambda: change(folder, recipe) if goes_on else None)

@@ -138,13 +138,16 @@ class TrainingStep:
                 where = f"a tensor on {given.device}" if isinstance(given, Tensor) else type(given).__name__
                 raise LowcalError(f"the step got {where}; give tensors on {device}, where the network is")
         precision = _ambient_precision(device)
+        torch.clear_autocast_cache()  # it holds cast weights, which each step changes, while the context lasts
         with torch.autocast(device.type, enabled=False):  # for the backward pass and the optimizer
             present = (precision, *self._dependencies())
             if self._step is None or present != self._built_for:
                 self._step = None  # releases the memory of graphs
                 self._step = self._build(batch, replace(self._options, precision=precision, batch=len(batch[0])))
                 self._built_for = (precision, *self._dependencies())
-            return self._step(*batch).clone()  # a recorded step overwrites its loss
+            loss = self._step(*batch).clone()  # a recorded step overwrites it
+        torch.clear_autocast_cache()
+        return loss
 
     def _dependencies(self) -> tuple[Any, ...]:
         """What a compiled or recorded step depends on. The method's phases and learning rates are not part of it."""

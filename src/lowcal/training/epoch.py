@@ -110,7 +110,7 @@ class EpochLoop:
         if is_new_trial and self._group.world > 1 and self._group.max(not self._steps.has_memory()):
             return False
         for param_group in train.optimizer.param_groups:
-            param_group["lr"] = self.lr
+            param_group["lr"] = self.lr * param_group.get("lr_factor", 1.0)
         self._model.train()
         try:
             with train.random.entered():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ class DistributedStep(EagerStep):
 
     def _losses(self, *part: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = part
-        own = F.cross_entropy(self._model(images), labels, reduction="sum")
+        own = self._options.loss_fn(self._model(images), labels, reduction="sum")
         count = torch.full((), len(labels), dtype=own.dtype, device=own.device)
         total, count = self._group.sum(torch.stack((own.detach(), count))).unbind()
         # DDP divides the sum of the gradients by the number of processes.
@@ -199,6 +200,8 @@ class StepBuilder:
             guard=run.max_skips > 0,
             batch=loader.batch,
             collate=loader.collate,
+            loss_fn=partial(F.cross_entropy, label_smoothing=run.label_smoothing),
+            max_norm=run.max_norm,
         )
         if group.world > 1:
             return DistributedStep(train.optimizer, train.method, options, group=group)

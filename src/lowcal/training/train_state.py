@@ -39,6 +39,8 @@ class RunOptions:
         step: how a step runs: a mode of `steps.modes`, or "auto", of which `Run.warm_up` chooses the fastest.
         max_skips: steps in a row that may be skipped because their loss or gradient is NaN or infinite; 0: such a loss
             stops the run.
+        max_norm: gradients with a larger norm over all parameters are scaled down to it; None: they are not clipped.
+        label_smoothing: the part of the target that all classes share.
         checkpoint: whether the run is saved at the end of each epoch.
         checkpoint_minutes: minutes between checkpoints within an epoch; None: none are saved there.
     """
@@ -50,6 +52,8 @@ class RunOptions:
     seed: int = 0
     step: str = "eager"
     max_skips: int = 0
+    max_norm: float | None = None
+    label_smoothing: float = 0.0
     checkpoint: bool = True
     checkpoint_minutes: float | None = 10.0
 

@@ -59,7 +59,7 @@ def _bench(settings: BenchSettings, device: torch.device, note: Callable[[str], 
     works = {"plain": Work(setup.plain_step()), **{name: timed.work() for name, timed in methods.items()}}
     if settings.compile:
         note(f"compiling the plain loop, {setup.compile_mode}")
-        works["compiled"] = Work(setup.compiled_plain_step())
+        works["compiled"] = Work(setup.compiled_plain_step(setup.compile_mode))
     for boundary, part in parts.items():
         works |= {f"{name} {boundary}": work for name, work in part.items()}
     note(f"timing {len(works)} pieces of work in turn, {settings.warm_up} + {settings.rounds} rounds")

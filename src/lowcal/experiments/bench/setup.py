@@ -180,13 +180,13 @@ class BenchSetup:
         """The mode of torch.compile that suits a plain loop: with CUDA graphs on a GPU."""
         return "reduce-overhead" if self.device.type == "cuda" else "default"
 
-    def compiled_plain_step(self) -> Callable[[], None]:
+    def compiled_plain_step(self, mode: str) -> Callable[[], None]:
         """Return the body of a plain training loop under torch.compile, compiled and warm.
 
         Raises:
             LowcalError: torch cannot compile the network here.
         """
-        step = self.plain_step(self.compile_mode)
+        step = self.plain_step(mode)
         try:
             for _ in range(COMPILED_STEPS):
                 step()

@@ -1,6 +1,8 @@
 import copy
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +238,12 @@ def test_local_layers_learn_from_the_kept_samples():
     moved = {key for key, value in before.items() if not same(value, model.state_dict()[key])}
     assert {f"{layer}.weight" for layer in layers} <= moved
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "drop-path.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert len(names["saved"].blocks) == 18
+    assert names["loss"].isfinite()

@@ -4,7 +4,8 @@
 
 Each piece runs in a process of its own with a limit on its time, and writes OUT/PIECE.json again whenever it has
 measured something; OUT/summary.json says what came of each. A piece that fails, crashes or is cut off has the reason in
-its file, and the others still run. `--only 'kinds-*'` chooses pieces. `--small --device cpu` tries the script out.
+its file, and the others still run. The limits grow and shrink with --minutes. `--only 'kinds-*'` chooses pieces.
+`--small --device cpu` tries the script out.
 
 - smoke-METHOD: short runs in each precision and kind of step, with moves; a line each;
 - tests: those that are marked `gpu`;
@@ -39,7 +40,7 @@ from lowcal.experiments.assemble import load_data
 from lowcal.experiments.bench.run import bench
 from lowcal.experiments.bench.setup import BenchSettings
 from lowcal.experiments.bench.show import bench_text
-from lowcal.experiments.compare import train_in_turn
+from lowcal.experiments.compare import compare, train_in_turn
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, dump_recipe, load_recipe
 from lowcal.files import first_line
@@ -189,8 +190,8 @@ class _Begun(Exception):
 
 
 def first_step(job: Job, record: Record) -> None:
-    """Time a `compare` of three arms with step=auto until its first step; the images are loaded beforehand."""
-    recipe, data = _cifar10(job, ["epochs=20", "step=auto"])
+    """Time a `compare` of three arms with step=auto until its first step; the images are decoded beforehand."""
+    recipe, _ = _cifar10(job, ["epochs=20", "step=auto"])  # leaves decoded images in the cache
     start = monotonic()
 
     def begun(progress: Any) -> None:
@@ -198,9 +199,11 @@ def first_step(job: Job, record: Record) -> None:
         record.add(before_first_step_s=monotonic() - start - stepping)
         raise _Begun
 
+    methods, device = [arm.method for arm in ARMS], torch.device(job.device)
+    data_dir = None if recipe.data.name == "synthetic" else job.data_dir
     with TemporaryDirectory() as folder, suppress(_Begun):
-        device = torch.device(job.device)
-        train_in_turn(recipe, ARMS, Path(folder), data=data, device=device, watcher=Course(begun=begun))
+        watcher = Course(begun=begun)
+        compare(recipe, methods, 1, Path(folder) / "runs", data_dir=data_dir, device=device, watcher=watcher)
 
 
 def training(job: Job, record: Record) -> None:

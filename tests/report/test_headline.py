@@ -74,7 +74,7 @@ def test_headline_says_what_came_out(tmp_path):
     write_run(tmp_path, "prune", 0, error=10.0, seconds=12.3)
     assert headline(rows_of(tmp_path)) == (
         "local trained 1.22× slower than SGD at −0.04 points of top-1 error; freeze 1.23× faster at +0.4 points; "
-        "prune took as long as SGD at +0.00 points. With one seed, small differences may be chance."
+        "prune took the same time as SGD at +0.00 points. With one seed, small differences may be chance."
     )
 
 

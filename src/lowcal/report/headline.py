@@ -191,7 +191,7 @@ def _alone(row: Row) -> str:
 def _against(row: Row, baseline: Row, *, full: bool) -> str:
     assert row.speedup is not None
     if 0.995 < row.speedup < 1.005:
-        time = f"{row.method} took as long as SGD"
+        time = f"{row.method} took the same time as SGD"
     elif full:
         time = f"{row.method} trained {_times(row.speedup)} than SGD"
     else:

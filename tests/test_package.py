@@ -19,7 +19,7 @@ LEVELS = [
     {"errors"},
     {"files", "settings"},
     {"layers", "schedule", "strided", "supervision", "trainable"},
-    {"arguments", "method_settings", "products", "state"},
+    {"arguments", "fused", "method_settings", "products", "state"},
     {"hooks", "rules", "transition"},
     {"discovery", "norms", "pending"},
     {"updates"},

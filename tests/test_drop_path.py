@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import CNBlock
 
@@ -25,6 +26,7 @@ from .drop_path_networks import (
     timm_model,
     with_rate,
 )
+from .ranks import on_two_ranks
 from .support import hooks, same, sgd, train_step, weights
 
 network = pytest.mark.parametrize("name", LAYER_NORM)
@@ -238,6 +240,25 @@ def test_local_layers_learn_from_the_kept_samples():
     moved = {key for key, value in before.items() if not same(value, model.state_dict()[key])}
     assert {f"{layer}.weight" for layer in layers} <= moved
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def gradients_of_rank(rank, wraps):
+    """Of a mini-batch of its own, with rare samples: most branches keep none."""
+    torch.manual_seed(0)
+    model = LAYER_NORM["swin"](rate=0.8)
+    trained = DistributedDataParallel(model) if wraps else model
+    save_drop_path(model)
+    torch.manual_seed(rank)
+    trained.train()(images(2, seed=rank)).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_under_ddp_each_rank_draws_its_own_samples():
+    first, second = on_two_ranks(gradients_of_rank, True)
+    assert same(first, second)
+    alone = [gradients_of_rank(rank, False) for rank in (0, 1)]
+    for mean, own, other in zip(first, *alone, strict=True):
+        torch.testing.assert_close(mean, (own + other) / 2)
 
 
 def test_the_example_of_the_page_runs():

@@ -64,6 +64,13 @@ def test_networks_that_it_cannot_handle_are_refused_by_name(model, message):
         save_drop_path(model)
 
 
+def test_a_network_compiled_in_place_is_refused():
+    model = convnext()
+    model.compile(backend="eager")
+    with pytest.raises(LowcalError, match="compiled"):
+        save_drop_path(model)
+
+
 def test_a_second_call_is_refused():
     model = convnext()
     saved = save_drop_path(model)

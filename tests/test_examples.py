@@ -53,3 +53,12 @@ def test_lightning_trainer(capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith("boundary 2")
     assert float(last.split("accuracy ")[1].split("%")[0]) > 85
+
+
+@pytest.mark.filterwarnings("ignore")  # the host's own advice
+def test_accelerate_loop(capsys):
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    runpy.run_path(str(ROOT / "examples" / "accelerate_loop.py"), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "boundary 2 of 4" in last
+    assert float(last.split("accuracy ")[1].split("%")[0]) > 85

@@ -1,15 +1,11 @@
-"""LightningModules as people write them, and the same training as a plain loop."""
+"""LightningModules as people write them, trained as plain.py does."""
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-import lowcal
-
-from ..networks import convnet, images
-
-EPOCHS = 5
-OPTIONS = {"rule": lowcal.Hebbian(lr=0.05), "schedule": lowcal.Fixed({1: 1, 3: 2})}  # two moves
+from ..networks import images
+from .plain import EPOCHS, network
 
 
 class Batches:
@@ -43,8 +39,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
-        self.net = convnet()
+        self.net = network()
 
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -108,26 +103,3 @@ def trainer(folder, *callbacks, **options) -> pl.Trainer:
         "enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False,
         "num_sanity_val_steps": 0, **options,
     })  # fmt: skip
-
-
-def plain(*, accumulate: int = 1, clip: float | None = None, bf16: bool = False, count: int = 4, **options):
-    """The network after the same training in a plain loop, and its controller."""
-    net = Classifier().net
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    local = lowcal.LoCal(net, optimizer, epochs=EPOCHS, **{**OPTIONS, **options})
-    batches = images(count)
-    net.train()
-    for _ in range(EPOCHS):
-        losses = []
-        for start in range(0, count, accumulate):
-            optimizer.zero_grad()
-            for x, y in batches[start : start + accumulate]:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    loss = nn.functional.cross_entropy(net(x), y)
-                losses.append(loss.detach())
-                (loss / accumulate).backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
-            optimizer.step()
-        local.end_epoch(torch.stack(losses).mean())
-    return net, local

@@ -14,7 +14,8 @@ import lowcal
 from lowcal.integrations.lightning import LoCalCallback
 
 from ..support import same, weights
-from .lightning_modules import EPOCHS, OPTIONS, Classifier, Manual, Whole, loader, plain, trainer
+from .lightning_modules import Classifier, Manual, Whole, loader, trainer
+from .plain import EPOCHS, OPTIONS, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the host's own advice
 

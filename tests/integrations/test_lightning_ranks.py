@@ -14,7 +14,8 @@ from lowcal.integrations.lightning import LoCalCallback
 from ..ranks import data, network
 from ..support import refused
 from ..world import apart
-from .lightning_modules import EPOCHS, Batches, Classifier, trainer
+from .lightning_modules import Batches, Classifier, trainer
+from .plain import EPOCHS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the host's own advice
 

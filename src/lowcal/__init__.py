@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.cache import Cached
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "Cached",
     "DistributedLoCal",
     "Fixed",
     "Frozen",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Cached": "cache",
     "DistributedLoCal": "parallel",
     "Fixed": "schedule",
     "Frozen": "rules",

@@ -13,7 +13,7 @@ from torch import nn
 from lowcal.cli import main
 from lowcal.data import load, make_loader
 from lowcal.discovery import trace
-from lowcal.experiments.bench.limits import Parts, record
+from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.run import (
     bench,
     fastest_path,
@@ -27,6 +27,7 @@ from lowcal.experiments.bench.show import bench_text, targets_text
 from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
+from lowcal.program import record
 from lowcal.schedule import NormTrend, Quadratic
 from lowcal.steps import graphed
 

@@ -58,6 +58,7 @@ class Cached:
             cache of other images, weights or settings.
 
     Example:
+        >>> from lowcal import Fixed, Frozen
         >>> images, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -162,6 +162,29 @@ def test_a_zero_or_non_finite_norm_leaves_the_weight_and_is_counted(value):
     assert model.one.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_updates_of_micro_batches_in_half_precision_add_up_in_single_precision(passes):
+    applied = []
+
+    class Spy(lowcal.Hebbian):
+        def apply(self, weights, updates, step):
+            applied.extend(update.clone() for update in updates)
+            return super().apply(weights, updates, step)
+
+    model = mlp()
+    _, optimizer = controller(model, 1, rule=Spy())
+    expected = torch.zeros_like(model.one.weight)
+    for inputs, labels in vectors(passes):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = nn.functional.linear(inputs, model.one.weight, model.one.bias)
+            expected += lowcal.hebbian_update(model.one, inputs, outputs.detach())
+            loss = nn.functional.cross_entropy(model(inputs).float(), labels)
+        loss.backward()
+    optimizer.step()
+    assert torch.equal(applied[0].float(), expected)
+    assert applied[0].dtype == (torch.bfloat16 if passes == 1 else torch.float32)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_nth_step_makes_an_update(every):
     model = mlp()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowcal import Frozen, Hebbian, LowcalError, hebbian_update
+from lowcal.rules import apply_updates
 
 from .reference import weight_product
 
@@ -191,6 +192,38 @@ def test_float16_is_right_beside_an_outlier(kind, outlier):
     with torch.autocast("cpu", dtype=torch.float16):
         update = hebbian_update(module, inputs, outputs)
     assert (update - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("module", [nn.Linear(6, 5), nn.Conv2d(6, 4, 3)], ids=["linear", "conv"])
+def test_the_rule_leaves_the_cast_to_apply_updates(module):
+    inputs = torch.randn((9, 6) if isinstance(module, nn.Linear) else (2, 6, 5, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = module(inputs)
+        half, public = Hebbian().update(module, inputs, outputs), hebbian_update(module, inputs, outputs)
+    assert (half.dtype, public.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(half.float(), public)
+    for relative in (False, True):
+        by_half, by_single = ([module.weight.detach().clone()] for _ in range(2))
+        apply_updates(by_half, [half.clone()], 0.1, relative=relative)
+        apply_updates(by_single, [public.clone()], 0.1, relative=relative)
+        assert torch.equal(by_half[0], by_single[0])
+        assert not torch.equal(by_half[0], module.weight)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e30, torch.inf, torch.nan])
+def test_an_update_that_cannot_be_normalised_leaves_its_weight_alone(value):
+    weights, updates = [torch.ones(3), torch.ones(3)], [torch.full((3,), value), torch.tensor([0.0, 2.0, 0.0])]
+    skipped = apply_updates(weights, updates, 0.5)
+    assert torch.equal(weights[0], torch.ones(3))
+    assert weights[1].tolist() == [1.0, 1.5, 1.0]
+    assert int(skipped) == 1
+
+
+def test_a_weight_whose_norm_overflows_stays_as_it_is_under_relative_steps():
+    weights, updates = [torch.full((3,), 1e30), torch.ones(4)], [torch.ones(3), torch.tensor([0.0, 2.0, 0.0, 0.0])]
+    assert int(apply_updates(weights, updates, 0.5, relative=True)) == 0
+    assert torch.equal(weights[0], torch.full((3,), 1e30))
+    assert weights[1].tolist() == [1.0, 2.0, 1.0, 1.0]
 
 
 def test_the_update_carries_no_graph_and_changes_nothing():

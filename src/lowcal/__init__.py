@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowcal.cache import Cached
+    from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
@@ -29,6 +30,7 @@ __all__ = [
     "Refresh",
     "hebbian_update",
     "make_step",
+    "save_drop_path",
 ]
 
 _HOMES = {
@@ -45,6 +47,7 @@ _HOMES = {
     "Refresh": "rules",
     "hebbian_update": "rules",
     "make_step": "steps.make",
+    "save_drop_path": "drop_path",
 }
 
 

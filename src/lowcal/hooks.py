@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowcal.products import ProductCapture
+from lowcal.products import ProductCapture, at_least_single
 
 
 class _OfOneModule:
@@ -99,7 +99,7 @@ class UpdateHook(_OfOneModule):
         elif self.update is None:
             self.update = update
         else:
-            self.update = self.update + update
+            self.update = at_least_single(self.update) + update
 
 
 class LayerHook(_OfOneModule):

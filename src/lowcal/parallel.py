@@ -170,12 +170,11 @@ class Exchange:
             shapes: a tensor like the dW of each layer that may have one on any rank; a missing one counts as zero.
 
         Returns:
-            The sums, which are complete after `wait`.
+            The sums, in at least single precision, which are complete after `wait`.
         """
         buckets: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for index, like in shapes.items():
-            dtype = updates[index].dtype if index in updates else torch.promote_types(like.dtype, torch.float32)
-            buckets.setdefault((like.device, dtype), []).append(index)
+            buckets.setdefault((like.device, torch.promote_types(like.dtype, torch.float32)), []).append(index)
         sums: dict[int, Tensor] = {}
         for (device, dtype), members in buckets.items():
             sizes = [shapes[index].numel() for index in members]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lowcal.products import at_least_single
+
 if TYPE_CHECKING:
     from lowcal.parallel import Exchange
 
@@ -34,6 +36,8 @@ class PendingUpdates:
     applied together with those of the next step. There are many ways to zero gradients (`zero_grad` of optimizer or
     model, before or after the forward pass, to None or to zero). So this class observes the gradient of one weight that
     learns by SGD: after a backward pass it is the same tensor, changed once in place, exactly if nothing was zeroed.
+
+    An update may be in half precision; sums are in at least single precision.
 
     Updates of compiled passes are collected after a backward pass and before a step, for all passes together.
 
@@ -104,7 +108,7 @@ class PendingUpdates:
             self._pass = _Pass()
             self._reach(self._pass)
         kept = self._pass.updates.get(index)
-        self._pass.updates[index] = update if kept is None else kept.add_(update)
+        self._pass.updates[index] = update if kept is None else at_least_single(kept).add_(update)
 
     def share(self, shapes: Mapping[int, Tensor]) -> None:
         """Starts to sum this forward pass's updates over the ranks, once; `shapes` has a tensor like each dW.
@@ -166,7 +170,7 @@ class PendingUpdates:
         if kept and self.exchange is not None:
             self.exchange.wait()
         for index, update in updates.items():
-            kept[index] = kept[index].add_(update) if index in kept else update
+            kept[index] = at_least_single(kept[index]).add_(update) if index in kept else update
 
     def _end_backward(self, weight: Tensor) -> None:
         gradient = weight.grad

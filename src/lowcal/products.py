@@ -41,6 +41,11 @@ def product_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -
     return Product(inputs, weight, options)
 
 
+def at_least_single(tensor: Tensor) -> Tensor:
+    """`tensor` in single precision if it is in half precision, else itself."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def has_plain_forward(layer: nn.Module) -> bool:
     """Whether calling `layer` computes what its torch class does, so that its input and output are the product's."""
     if "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__:
@@ -72,7 +77,7 @@ class ProductCapture(TorchFunctionMode):
         return outputs
 
 
-def inner_product(layer: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+def inner_product(layer: nn.Module, inputs: Tensor) -> tuple[Any, Tensor, Tensor]:
     """What `ProductCapture` finds in a pass of `layer` on `inputs`; buffers and random generators stay as they were.
 
     Raises:

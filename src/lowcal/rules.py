@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol, runtime_checkable
+from functools import cache
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from lowcal.method_settings import HebbianSettings
 from lowcal.products import has_plain_forward, inner_product
 from lowcal.settings import Limits, Settings
 from lowcal.strided import is_unsafe_unpadded, slice_positions
+
+_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @runtime_checkable
@@ -42,7 +46,10 @@ class Rule(Protocol):
         ...
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The layer's update dW from its input a and output z: a new tensor, shaped like `module.weight`."""
+        """The layer's update dW from its input a and output z: a new tensor, shaped like `module.weight`.
+
+        It may be in half precision. Updates of several passes and ranks are added in at least single precision.
+        """
         ...
 
     def step_size(self, epoch: int) -> float:
@@ -87,8 +94,9 @@ class Hebbian(HebbianSettings):
     opens: ClassVar[bool] = False
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """dW of Eqs. 1 and 3: see `hebbian_update`."""
-        return hebbian_update(module, inputs, outputs)
+        """dW of Eqs. 1 and 3, as `hebbian_update` returns it, but in the type in which it is computed."""
+        with torch.no_grad():
+            return _product(*_factors(module, inputs, outputs))
 
     def step_size(self, epoch: int) -> float:
         """The length eta of a local step in the 0-based `epoch`: lr decay^(epoch // decay_every)."""
@@ -155,23 +163,29 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
         >>> hebbian_update(layer, torch.ones(3, 2), torch.ones(3, 1))
         tensor([[3., 3.]])
     """
-    if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    module, inputs, outputs = _factors(module, inputs, outputs)
+    return _product(module, inputs, outputs).to(torch.promote_types(module.weight.dtype, torch.float32))
+
+
+def _factors(module: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[_Layer, Tensor, Tensor]:
+    """A layer that computes one plain product, its input and its output."""
+    if not isinstance(module, _Layer):
         raise LowcalError(
             f"hebbian_update: {type(module).__name__} is not a linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"
         )
-    if not has_plain_forward(module):
-        plain, inputs, outputs = inner_product(module, inputs)
-        return hebbian_update(plain, inputs, outputs)
+    return (module, inputs, outputs) if has_plain_forward(module) else inner_product(module, inputs)
+
+
+def _product(module: _Layer, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """dW in the type in which it is computed."""
     dtype = _product_dtype(outputs)
     a, z = inputs.to(dtype), outputs.to(dtype)
     device = z.device.type
     with torch.autocast(device, enabled=False) if _is_autocasting(device) else nullcontext():
         if isinstance(module, nn.Linear):
-            update = z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
-        else:
-            update = _conv_weight(module, a, z)
-    return update.to(torch.promote_types(module.weight.dtype, torch.float32))
+            return z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
+        return _conv_weight(module, a, z)
 
 
 def _is_autocasting(device: str) -> bool:
@@ -232,9 +246,12 @@ def apply_updates(
 ) -> Tensor:
     """W <- W + step * dW / ||dW|| for each layer, in place and without reading from the device (Eq. 4).
 
+    On a GPU with Triton three launches serve up to 32 layers, and one more each further 32 (`lowcal.fused`).
+
     Args:
         weights: the layers' weights.
-        updates: their dW, which are overwritten.
+        updates: their dW in any floating type, which may be overwritten. Norms and steps are in at least single
+            precision.
         step: eta with its sign: a number, a 0-d tensor on the device, or a 1-d tensor with one value per layer.
         relative: whether the step is also multiplied by ||W||.
 
@@ -242,32 +259,62 @@ def apply_updates(
         How many weights did not change because their ||dW|| is zero or not finite: a 0-d integer tensor.
     """
     skipped = []
-    for group_weights, group_updates, group_step in _by_device(weights, updates, step):
-        norms = torch.stack(torch._foreach_norm(group_updates))
-        usable = norms.isfinite() & (norms > 0)
-        factors = norms.reciprocal()
-        if relative:
-            factors *= torch.stack(torch._foreach_norm(group_weights)).to(norms.dtype)
-        factors = torch.where(usable, group_step * factors, 0.0)  # rounded alike for a number and a tensor
-        torch._foreach_mul_(group_updates, list(factors.unbind()))
-        for update in group_updates:
-            update.nan_to_num_(0.0, 0.0, 0.0)  # what a factor of 0 leaves of an infinite update
-        torch._foreach_add_(group_weights, group_updates)
-        skipped.append((~usable).sum())
-    return torch.stack([count.to(weights[0].device) for count in skipped]).sum()
-
-
-def _by_device(
-    weights: Sequence[Tensor], updates: Sequence[Tensor], step: float | Tensor
-) -> list[tuple[list[Tensor], list[Tensor], float | Tensor]]:
-    """Weights, updates and step, grouped by device and type."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, update in enumerate(updates):
-        groups.setdefault((update.device, update.dtype), []).append(index)
-    split = []
-    for (device, dtype), members in groups.items():
+    for (device, *_, is_fused), members in _groups(weights, updates).items():
         own = step
-        if isinstance(step, Tensor) and step.dim():
-            own = torch.stack([step[index] for index in members]).to(device, dtype)
-        split.append(([weights[index] for index in members], [updates[index] for index in members], own))
-    return split
+        if isinstance(step, Tensor) and step.dim() and len(members) < len(weights):
+            own = torch.stack([step[index] for index in members])
+        apply = _kernels(device).apply_updates if is_fused else _apply_by_operators
+        count = apply([weights[index] for index in members], [updates[index] for index in members], own, relative)
+        skipped.append(count.to(weights[0].device))
+    return sum(skipped[1:], skipped[0])
+
+
+def _groups(
+    weights: Sequence[Tensor], updates: Sequence[Tensor]
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]]:
+    """The layers by device, types of weight and update, and whether the kernels take them."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = {}
+    for index, (weight, update) in enumerate(zip(weights, updates, strict=True)):
+        device = weight.device
+        kernels = _kernels(device)
+        is_fused = kernels is not None and kernels.takes(weight, update)
+        groups.setdefault((device, weight.dtype, update.dtype, is_fused), []).append(index)
+    return groups
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """The module `lowcal.fused`, or None where its kernels cannot run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from lowcal import fused
+
+        fused.check(device)
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # Triton needs a C compiler and a driver that fits
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"local updates are slower, since Triton does not run on {device}: {reason}", stacklevel=2)
+        return None
+    return fused
+
+
+def _apply_by_operators(weights: list[Tensor], updates: list[Tensor], step: float | Tensor, relative: bool) -> Tensor:
+    """`apply_updates` for one device and one pair of types."""
+    dtype = torch.promote_types(updates[0].dtype, torch.promote_types(weights[0].dtype, torch.float32))
+    if updates[0].dtype != dtype:
+        updates = [update.to(dtype) for update in updates]
+    if isinstance(step, Tensor) and step.dim():
+        step = step.to(updates[0].device, dtype)
+    norms = torch.stack(torch._foreach_norm(updates))
+    usable = norms.isfinite() & (norms > 0)
+    factors = norms.reciprocal()
+    if relative:
+        factors *= torch.stack(torch._foreach_norm(weights)).to(dtype)
+    factors = torch.where(usable, step * factors, 0.0)  # rounded alike for a number and a tensor
+    torch._foreach_mul_(updates, list(factors.unbind()))
+    for update in updates:
+        update.nan_to_num_(0.0, 0.0, 0.0)  # what a factor of 0 leaves of an infinite update
+    torch._foreach_add_(weights, updates)
+    return (~usable).sum()

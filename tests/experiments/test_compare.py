@@ -11,6 +11,7 @@ from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.compare import compare, train_in_turn
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
+from lowcal.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -164,3 +165,37 @@ def test_the_arms_share_the_images_on_the_device(tmp_path, monkeypatch):
     train_in_turn(chosen, arms, tmp_path, data=data, device=meta, watcher=None)
     assert seen[0] is seen[1]
     assert seen[0].train.pixels.device == seen[0].test.pixels.device == meta
+
+
+def test_sgd_in_the_time_of_another_method(tmp_path, monkeypatch):
+    """Sized by measured times: 0.4 of 5 epochs' time is 2 epochs; the whole schedule passes in them."""
+    seconds = {"sgd": 10.0, "freeze": 4.0}
+    finish = RunFolder.summarise
+
+    def summarise(self):
+        method = self.read_identity()["method"]
+        return self.write_summary(
+            {**finish(self), "seconds": seconds[method] if "compressed" not in self.path.name else 4.1}
+        )
+
+    monkeypatch.setattr(RunFolder, "summarise", summarise)
+    chosen, out = recipe("epochs=5", "lr_schedule.warmup_epochs=2"), tmp_path / "out"
+    names = ["sgd", "freeze", "sgd-compressed"]
+    report = run_compare(out, chosen, names, 2)
+    assert [row["method"] for row in report.summary["rows"]] == ["sgd", "freeze", "sgd-compressed-2"]
+    rates = [json.loads(line)["lr"] for line in (out / "sgd-compressed-2-seed1/epochs.jsonl").read_text().splitlines()]
+    assert len(rates) == 2
+    assert rates[0] == pytest.approx(0.05 / 2)  # a warm-up of one epoch instead of two
+    assert "SGD given the same time (2 epochs, 4.1 s)" in report.headline
+    diary = Diary()
+    run_compare(out, chosen, names, 2, diary)  # nothing is left to do
+    assert not diary.epochs
+    with pytest.raises(LowcalError, match="another recipe: epochs"):
+        run_compare(out, recipe("epochs=4", "lr_schedule.warmup_epochs=2"), names, 2)
+
+
+@pytest.mark.parametrize("methods", [["freeze", "sgd-compressed"], ["sgd", "sgd-compressed"]])
+def test_the_rival_needs_sgd_and_another_method(tmp_path, methods):
+    with pytest.raises(LowcalError, match=r"is sized by sgd's time and another method's; as in --methods sgd,freeze"):
+        run_compare(tmp_path / "out", recipe(), methods)
+    assert not (tmp_path / "out").exists()

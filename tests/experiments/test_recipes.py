@@ -39,7 +39,7 @@ published = pytest.mark.parametrize("name", PUBLISHED)
 
 
 def test_there_is_a_recipe_for_each_pair_a_twin_where_it_is_needed_and_the_demo():
-    assert set(recipe_names()) == {*PUBLISHED, *MODERN, "digits", "finetune-demo"}
+    assert set(recipe_names()) == {*PUBLISHED, *MODERN, "digits", "finetune", "finetune-demo"}
 
 
 @published

@@ -85,3 +85,17 @@ def test_figures_are_written_as_svg_or_png(runs, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == first
     with pytest.raises(LowcalError, match=r"'a\.jpeg'.*\.svg or \.png"):
         figures.save(figure, tmp_path / "a.jpeg")
+
+
+def test_sgd_compressed_is_the_line_of_its_ends(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=8.0, seconds=20.0)
+    write_run(tmp_path, "freeze", 0, error=9.0, seconds=10.0, boundary=4)
+    for epochs, error, seconds in ((1, 30.0, 6.0), (2, 10.0, 11.0)):
+        name = f"sgd-compressed-{epochs}-seed0"
+        write_run(
+            tmp_path, "sgd", error=error, seconds=seconds, epochs=epochs, name=name, variant=f"compressed-{epochs}"
+        )
+    runs = read_runs([tmp_path])
+    means, _ = lines_of(figures.error_against_time(runs))
+    np.testing.assert_allclose(means["sgd, compressed"], [(6, 30), (11, 10), (20, 8)])
+    assert set(lines_of(figures.step_time(runs))[0]) == {"sgd", "freeze"}

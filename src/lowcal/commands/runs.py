@@ -49,7 +49,9 @@ def _root(
 def compare(
     context: typer.Context,
     recipe: RecipeOption = "digits",
-    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "sgd,local,freeze",
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; sgd-compressed: SGD in their time.")
+    ] = "sgd,local,freeze",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
     data_dir: DataDirOption = None,
     out: Annotated[
@@ -224,6 +226,6 @@ def _show(report: Report) -> None:
     print(paragraph(f"recipe: {summary['label'] or summary['recipe']}"))
     print(f"\n{comparison_text(summary['rows'])}\n")
     print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch")
-    for note in report.notes:
+    for note in (*report.notes, report.headline):
         print(paragraph(note))
     print(f"report: {report.page}")

@@ -141,12 +141,14 @@ def build_run(
     folder: Path,
     data: Dataset,
     device: torch.device,
+    variant: str = "",
     reopen: bool = False,
     group: TrainingGroup | None = None,
 ) -> Run:
     """A run of `method` under `recipe`, whose seed decides the initial weights and the batches.
 
     Args:
+        variant: names the settings that differ from other runs of the method.
         folder: its run folder, which is made; with `reopen` it must be there, and `Run.resume` goes on with it.
         group: the processes that share each mini-batch.
     """
@@ -169,6 +171,7 @@ def build_run(
             },
             identity={
                 "method": method,
+                **({"variant": variant} if variant else {}),
                 "recipe": recipe.name,
                 "seed": recipe.seed,
                 "epochs": recipe.epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from lowcal.experiments.folders import (
 from lowcal.experiments.recipe import Recipe
 from lowcal.methods import METHODS, find_method
 from lowcal.report.page import Report, write_report
+from lowcal.report.runs import COMPRESSED
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import code_digest
 from lowcal.training.run import Run
@@ -50,6 +52,8 @@ def compare(
             data cannot be used, or a run diverges. Nothing is written unless training has begun.
     """
     _refuse_wrong_names(methods)
+    has_rival = COMPRESSED in methods
+    methods = [method for method in methods if method != COMPRESSED]
     arms = [Arm(method, recipe.seed + number) for number in range(seeds) for method in methods]
     _refuse_strange(out, recipe)
     refuse_unwritable(out)
@@ -66,7 +70,32 @@ def compare(
         later = recipe.epochs * sum(arm.seed > recipe.seed + number for arm in waiting)
         if in_turn:
             train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher, later=later)
+    for rival in _rivals(recipe, methods, arms, out) if has_rival else []:
+        variant = f"{COMPRESSED.partition('-')[2]}-{rival.epochs}"
+        own = [Arm("sgd", recipe.seed + number, variant, rival.epochs) for number in range(seeds)]
+        for arm in own:
+            if not _is_finished(out / arm.folder):
+                train_in_turn(rival, [arm], out, data=data, device=device, watcher=watcher)
+        arms += own
     return write_report([out / arm.folder for arm in arms], out)
+
+
+def _rivals(recipe: Recipe, methods: Sequence[str], arms: Sequence[Arm], out: Path) -> list[Recipe]:
+    """The recipes of SGD in the time of each other method, at least: the whole schedule in as many epochs as fit."""
+    taken = dict.fromkeys(methods, 0.0)
+    for arm in arms:
+        taken[arm.method] += (RunFolder(out / arm.folder).read_summary() or {})["seconds"]
+    parts = [seconds / taken["sgd"] for method, seconds in taken.items() if method != "sgd"]
+    lengths = {min(recipe.epochs, max(1, math.ceil(part * recipe.epochs))) for part in parts}
+    return [compressed(recipe, epochs) for epochs in sorted(lengths)]
+
+
+def compressed(recipe: Recipe, epochs: int) -> Recipe:
+    """`recipe` with its whole learning-rate schedule in `epochs` epochs."""
+    rates = recipe.lr_schedule
+    warmup = min(round(rates.warmup_epochs * epochs / recipe.epochs), epochs - 1)
+    rates = replace(rates, epochs=rates.epochs or recipe.epochs, fit="compressed", warmup_epochs=warmup)
+    return replace(recipe, epochs=epochs, lr_schedule=rates)
 
 
 def train_in_turn(
@@ -125,7 +154,16 @@ def prepare(
     reopen, replaced = group.from_main(lambda: _clear(folder, own, len(data.classes), start_over=start_over))
     if replaced:
         watcher.note(f"{arm.folder}: replaces a run in {folder} that had finished no epoch")
-    run = build_run(own, method=arm.method, folder=folder, data=data, device=device, reopen=reopen, group=group)
+    run = build_run(
+        own,
+        method=arm.method,
+        variant=arm.variant,
+        folder=folder,
+        data=data,
+        device=device,
+        reopen=reopen,
+        group=group,
+    )
     if reopen:
         for text in run.resume():
             watcher.note(f"{arm.folder}: {text}")
@@ -183,7 +221,13 @@ def note_skipped(data: Dataset, watcher: Watcher) -> None:
 
 def _refuse_wrong_names(methods: Sequence[str]) -> None:
     for method in methods:
-        find_method(method)
+        if method != COMPRESSED:
+            find_method(method)
+    if COMPRESSED in methods and ("sgd" not in methods or len(set(methods)) < 3):
+        raise LowcalError(
+            f"methods {','.join(methods)}: {COMPRESSED} is sized by sgd's time and another method's; "
+            f"as in --methods sgd,freeze,{COMPRESSED}"
+        )
     if len(set(methods)) < len(methods):
         raise LowcalError(f"methods {','.join(methods)}: one is given twice; give each once")
 
@@ -192,14 +236,17 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds anything other than runs of this comparison."""
     if RunFolder.holds_run(out):
         raise LowcalError(f"{out} is a single run, not a comparison; choose another --out")
-    ours = re.compile(rf"({'|'.join(METHODS)})-seed\d+")
+    ours = re.compile(rf"({'|'.join(METHODS)}|{COMPRESSED}-\d+)-seed\d+")
     arms = [entry for entry in out.iterdir() if ours.fullmatch(entry.name)] if out.is_dir() else []
     if not arms:
         refuse_used(out, "a comparison")
     for folder in sorted(arms):
         if RunFolder.holds_run(folder) and not RunFolder(folder).may_be_replaced():
             seed = int(folder.name.rpartition("-seed")[2])
-            refuse_another_recipe(folder, replace(recipe, seed=seed))
+            own = recipe
+            if folder.name.startswith(COMPRESSED):
+                own = compressed(recipe, int(folder.name.removeprefix(f"{COMPRESSED}-").partition("-")[0]))
+            refuse_another_recipe(folder, replace(own, seed=seed))
 
 
 def _is_finished(folder: Path) -> bool:

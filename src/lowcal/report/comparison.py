@@ -1,12 +1,12 @@
 """Compare methods: one row per method, over its seeds, and the table of all rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from lowcal.report.runs import MOVING, RunData, by_method, differing
+from lowcal.report.runs import COMPRESSED, MOVING, RunData, by_method, differing
 from lowcal.report.table import ABSENT, Column, Table, time_unit, with_spread
 
 _Z = 1.959964  # of a 95 % interval
@@ -23,6 +23,7 @@ class Row:
         speedup: against the sgd run with the same seed, network and images on the same device; None without one.
             So is `flops_ratio`.
         peak_memory_bytes: the highest of all seeds; `last_memory_bytes` is that of the last epoch.
+        errors: top1_error by seed, in percent.
         finished: False if no run of the method is finished; the row then has the results so far.
     """
 
@@ -44,6 +45,12 @@ class Row:
     top1_error_low: float | None
     top1_error_high: float | None
     finished: bool = True
+    errors: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether this is SGD with its schedule compressed to the time of another method."""
+        return self.method.startswith(COMPRESSED)
 
     @property
     def never_moved(self) -> bool:
@@ -60,7 +67,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return the row as it stands in summary.json."""
         values = asdict(self)
-        del values["finished"]
+        del values["finished"], values["errors"]
         return values
 
 
@@ -103,6 +110,7 @@ def _row(method: str, group: Sequence[RunData], baseline: dict[int, RunData]) ->
         top1_error_low=low,
         top1_error_high=high,
         finished=all(run.finished for run in group),
+        errors={run.seed: run.results["top1_error"] for run in group if run.results["top1_error"] is not None},
     )
 
 
@@ -154,6 +162,23 @@ def _boundary(row: Mapping[str, Any]) -> str:
     if row["method"] not in MOVING and not row["boundary"]:
         return ABSENT
     return f"{round(row['boundary'], 1):g} of {row['layers']}"
+
+
+def rival_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Return SGD with the fewest epochs that took at least the time of `row`, or else the longest; None without one."""
+    rivals = sorted((other for other in rows if other.is_rival and other.finished), key=lambda other: other.seconds)
+    return next((other for other in rivals if other.seconds >= 0.95 * row.seconds), rivals[-1] if rivals else None)
+
+
+def paired_p(one: Row, other: Row) -> float | None:
+    """Return the two-sided p of a paired t-test over seeds (Student 1908); None if it cannot be made."""
+    from scipy.stats import ttest_rel  # type: ignore[import-untyped]  # comes with scikit-learn
+
+    seeds = sorted(one.errors.keys() & other.errors.keys())
+    differences = {one.errors[seed] - other.errors[seed] for seed in seeds}
+    if len(seeds) < 2 or len(differences) < 2:
+        return None
+    return float(ttest_rel([one.errors[seed] for seed in seeds], [other.errors[seed] for seed in seeds]).pvalue)
 
 
 def wilson(error: float, images: int) -> tuple[float, float]:

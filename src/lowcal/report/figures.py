@@ -68,6 +68,16 @@ _SIZE = re.compile(r' (?:width|height)="[^"]*"')
 _FONT = re.compile(r"font: (?:(bold|[0-9]+) )?([0-9.]+px) [^;\"]*")
 _FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 
+_LEGEND: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (-0.02, 1.0),
+    "ncols": 3,
+    "borderaxespad": 0.1,
+    "handlelength": 1.6,
+    "handletextpad": 0.5,
+    "columnspacing": 1.4,
+}
+
 Line = list[tuple[float, float]]
 
 
@@ -92,8 +102,30 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
         logarithmic=True,
         end_marked=True,
     )
-    figure.axes[0].set_xlim(0, 1.04 * longest / scale or 1)
+    axes = figure.axes[0]
+    axes.set_xlim(0, 1.04 * longest / scale or 1)
+    if line := _rival_line(runs, scale):
+        look: dict[str, Any] = {
+            "color": INK,
+            "linestyle": (0, (5, 2)),
+            "linewidth": 1.2,
+            "marker": "D",
+            "markersize": 4,
+        }
+        axes.plot(*_columns(line), **look, label="sgd, compressed")
+        axes.legend(**_LEGEND)
     return figure
+
+
+def _rival_line(runs: Sequence[RunData], scale: float) -> Line:
+    """Return the ends of SGD's runs of different lengths, as means over seeds, by time; empty for fewer than two."""
+    chosen = [run for run in runs if run.finished and (run.is_rival or run.method == "sgd")]
+    groups = by_method(run for run in chosen if run.results["top1_error"] is not None).values()
+    ends = [
+        (mean(run.results["seconds"] for run in group) / scale, mean(run.results["top1_error"] for run in group))
+        for group in groups
+    ]
+    return sorted(ends) if len(ends) > 1 else []
 
 
 def boundary(runs: Sequence[RunData]) -> Figure:
@@ -200,7 +232,7 @@ def _figure(
     steps: bool = False,
     end_marked: bool = False,
 ) -> Figure:
-    groups = by_method(runs)
+    groups = by_method(run for run in runs if not run.is_rival)
     with style():
         figure = Figure()
         axes = figure.add_subplot()
@@ -223,15 +255,7 @@ def _figure(
         axes.set_xlabel(x_label)
         axes.margins(x=0.02)
         _set_range(axes, drawn, logarithmic=logarithmic, from_zero=from_zero)
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncols=3,
-            borderaxespad=0.1,
-            handlelength=1.6,
-            handletextpad=0.5,
-            columnspacing=1.4,
-        )
+        axes.legend(**_LEGEND)
     return figure
 
 

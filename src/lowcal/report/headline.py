@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lowcal.report.comparison import Row, difference_interval
+from lowcal.report.comparison import Row, difference_interval, paired_p, rival_of
 from lowcal.report.runs import RunData, by_method, differing
 from lowcal.report.table import duration
 
@@ -107,14 +107,15 @@ def headline(rows: Sequence[Row]) -> str:
     """Return one sentence on the time and error of the finished methods, against sgd if there is an sgd run."""
     finished = {row.method: row for row in rows if row.finished}
     baseline = finished.pop("sgd", None)
-    others = list(finished.values())
+    others = [row for row in finished.values() if not row.is_rival]
     compared = [row for row in others if row.speedup is not None and not row.never_moved]
     still = [row for row in others if row.speedup is not None and row.never_moved]
     if baseline is not None and (compared or still):
         parts = [_against(row, baseline, full=index == 0) for index, row in enumerate(compared)]
         parts += [_never_moved(still)] if still else []
         parts += [_alone(row) for row in others if row.speedup is None and row.top1_error is not None]
-        return f"{'; '.join(parts)}.{_on_seeds(rows) if compared else ''}"
+        rivals = [_against_rival(row, rows) for row in compared]
+        return f"{'; '.join(parts)}.{''.join(rivals)}{_on_seeds(rows) if compared else ''}"
     known = [row for row in (baseline, *others) if row is not None and row.top1_error is not None]
     if not known:
         return "No run is finished yet; the figures show the epochs so far."
@@ -136,7 +137,7 @@ def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:
     if keys := list(dict.fromkeys(key for other in others for key in differing(first, other))):
         told = [f"{run.method} {_values(run, keys)}" for run in (first, *others)]
         notes.append(f"Not the same network and images, so errors and times are not compared: {'; '.join(told)}.")
-    finished = {row.method: row.epochs for row in rows if row.finished}
+    finished = {row.method: row.epochs for row in rows if row.finished and not row.is_rival}
     if len(set(finished.values())) > 1:
         notes.append(f"Trained for different epochs: {', '.join(f'{m} {n}' for m, n in finished.items())}.")
     return notes
@@ -155,6 +156,19 @@ def batch_changes(run: RunData) -> str | None:
 
 def _values(run: RunData, keys: Sequence[str]) -> str:
     return ", ".join(f"{key}={run.subject.get(key)}" for key in keys)
+
+
+def _against_rival(row: Row, rows: Sequence[Row]) -> str:
+    """Return a sentence on SGD in the time of `row`; "" if it was not trained."""
+    rival = rival_of(row, rows)
+    if rival is None or row.top1_error is None or rival.top1_error is None:
+        return ""
+    points = row.top1_error - rival.top1_error
+    verdict = f"{abs(points):.1f} points {'better' if points < 0 else 'worse'} than"
+    p = paired_p(row, rival)
+    tested = "" if p is None else f" ({row.seeds} seeds, p = {p:.2g})"
+    time = f"SGD given the same time ({rival.epochs} epochs, {duration(rival.seconds)})"
+    return f" {row.method} is {verdict if abs(points) >= 0.05 else 'as good as'} {time}{tested}."
 
 
 def _on_seeds(rows: Sequence[Row]) -> str:
@@ -177,7 +191,7 @@ def _alone(row: Row) -> str:
 def _against(row: Row, baseline: Row, *, full: bool) -> str:
     assert row.speedup is not None
     if 0.995 < row.speedup < 1.005:
-        time = f"{row.method} took as long as SGD"
+        time = f"{row.method} took the same time as SGD"
     elif full:
         time = f"{row.method} trained {_times(row.speedup)} than SGD"
     else:

@@ -11,6 +11,7 @@ import yaml
 from lowcal.errors import LowcalError, is_count
 from lowcal.training.run_folder import RunFolder, code_of
 
+COMPRESSED = "sgd-compressed"  # the rival: SGD with its whole schedule in fewer epochs, as many as follow the name
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which images.
 _READING = ("workers", "download", "on_error")
@@ -44,6 +45,11 @@ class RunData:
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether this is SGD with its schedule compressed to the time of another method."""
+        return self.method.startswith(COMPRESSED)
 
     @property
     def machine(self) -> tuple[Any, ...]:
@@ -110,7 +116,7 @@ def read_run(path: Path) -> RunData:
         )
     return RunData(
         path=path,
-        method=identity["method"],
+        method="-".join(filter(None, (identity["method"], identity.get("variant")))),
         seed=identity["seed"],
         planned=identity["epochs"],
         finished=summary is not None,

@@ -16,10 +16,10 @@ import yaml
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.recipe import Recipe
 from lowcal.methods import METHODS, find_method
+from lowcal.report.runs import COMPRESSED
 from lowcal.schedule import cap
 
 GPUS = 4  # of Section 3.2
-COMPRESSED = "sgd-compressed"
 
 
 @dataclass(frozen=True)

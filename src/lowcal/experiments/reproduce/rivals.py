@@ -7,9 +7,9 @@ from itertools import pairwise
 from statistics import mean
 from typing import NamedTuple
 
-from lowcal.experiments.reproduce.paper import COMPRESSED, PaperTable, Row
+from lowcal.experiments.reproduce.paper import PaperTable, Row
 from lowcal.experiments.reproduce.rows import APART, Fields, Kind, Measured, beside_paper
-from lowcal.report.runs import RunData
+from lowcal.report.runs import COMPRESSED, RunData
 from lowcal.report.table import Column
 
 SHORT_STEP = "local-step-0.0003"

@@ -35,7 +35,7 @@ def _remembered_costs():
     dry_cost, known = cost.dry_cost, {}
 
     @functools.wraps(dry_cost)
-    def remember(method, shape, *, precision, cached):
+    def remember(method, shape, *, precision, cached=False):
         weights = [(name, value.shape, value.requires_grad) for name, value in method.model.named_parameters()]
         momentum = [group.get("momentum") for group in method.optimizer.param_groups]
         sizes = str((type(method.optimizer), momentum, weights, shape, precision, cached))

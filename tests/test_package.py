@@ -22,6 +22,7 @@ LEVELS = [
     {"arguments", "fused", "method_settings", "products", "state"},
     {"hooks", "rules", "transition"},
     {"discovery", "norms", "pending"},
+    {"step_times"},
     {"updates"},
     {"local_layers"},
     {"local"},

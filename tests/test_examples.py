@@ -44,3 +44,21 @@ def test_ddp(tmp_path):
     sent = [int(line.split(", ")[1].split(" ")[0]) for line in lines]
     assert sent == sorted(sent, reverse=True)
     assert sent[0] > sent[-1]
+
+
+@pytest.mark.filterwarnings("ignore")  # the host's own advice
+def test_lightning_trainer(capsys):
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    runpy.run_path(str(ROOT / "examples" / "lightning_trainer.py"), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("boundary 2")
+    assert float(last.split("accuracy ")[1].split("%")[0]) > 85
+
+
+@pytest.mark.filterwarnings("ignore")  # the host's own advice
+def test_accelerate_loop(capsys):
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    runpy.run_path(str(ROOT / "examples" / "accelerate_loop.py"), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "boundary 2 of 4" in last
+    assert float(last.split("accuracy ")[1].split("%")[0]) > 85

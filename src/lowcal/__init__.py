@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
@@ -28,6 +29,7 @@ __all__ = [
     "Refresh",
     "hebbian_update",
     "make_step",
+    "save_drop_path",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "Refresh": "rules",
     "hebbian_update": "rules",
     "make_step": "steps.make",
+    "save_drop_path": "drop_path",
 }
 
 

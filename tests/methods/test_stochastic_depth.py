@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision import models
+from torchvision.models import mobilenetv3, regnet
 
 from lowcal import LowcalError
 from lowcal.method_settings import StochasticDepthSettings
@@ -13,6 +14,7 @@ from lowcal.methods.residual import residual_blocks
 from lowcal.models import SmallResNet, build_model
 from lowcal.training.cost import dry_cost, flop_counter
 
+from ..drop_path_networks import ALL, with_rate
 from ..networks import mlp
 from ..support import changed, hooks, same, sgd, train_step, weights
 
@@ -21,6 +23,10 @@ NETWORKS = {
     "basic": lambda: models.ResNet(models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=3),
     "bottleneck": lambda: models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=3),
     "mobilenet": lambda: models.mobilenet_v2(width_mult=0.1, num_classes=3),
+    "mobilenet v3": lambda: models.MobileNetV3(
+        [mobilenetv3.InvertedResidualConfig(8, 3, 8, 8, True, "RE", 1, 1, 1)] * 2, last_channel=8, num_classes=3
+    ),
+    "regnet": lambda: models.RegNet(regnet.BlockParams.from_init_params(4, 8, 8.0, 2.0, 8), num_classes=3),
 }
 every_network = pytest.mark.parametrize("network", NETWORKS)
 
@@ -54,8 +60,9 @@ class Watched:
         self.blocks = residual_blocks(model)
         self.forward, self.backward = ([0] * len(self.blocks) for _ in range(2))
         for index, block in enumerate(self.blocks):
-            block.last.register_forward_hook(lambda *_, index=index: self.count(self.forward, index))
-            first = next(m for m in block.module.modules() if isinstance(m, nn.Conv2d))
+            block.lasts[0].register_forward_hook(lambda *_, index=index: self.count(self.forward, index))
+            shortcut = set() if block.shortcut_name is None else {*getattr(block.module, block.shortcut_name).modules()}
+            first = next(m for m in block.module.modules() if isinstance(m, nn.Conv2d) and m not in shortcut)
             first.weight.register_post_accumulate_grad_hook(lambda *_, index=index: self.count(self.backward, index))
 
     def count(self, counts, index):
@@ -140,7 +147,9 @@ def test_evaluation_scales_each_branch_by_its_survival(network):
     # The last normalisation of a branch is affine, so that scaling the branch is scaling its weight and bias.
     with torch.no_grad():
         for block, probability in zip(residual_blocks(scaled), method.survival, strict=True):
-            norm = block.last[-1] if isinstance(block.last, nn.Sequential) else block.last
+            norm = block.lasts[0]
+            while isinstance(norm, nn.Sequential):
+                norm = norm[-1]
             norm.weight *= probability
             norm.bias *= probability
     torch.testing.assert_close(model.eval()(images), scaled.eval()(images), rtol=1e-10, atol=1e-12)
@@ -257,3 +266,72 @@ def test_a_block_with_another_forward_pass_is_not_taken_for_its_parent():
             return super().forward(x) * 2
 
     assert residual_blocks(models.ResNet(Other, [1, 1, 1, 1])) == []
+
+
+def attached(model, images):
+    settings = StochasticDepthSettings(0.4)
+    return build_method("stochastic-depth", model, sgd(model), settings, epochs=1, example_inputs=images)
+
+
+class Passing(nn.Module):
+    """A dropped block without a shortcut of its own."""
+
+    def forward(self, x, **_):
+        return x
+
+
+class Scaled(nn.Module):
+    """A drop path that scales, as a reference."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return self.scale * x
+
+
+FAMILIES = sorted(set(ALL) - {"timm beit", "timm mixer", "timm resnet", "timm resnet basic"})
+
+
+def family(name):
+    """The network without its own drop path; batch normalisation with its running statistics."""
+    torch.manual_seed(0)
+    model = with_rate(ALL[name](), 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval().train = lambda mode=True, module=module: module
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_other_families_a_dropped_block_is_its_shortcut(name):
+    model = family(name)
+    images = batches(1, pixels=16)[0][0]
+    method = attached(model, images)
+    gates = tuple(index % 2 == 1 for index in range(len(method.survival)))
+    method._fixed = gates
+    reference = copy.deepcopy(model)
+    for block, gate in zip(residual_blocks(reference), gates, strict=True):
+        if not gate and block.shortcut_name is None:
+            parent, _, own = block.name.rpartition(".")
+            setattr(reference.get_submodule(parent), own, Passing())
+        elif not gate:  # a branch that computes zero
+            block.lasts[0].register_forward_hook(lambda *arguments: 0 * arguments[-1])
+    torch.manual_seed(0)
+    output = model.train()(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(output, reference.train()(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_other_families_evaluation_scales_each_branch(name):
+    model = family(name)
+    images = batches(1, pixels=16)[0][0]
+    reference = copy.deepcopy(model)
+    method = attached(model, images)
+    for block, probability in zip(residual_blocks(reference), method.survival, strict=True):
+        for child in ("drop_path", "drop_path1", "drop_path2", "stochastic_depth"):
+            if hasattr(block.module, child):
+                setattr(block.module, child, Scaled(probability))
+    torch.testing.assert_close(model.eval()(images), reference.eval()(images))

@@ -38,7 +38,7 @@ class Prune(Method):
         layers = super()._attach(example_inputs)
         self._groups = {group.name: group for group in find_groups(self.model)}
         self._kept = {group.name: list(range(group.channels)) for group in self._groups.values()}
-        self._blocks = {block.name: block for block in residual_blocks(self.model)}
+        self._blocks = {block.name: block for block in residual_blocks(self.model) if len(block.lasts) == 1}
         self._removed: list[str] = []
         self._finished = 0
         self._coefficient: Tensor | None = None

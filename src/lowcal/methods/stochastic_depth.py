@@ -39,7 +39,8 @@ class StochasticDepth(Method):
         if not self._blocks:
             raise LowcalError(
                 f"stochastic-depth drops residual blocks, and {type(self.model).__name__} has none that it knows; "
-                "use it with a ResNet or MobileNetV2, or train this network by another method"
+                "use it with a ResNet, RegNet, MobileNet, EfficientNet, ConvNeXt, Swin or ViT, or train this network "
+                "by another method"
             )
         layers = super()._attach(example_inputs)
         count = len(self._blocks)
@@ -117,7 +118,7 @@ class StochasticDepth(Method):
         if not model.training:
             for block, probability in zip(self._blocks, self.survival, strict=True):
                 if probability < 1:
-                    self._scales.append(block.last.register_forward_hook(partial(_scale, probability)))
+                    self._scales += [last.register_forward_hook(partial(_scale, probability)) for last in block.lasts]
             return
         for block, gate in zip(self._blocks, self._fixed or self._gates(), strict=True):
             if not gate:

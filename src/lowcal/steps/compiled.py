@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lowcal.drop_path import check_computes_all
 from lowcal.errors import LowcalError
 from lowcal.layers import weight_layers
 from lowcal.steps.step import EagerStep, Learning, StepOptions
@@ -55,7 +56,8 @@ class CompiledStep:
 
     @staticmethod
     def check(model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions) -> None:
-        """Refuses a network without blocks."""
+        """Refuses a network without blocks, and one whose shapes differ from step to step."""
+        check_computes_all(model, "compiled")
         if not find_blocks(model):
             raise LowcalError(f"{type(model).__name__} has no block of layers to compile; use the step 'eager'")
 

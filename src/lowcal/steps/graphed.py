@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from lowcal.drop_path import check_computes_all
 from lowcal.errors import LowcalError
 from lowcal.steps.compiled import CompiledStep
 from lowcal.steps.optimizing import is_fused
@@ -147,6 +148,7 @@ class GraphedStep:
     def check(cls, model: nn.Module, optimizers: Sequence[Optimizer], learning: Learning, options: StepOptions) -> None:
         """Refuses a device without graphs, steps that differ, and an optimizer that a graph cannot hold."""
         GRAPHS.check(options.device)
+        check_computes_all(model, "graphed")
         cls.kind.check(model, optimizers, learning, options)
         if learning.unreplayable is not None:
             raise LowcalError(f"the step 'graphed' cannot run {learning.name}: {learning.unreplayable}; use 'eager'")

@@ -21,7 +21,7 @@ LEVELS = [
     {"activations", "layers", "program", "schedule", "strided", "supervision", "trainable"},
     {"arguments", "fused", "method_settings", "products", "state"},
     {"hooks", "rules", "transition"},
-    {"discovery", "drop_path", "norms", "pending"},
+    {"discovery", "drop_path", "norms", "pending", "step_times"},
     {"updates"},
     {"local_layers"},
     {"local"},

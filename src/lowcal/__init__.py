@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
     from lowcal.rules import Frozen, Hebbian, Refresh, hebbian_update
-    from lowcal.schedule import Fixed, NormTrend, Quadratic
+    from lowcal.schedule import Budget, Fixed, NormTrend, Quadratic
     from lowcal.steps.make import make_step
     from lowcal.supervision import LossTrend
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "Budget",
     "Cached",
     "DistributedLoCal",
     "Fixed",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Budget": "schedule",
     "Cached": "cache",
     "DistributedLoCal": "parallel",
     "Fixed": "schedule",

@@ -47,3 +47,10 @@ def test_fault_trials():
     counts = [[int(cell) for cell in line.strip("|").split("|")[-2:]] for line in lines]
     tried, lossless = (sum(column) for column in zip(*counts, strict=True))
     assert tried == lossless == fact("exact resume")[0]
+
+
+def test_fine_tuning_at_the_same_time():
+    rows = {row["method"]: row for row in json.loads((ROOT / "results/finetune/summary.json").read_text())["rows"]}
+    difference = rows["sgd-compressed-2"]["top1_error"] - rows["freeze"]["top1_error"]
+    assert rows["sgd-compressed-2"]["seconds"] >= rows["freeze"]["seconds"]
+    assert fact("fine-tuning at the same time") == [round(difference, 1)]

@@ -4,18 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.cache import Cached
     from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
     from lowcal.rules import Frozen, Hebbian, Refresh, hebbian_update
-    from lowcal.schedule import Fixed, NormTrend, Quadratic
+    from lowcal.schedule import Budget, Fixed, NormTrend, Quadratic
     from lowcal.steps.make import make_step
     from lowcal.supervision import LossTrend
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "Budget",
+    "Cached",
     "DistributedLoCal",
     "Fixed",
     "Frozen",
@@ -32,6 +35,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Budget": "schedule",
+    "Cached": "cache",
     "DistributedLoCal": "parallel",
     "Fixed": "schedule",
     "Frozen": "rules",

@@ -112,6 +112,12 @@ def check_held(
             )
 
 
+def is_controlled(network: nn.Module) -> bool:
+    """Whether a controller has a layer of `network`."""
+    found = (_controllers.get(module) for module in network.modules())
+    return any(controller is not None and controller() is not None for controller in found)
+
+
 def check_free(layers: Mapping[str, nn.Module]) -> None:
     """Checks that no controller has one of `layers`.
 

@@ -18,6 +18,7 @@ from lowcal.local_layers import LocalLayers
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Progress, Schedule, reach, start
 from lowcal.state import check_state, completed
+from lowcal.step_times import StepTimes
 from lowcal.supervision import LossTrend, Supervision
 
 
@@ -109,6 +110,7 @@ class LoCal:
         self._changes: tuple[float, ...] = ()
         self._earlier: tuple[tuple[int, float], ...] = ()  # T and ||dW_E|| of the epochs before the last move
         self._remembers = getattr(schedule, "remembers", False)
+        self._times = StepTimes() if getattr(schedule, "measures", False) else None
 
         def checked_reach(depth: int) -> int:
             schedule.check(depth, epochs)
@@ -123,7 +125,7 @@ class LoCal:
                 "give example_inputs, one input of the model"
             )
         self._set_step()
-        self._local_layers.attach(example_inputs)
+        self._local_layers.attach(example_inputs, self._times.see if self._times else None)
         if first := start(schedule, len(self.layers)):
             self.move_to(first)
 
@@ -172,6 +174,10 @@ class LoCal:
                 "so lower the learning rate and go on from an earlier checkpoint"
             )
         changes = (*self._changes, change)
+        seconds = local.updates.clock.read()
+        if self._times:
+            self._times.measure(self.model, local.discovery.order, self.rule, reach(self.schedule, len(self.layers)))
+            self._times.taken.append((self.boundary, seconds))
         target = self.schedule(
             Progress(
                 epoch=self.epoch + 1,
@@ -182,6 +188,7 @@ class LoCal:
                 changes=changes,
                 ends=block_ends(self.model, self.layers),
                 earlier=self._earlier if self._remembers else None,
+                **(self._times.known() if self._times else {}),
             )
         )
         self._check_target(target)
@@ -220,6 +227,8 @@ class LoCal:
             readings["earlier"] = [list(norm) for norm in self._earlier]
         if local.change.by_step:
             readings["step_norms"] = local.change.sums()
+        if self._times:
+            readings["times"] = self._times.state_dict()
         return {
             "format": 1,
             "layers": list(self.layers),
@@ -257,6 +266,7 @@ class LoCal:
             self.boundary,
             remembers=self._remembers,
             by_step=local.change.by_step,
+            times=self._times is not None,
         )
         if order.layers:
             local.discovery.take(order)
@@ -267,6 +277,8 @@ class LoCal:
         self.history = tuple((epoch, boundary) for epoch, boundary in state["history"])
         self._losses, self._changes = tuple(state["losses"]), tuple(state["changes"])
         self._earlier = tuple((boundary, norm) for boundary, norm in state.get("earlier", ()))
+        if self._times:
+            self._times.load_state_dict(state["times"])
         local.updates.resume(state["steps"], state["skipped"], state["epoch_counts"])
         self._set_step()
         local.open()

@@ -83,8 +83,10 @@ class LocalLayers:
         parts = (self.discovery, self.updates, self._running_norms)
         self._finalizer = weakref.finalize(self, _remove, self._handles, *(part.handles for part in parts))
 
-    def attach(self, example_inputs: Any) -> None:
-        """Puts hooks on network and optimizers; traces `example_inputs` for the order of layers, unless None."""
+    def attach(self, example_inputs: Any, see: Callable[..., None] | None = None) -> None:
+        """Puts hooks on network and optimizers; traces `example_inputs`; `see` gets the arguments of each pass."""
+        if see is not None:
+            self._handles.append(self._model.register_forward_pre_hook(Hook(see), with_kwargs=True))
         if example_inputs is not None:
             self.discovery.take(trace(self._model, example_inputs))
         else:
@@ -264,7 +266,7 @@ class LocalLayers:
         if self.boundary:
             self.count_step(applied=self.updates.apply(optimizer))
         else:
-            self.updates.epoch_counts[0] += 1
+            self.updates.tick()
 
     # A step that is replayed
 
@@ -283,7 +285,7 @@ class LocalLayers:
         if self.boundary:
             self.count_step(applied=self.updates.acts)
         else:
-            self.updates.epoch_counts[0] += 1
+            self.updates.tick()
 
     # Several ranks
 

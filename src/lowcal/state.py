@@ -46,6 +46,7 @@ def check_state(
     *,
     remembers: bool = False,
     by_step: bool = False,
+    times: bool = False,
 ) -> Order:
     """Returns the order of layers in `state` after validating all of it.
 
@@ -57,6 +58,7 @@ def check_state(
         boundary: the present boundary.
         remembers: whether norms of earlier transition layers are needed (`Schedule.remembers`).
         by_step: whether norms are those of steps (`Schedule.measure`).
+        times: whether step times are needed (`Schedule.measures`).
 
     Raises:
         LowcalError: `state` is damaged, belongs to another network, is behind the present boundary, or lacks norms that
@@ -98,6 +100,8 @@ def check_state(
                 )
     _check_numbers(state, boundary)
     _check_norms(state, remembers, by_step)
+    if times and not _are_times(state.get("times")):
+        raise LowcalError("load_state_dict: 'times' is missing or damaged, and this schedule plans with step times")
     if names:
         transition = names[state["boundary"]]
         start, weight = state["start"], weight_of(layers[transition])
@@ -131,6 +135,20 @@ def _check_numbers(state: Mapping[str, Any], boundary: int) -> None:
             f"load_state_dict: the state's boundary is {state['boundary']} and the present one {boundary}, "
             "which never moves back; load it into a new LoCal"
         )
+
+
+def _are_times(times: Any) -> bool:
+    """Whether these are the step times of a schedule that plans with them."""
+    return (
+        isinstance(times, dict)
+        and all(isinstance(times.get(key), list) for key in ("measured", "taken"))
+        and all(
+            isinstance(entry, list) and len(entry) == 2 and is_count(entry[0], 0)
+            for entry in (*times["measured"], *times["taken"])
+        )
+        and all(is_number(seconds) and seconds > 0 for _, seconds in times["measured"])
+        and all(seconds is None or is_number(seconds) for _, seconds in times["taken"])
+    )
 
 
 def _check_norms(state: Mapping[str, Any], remembers: bool, by_step: bool) -> None:

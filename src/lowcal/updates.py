@@ -17,6 +17,7 @@ from lowcal.hooks import CaptureHook, Hook, LayerHook, UpdateHook
 from lowcal.pending import PendingUpdates
 from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
+from lowcal.step_times import StepClock
 
 if TYPE_CHECKING:
     from lowcal.parallel import Exchange
@@ -46,12 +47,14 @@ class LocalUpdates:
         steps: optimizer steps since the first layer became local.
         epoch_counts: in this epoch: steps, steps in which the rule acts, steps that applied an update.
         handles: the hooks' handles.
+        clock: measures the steps of this epoch.
     """
 
     def __init__(self, model: nn.Module, rule: Rule) -> None:
         self.steps = 0
         self.epoch_counts = [0, 0, 0]
         self.handles: list[RemovableHandle] = []
+        self.clock = StepClock()
         self._model, self._rule = model, rule
         self._pending = PendingUpdates(self._collect_compiled)
         self._layers: dict[int, _LocalLayer] = {}
@@ -237,10 +240,16 @@ class LocalUpdates:
 
     def count_step(self, applied: bool) -> None:
         """Counts an optimizer step, and whether it applied an update."""
-        counts = self.epoch_counts
-        self.epoch_counts = [counts[0] + 1, counts[1] + self.is_due, counts[2] + applied]
+        self.tick()
+        self.epoch_counts[1] += self.is_due
+        self.epoch_counts[2] += applied
         self.steps += 1
         self._set_due()
+
+    def tick(self) -> None:
+        """Counts an optimizer step of this epoch."""
+        self.epoch_counts[0] += 1
+        self.clock.tick()
 
     def apply(self, optimizer: Optimizer) -> bool:
         """Applies the waiting updates after a step of `optimizer`; returns whether there were any."""

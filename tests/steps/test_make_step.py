@@ -326,6 +326,14 @@ def test_a_mistake_is_one_line_and_changes_nothing(case):
     assert same(before, (dict(optimizer.state_dict()), weights(model)))
 
 
+def test_a_controller_must_be_given():
+    model = convnet()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    with lowcal.LoCal(model, optimizer, epochs=2), pytest.raises(LowcalError, match="the model learns under a LoCal"):
+        lowcal.make_step(model, optimizer, F.cross_entropy)
+    lowcal.make_step(model, optimizer, F.cross_entropy)  # detached
+
+
 def test_a_mini_batch_on_another_device_is_named():
     _, _, step = fresh("eager")
     inputs, targets = images(1)[0]

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from lowcal.errors import LowcalError
 from lowcal.training.process import Launch, is_lost
 from lowcal.training.signals import INTERRUPTED, PREEMPTED, Interrupted, catch_signals, ignore_signals
 
@@ -36,6 +37,10 @@ DataDirOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DeterministicOption = Annotated[
     bool, typer.Option("--deterministic", help="The same as --set deterministic=true: slower on a GPU.")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="SPEEDUP", help="As in 1.5x: the latest moves that save this much time."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
 
@@ -89,6 +94,17 @@ def _program() -> str:
         return "lowcal"
     here = f"--nproc-per-node {launch.local_world}" if launch.world == launch.local_world else "..."
     return f"torchrun {here} -m lowcal"
+
+
+def budget_settings(budget: str | None) -> list[str]:
+    """Return the settings of `--budget 1.5x`."""
+    if budget is None:
+        return []
+    try:
+        speedup = float(budget.removesuffix("x"))
+    except ValueError:
+        raise LowcalError(f"--budget {budget}: is no speed-up; write it as in --budget 1.5x") from None
+    return [f"local.schedule={{name: budget, speedup: {speedup}}}"]
 
 
 def free_folder(wanted: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowcal.commands.common import (
+    BudgetOption,
     DataDirOption,
     DeterministicOption,
     DeviceOption,
@@ -16,6 +17,7 @@ from lowcal.commands.common import (
     RecipeOption,
     SetOption,
     app,
+    budget_settings,
     free_folder,
     resumable,
 )
@@ -58,6 +60,7 @@ def compare(
         Path | None, typer.Option(help="Folder for the runs and the report [default: runs/RECIPE, or -2, -3 ...].")
     ] = None,
     settings: SetOption = None,
+    budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
@@ -70,7 +73,8 @@ def compare(
     from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
     from lowcal.report.headline import title
 
-    chosen = apply_settings(load_recipe(recipe), [*(settings or []), *(["deterministic=true"] * deterministic)])
+    changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
+    chosen = apply_settings(load_recipe(recipe), changes)
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     names = [name.strip() for name in methods.split(",")]
@@ -109,6 +113,7 @@ def train(
         bool, typer.Option("--extend", help="With --resume: for more epochs, of which --set epochs=N gives all.")
     ] = False,
     settings: SetOption = None,
+    budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
     quiet: QuietOption = False,
@@ -128,7 +133,7 @@ def train(
     if out is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
-    changes = [*(settings or []), *(["deterministic=true"] * deterministic)]
+    changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
     chosen = load_recipe(recipe or "digits")
     if recipe or not resume:
         chosen = apply_settings(chosen, changes)

@@ -112,8 +112,9 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
             "marker": "D",
             "markersize": 4,
         }
-        axes.plot(*_columns(line), **look, label="sgd, compressed")
-        axes.legend(**_LEGEND)
+        with style():
+            axes.plot(*_columns(line), **look, label="sgd, compressed")
+            axes.legend(**_LEGEND)
     return figure
 
 

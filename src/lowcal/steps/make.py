@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lowcal.arguments import bare_network, bare_optimizers
+from lowcal.arguments import bare_network, bare_optimizers, is_controlled
 from lowcal.errors import LowcalError, is_count, is_number, nearest
 from lowcal.local import LoCal
 from lowcal.parallel import DistributedLoCal
@@ -60,7 +60,7 @@ def make_step(
 
     Raises:
         LowcalError: the mode does not apply to the device, the optimizer or the network; `local` controls another
-            network; or an argument is out of range. Nothing is changed then.
+            network, or is missing; or an argument is out of range. Nothing is changed then.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -81,6 +81,8 @@ def make_step(
     network = bare_network(model.module if is_wrapped else model)
     if local is not None and local.model is not network:
         raise LowcalError("make_step: local controls another model; give the model that LoCal was built with")
+    if local is None and is_controlled(network):
+        raise LowcalError("make_step: the model learns under a LoCal; give it as make_step(..., local=...)")
     if is_wrapped and mode not in ("auto", "eager"):
         raise LowcalError(f"make_step: mode={mode!r} is for one process; use 'eager' with {type(model).__name__}")
     devices = {parameter.device for parameter in network.parameters()}

@@ -1,0 +1,142 @@
+"""A budget of time: the latest moves that meet it."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowcal
+from lowcal import LowcalError
+from lowcal.schedule import Budget, Progress
+from lowcal.step_times import StepClock, measure_steps
+
+from .networks import convnet, images
+from .support import same, sgd, train_step, weights
+
+LAYERS = 20
+
+
+def path(budget, costs, epochs, real=None):
+    """The boundary in each epoch if a step at boundary b takes `costs(b)` as measured, and `real(b)` in training."""
+    real = real or costs
+    times = {b: costs(b) for b in (0, 5, 10, 15)}
+    boundaries, taken = [0], []
+    for epoch in range(1, epochs):
+        taken.append((boundaries[-1], real(boundaries[-1])))
+        progress = Progress(epoch, epochs, LAYERS, 1, boundaries[-1], (1.0,), times=times, taken=tuple(taken))
+        boundaries.append(budget(progress))
+    return boundaries
+
+
+@given(least=st.floats(0.3, 0.8), epochs=st.integers(4, 60), part=st.floats(0.05, 0.95), drift=st.floats(0.9, 1.1))
+def test_it_meets_the_budget_with_the_latest_moves(least, epochs, part, drift):
+    """`drift`: real times at other boundaries over the measured ones. What was trained cannot be trained again."""
+
+    def costs(boundary):
+        return 1 - (1 - least) * boundary / 15
+
+    possible = epochs / (1 + (epochs - 1) * least)
+    speedup = 1 + part * (possible - 1)
+    for error in (1.0, drift):
+        found = path(Budget(speedup=speedup), costs, epochs, lambda b, e=error: costs(b) * (e if b else 1.0))
+        taken = epochs / sum(costs(b) * (error if b else 1.0) for b in found)
+        off = abs(error - 1.0)
+        assert speedup * (1 - off) - 1e-6 <= taken <= speedup * (1 + off) * (1 + 1.5 / epochs)
+        assert found == sorted(found)
+        assert len(set(found)) <= (3 if error == 1.0 else 6)  # late, and then as far as it goes
+
+
+def test_a_budget_by_hand():
+    """Ten epochs, half the time at 15 layers: 8 units are 6 epochs of 1 and 4 of 0.5."""
+    assert path(Budget(speedup=1.25), lambda b: 1 - b / 30, 10) == [0] * 6 + [15] * 4
+    # 10 / 1.3 = 7.69 units: 5 epochs of 1, one of 0.69 (10 layers: 0.67), 4 of 0.5.
+    assert path(Budget(speedup=1.3), lambda b: 1 - b / 30, 10) == [0] * 5 + [10] + [15] * 4
+
+
+def test_an_impossible_budget_is_refused_with_the_nearest():
+    with pytest.raises(LowcalError, match=r"a speed-up of 2 is out of reach: with 15 of 20 layers .* it is 1.82; give"):
+        path(Budget(speedup=2.0), lambda b: 1 - b / 30, 10)
+    with pytest.raises(LowcalError, match="speedup is 1; give a number, above 1"):
+        Budget(speedup=1)
+
+
+def test_the_clock_counts_what_is_between_steps():
+    clock = StepClock()
+    assert clock.read() is None
+    for _ in range(4):
+        time.sleep(0.01)
+        clock.tick()
+    assert 0.009 < clock.read() < 0.1
+    clock.tick()
+    assert clock.read() is None
+
+
+def test_measured_steps_get_shorter_and_change_nothing():
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(8)))
+    local = lowcal.LoCal(model, sgd(model), epochs=2, example_inputs=torch.zeros(2, 16, 8, 8))
+    order, before = local._local_layers.discovery.order, weights(model)
+    inputs = (torch.rand(8, 16, 24, 24),)
+    random = torch.get_rng_state()
+    times = measure_steps(model, order, lowcal.Frozen(), [0, 3, 7], inputs, {}, None)
+    assert times[0] > times[7] > 0
+    assert same(weights(model), before)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_steps_are_measured_on_a_whole_mini_batch(monkeypatch):
+    seen = []
+
+    def measure(model, order, rule, boundaries, args, *_):
+        seen.append(args[0].shape)
+        return {0: 1.0, 3: 0.5}
+
+    monkeypatch.setattr("lowcal.step_times.measure_steps", measure)
+    model = convnet()
+    optimizer = sgd(model)
+    local = lowcal.LoCal(model, optimizer, epochs=6, rule=lowcal.Frozen(), schedule=Budget(speedup=1.02))
+    inputs, labels = images(1)[0]
+    for size in (len(inputs), 2):  # the last mini-batch of an epoch is smaller
+        train_step(model, optimizer, (inputs[:size], labels[:size]))
+    with torch.no_grad():
+        model(torch.cat([inputs, inputs]))
+    local.end_epoch(1.0)
+    assert seen == [inputs.shape]
+
+
+def trained(epochs, state=None):
+    torch.manual_seed(0)
+    model = convnet()
+    optimizer = sgd(model)
+    local = lowcal.LoCal(model, optimizer, epochs=6, rule=lowcal.Frozen(), schedule=Budget(speedup=1.02))
+    if state is not None:
+        model.load_state_dict(state[0]), optimizer.load_state_dict(state[1])
+        local.load_state_dict(state[2])
+    for _ in range(epochs):
+        for batch in images(4):
+            train_step(model, optimizer, batch)
+        local.end_epoch(1.0)
+    return local, (model.state_dict(), optimizer.state_dict(), local.state_dict())
+
+
+def test_the_plan_is_in_the_state(monkeypatch):
+    times = {0: 1.0, 1: 0.9, 2: 0.8, 3: 0.7}
+    monkeypatch.setattr("lowcal.step_times.measure_steps", lambda *_: times)
+    monkeypatch.setattr(StepClock, "read", lambda self: None)
+    whole, _ = trained(6)
+    _, state = trained(2)
+    monkeypatch.setattr("lowcal.step_times.measure_steps", lambda *_: pytest.fail("measured again"))
+    again, _ = trained(4, state)
+    assert again.history == whole.history
+    assert whole.boundary > 0
+    with pytest.raises(LowcalError, match="'times' is missing or damaged"):
+        trained(0, (*state[:2], {key: value for key, value in state[2].items() if key != "times"}))
+
+
+def test_it_needs_a_training_pass():
+    model = convnet()
+    local = lowcal.LoCal(model, sgd(model), epochs=3, schedule=Budget(speedup=1.1), example_inputs=images(1)[0][0])
+    with pytest.raises(LowcalError, match="a budget needs a training pass"):
+        local.end_epoch(1.0)

@@ -174,13 +174,12 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
     def _end_epoch(self, state: TrainerState) -> None:
         local = self._controller()
         values: dict[str, Any] = {"lowcal/boundary": local.boundary, "lowcal/sign": local.sign}
-        assert self._loss is not None
-        loss, self._loss = self._loss / self._passes, None
-        self._passes = 0
+        if self._loss is None:
+            raise LowcalError("LoCalTrainerCallback: no training pass in this epoch; give the Trainer training data")
+        loss, self._loss, self._passes = self._loss / self._passes, None, 0
         local.end_epoch(loss)
-        state.log_history.append(
-            {**values, "lowcal/change": local.change, "epoch": state.epoch, "step": state.global_step}
-        )
+        values |= {"lowcal/change": local.change, "epoch": state.epoch, "step": state.global_step}
+        state.log_history.append(values)
 
 
 def _check_trainer(args: TrainingArguments, state: TrainerState) -> None:

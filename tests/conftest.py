@@ -35,13 +35,13 @@ def _remembered_costs():
     dry_cost, known = cost.dry_cost, {}
 
     @functools.wraps(dry_cost)
-    def remember(method, shape, *, precision):
+    def remember(method, shape, *, precision, cached=False):
         weights = [(name, value.shape, value.requires_grad) for name, value in method.model.named_parameters()]
         momentum = [group.get("momentum") for group in method.optimizer.param_groups]
-        sizes = str((type(method.optimizer), momentum, weights, shape, precision))
+        sizes = str((type(method.optimizer), momentum, weights, shape, precision, cached))
         key = (str(method.model), method.name, method.boundary, str(method.settings), sizes)
         if key not in known:
-            known[key] = dry_cost(method, shape, precision=precision)
+            known[key] = dry_cost(method, shape, precision=precision, cached=cached)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -64,6 +64,7 @@ MORE = {
     "is not a folder; give the folder of a run": ["train", "--out", "{}/run", "--resume"],
     "batch.size=1: is shared among 2 processes": [*COMMON, "--set", "batch=1"],
     "step=compiled: is for one process": [*COMMON, "--set", "step=compiled"],
+    "cache=disk: is for one process": [*COMMON, "--set", "cache=disk"],
     "2 processes on this machine, where torch finds 0": [*COMMON, "--device", "cuda"],
     "device 'cuda:1' is one for several processes": [*COMMON, "--device", "cuda:1"],
     "unknown setting 'epochz'": [*COMMON, "--set", "epochz=1"],

@@ -11,7 +11,7 @@ import pytest
 from .world import apart
 
 ROOT = Path(__file__).parents[1]
-MODULES = ["errors", "layers", "local", "rules", "schedule", "supervision", "pending", "steps.make"]
+MODULES = ["cache", "errors", "layers", "local", "rules", "schedule", "supervision", "pending", "steps.make"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.cache import Cached
     from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
@@ -17,6 +18,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Budget",
+    "Cached",
     "DistributedLoCal",
     "Fixed",
     "Frozen",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "Budget": "schedule",
+    "Cached": "cache",
     "DistributedLoCal": "parallel",
     "Fixed": "schedule",
     "Frozen": "rules",

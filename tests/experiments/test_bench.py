@@ -13,7 +13,7 @@ from torch import nn
 from lowcal.cli import main
 from lowcal.data import load, make_loader
 from lowcal.discovery import trace
-from lowcal.experiments.bench.limits import Parts, record
+from lowcal.experiments.bench.limits import Parts
 from lowcal.experiments.bench.run import (
     bench,
     fastest_path,
@@ -27,6 +27,7 @@ from lowcal.experiments.bench.show import bench_text, targets_text
 from lowcal.experiments.bench.timing import Work, summarise, time_in_turn
 from lowcal.layers import own_parameters
 from lowcal.models import build_model
+from lowcal.program import record
 from lowcal.schedule import NormTrend, Quadratic
 from lowcal.steps import graphed
 
@@ -70,18 +71,16 @@ def test_replayed_parts_give_what_the_network_gives(name, size, boundaries):
         with torch.no_grad():
             crossing = program.prefix({0: images})
         (found,) = program.suffix(crossing).values()
-        if name != "efficientnet_b0":  # whose random branches the parts draw in another order
-            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         wanted.square().mean().backward()
         found.square().mean().backward()
         for key, parameter in model.named_parameters():
             other = twin.get_parameter(key).grad
             assert (parameter.grad is None) == (other is None), key
-            if other is not None and name != "efficientnet_b0":
+            if other is not None:
                 torch.testing.assert_close(other, parameter.grad, rtol=0, atol=0)
         for key, buffer in model.named_buffers():
-            if name != "efficientnet_b0":
-                torch.testing.assert_close(twin.get_buffer(key), buffer, rtol=0, atol=0)
+            torch.testing.assert_close(twin.get_buffer(key), buffer, rtol=0, atol=0)
 
 
 def test_the_prefix_holds_all_that_needs_no_gradient():

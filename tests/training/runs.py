@@ -70,6 +70,7 @@ def make_run(
     group: TrainingGroup | None = None,
     device: str = "cpu",
     images_count: int = 22,
+    augment: bool = True,
     **options: Any,
 ) -> Run:
     """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `RunOptions`."""
@@ -83,7 +84,7 @@ def make_run(
         batch=5,
         seed=seed,
         shuffle=True,
-        augmentation=Augmentation(pad=1, flip=True),
+        augmentation=Augmentation(pad=1, flip=True) if augment else None,
         **statistics,
     )
     if RunFolder.holds_run(path) or not group.is_main:

@@ -214,10 +214,13 @@ class Batches(Loader):
             pixels = _crop_and_flip(pixels, rows[:, 1:], self.augmentation)
         return self._normalise(pixels), self.images.labels[index]
 
+    def inputs_at(self, index: Tensor) -> Tensor:
+        """x, without augmentation, of the images at the positions `index`, int64 (n,)."""
+        return self._normalise(self.images.pixels_at(index.to(self.device)))
+
     def sample_input(self, count: int) -> Tensor:
         """As `Loader`."""
-        index = torch.arange(min(count, self.count), device=self.device)
-        return self._normalise(self.images.pixels_at(index))
+        return self.inputs_at(torch.arange(min(count, self.count)))
 
     def _random_state(self) -> dict[str, Any]:
         return {"random": self._epoch_start if self._position else self._random.get_state()}

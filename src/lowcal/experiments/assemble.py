@@ -14,17 +14,18 @@ from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_lo
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError, nearest
 from lowcal.experiments.backends import puts_channels_last
-from lowcal.experiments.recipe import BatchSettings, OptimizerSettings, Recipe, lr_at
+from lowcal.experiments.recipe import BatchSettings, CacheSettings, OptimizerSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
 from lowcal.methods import Method, build_method, find_method
-from lowcal.methods.boundary import Local
+from lowcal.methods.boundary import Freeze, Local
 from lowcal.models import build_model, check_input
 from lowcal.norms import synchronise
 from lowcal.pretrained import load_weights
 from lowcal.steps.modes import find_step
-from lowcal.steps.step import StepOptions
+from lowcal.steps.step import StepOptions, autocast
 from lowcal.strided import slice_inputs
 from lowcal.training.batch_growth import BatchGrowth
+from lowcal.training.cached import CachedBatches, CacheOptions
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import gather_environment
 from lowcal.training.process import ALONE, Launch
@@ -74,15 +75,19 @@ def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> 
     return load(data_dir=data_dir, **settings)
 
 
-def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device) -> str | None:
+def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device, out: Path = Path()) -> str | None:
     """Builds each method once, so that a mistake is found before anything is written.
+
+    Args:
+        out: the folder of the runs, on whose disk a cache may be.
 
     Returns:
         Which weights the network begins with; None for new ones.
 
     Raises:
         LowcalError: the network does not take the images, the batch is larger than the data, a method is unknown or
-            does not apply, the schedule does not fit the network, or the step does not fit the method or the device.
+            does not apply, the schedule does not fit the network, the step does not fit the method or the device, or
+            what is frozen cannot be cached.
     """
     if recipe.batch.size > len(data.train):
         raise LowcalError(
@@ -95,8 +100,24 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
             model, optimizer, attached, _, loaded = _parts(recipe, method, data, cpu)
         if recipe.step != "auto":
             find_step(recipe.step).check(model, (optimizer,), attached, StepOptions(device, recipe.precision))
+        if (cache := _cache(recipe.cache)) is not None and isinstance(attached, Freeze) and attached.caches:
+            _check_cache(recipe, cache, attached, data, device, out)
         attached.detach()
     return loaded
+
+
+def _check_cache(
+    recipe: Recipe, cache: CacheOptions, method: Freeze, data: Dataset, device: torch.device, out: Path
+) -> None:
+    """Checks that each boundary of the run can be cached; moves the boundary of `method`, which is on the CPU."""
+    if "compiled" in recipe.step:
+        raise LowcalError(f"step={recipe.step}: does not go with a cache; --set step=eager, or cache=none")
+    cpu = torch.device("cpu")
+    batches = CachedBatches.of_run(method, _loader(recipe, data, cpu, Shard(), training=True), cache, out)
+    with torch.random.fork_rng([]), autocast(cpu, recipe.precision):
+        for boundary in method.boundaries():
+            method.move_to(boundary)
+            batches.network.check(device)
 
 
 def images_of(data: Dataset) -> dict[str, Any]:
@@ -177,6 +198,7 @@ def build_run(
             max_skips=recipe.guard.max_skips,
             max_norm=recipe.optimizer.max_norm,
             label_smoothing=recipe.label_smoothing,
+            cache=_cache(recipe.cache),
             checkpoint_minutes=recipe.checkpoint.minutes,
         ),
         growth=_growth(recipe.batch, len(data.train)),
@@ -239,6 +261,12 @@ def _first_boundary(frozen: int | float | str, layers: Sequence[str]) -> int:
             raise LowcalError(f"model.frozen={frozen}: no layer has this name{nearest(frozen, layers)}")
         return found[-1]
     return frozen if isinstance(frozen, int) else int(frozen * len(layers) + 1e-9)
+
+
+def _cache(settings: CacheSettings) -> CacheOptions | None:
+    if settings.where == "none":
+        return None
+    return CacheOptions(settings.where == "disk", settings.limit, settings.half)
 
 
 def _growth(batch: BatchSettings, images: int) -> BatchGrowth:

@@ -59,7 +59,7 @@ def compare(
     refuse_unwritable(out)
     data = load_data(recipe, data_dir)
     note_skipped(data, watcher)
-    if loaded := check(recipe, list(methods), data, device):
+    if loaded := check(recipe, list(methods), data, device, out):
         watcher.note(loaded)
     waiting = [arm for arm in arms if not _is_finished(out / arm.folder)]
     if len(waiting) < len(arms):

@@ -75,14 +75,34 @@ class BatchSettings(Settings):
 
     def __post_init__(self) -> None:
         if isinstance(self.memory_limit, str):
-            object.__setattr__(self, "memory_limit", _in_bytes(self.memory_limit))
+            object.__setattr__(self, "memory_limit", _in_bytes("batch.memory_limit", self.memory_limit))
         super().__post_init__()
 
 
-def _in_bytes(text: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings(Settings):
+    """Whether methods with frozen layers compute them once for each image, and `where` the results are stored.
+
+    It needs images that are the same in each epoch (data.augment=false). `limit` is the most bytes, or text such as
+    8GiB (None: those that are free). `half` stores single precision in half of the bytes, rounded.
+    """
+
+    short: ClassVar[str] = "where"
+
+    where: Literal["none", "memory", "disk"] = "none"
+    limit: Count | None = None
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit, str):
+            object.__setattr__(self, "limit", _in_bytes("cache.limit", self.limit))
+        super().__post_init__()
+
+
+def _in_bytes(key: str, text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B", text)
     if match is None:
-        raise LowcalError(f"batch.memory_limit={text}: must be a number of bytes, or one with its unit, as in 8GiB")
+        raise LowcalError(f"{key}={text}: must be a number of bytes, or one with its unit, as in 8GiB")
     number, prefix = match.groups(default="")
     return round(float(number) * (1024 if prefix.endswith("i") else 1000) ** " KMGT".index(prefix[:1] or " "))
 
@@ -178,6 +198,7 @@ class Recipe(Settings):
     prune: PruneSettings
     checkpoint: CheckpointSettings
     guard: GuardSettings
+    cache: CacheSettings
 
     def __post_init__(self) -> None:
         super().__post_init__()

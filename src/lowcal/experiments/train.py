@@ -77,7 +77,7 @@ def train(
     with group.local_main_first():  # data may have to be downloaded, or decoded and kept
         data = load_data(recipe, data_dir, group.launch)
     note_skipped(data, watcher)
-    if loaded := group.from_main(lambda: check(recipe, [method], data, group.device)):
+    if loaded := group.from_main(lambda: check(recipe, [method], data, group.device, folder)):
         watcher.note(loaded)
     arm = Arm(method, recipe.seed)
     with cpu_threads(recipe.threads), kernels_of(recipe):
@@ -104,6 +104,8 @@ def _refuse_for_many(recipe: Recipe, world: int) -> None:
             f"batch.size={recipe.batch.size}: is divided among {world} processes, so it must be at least {world}; "
             "--set batch.size=N, or start fewer"
         )
+    if recipe.cache.where != "none":
+        raise LowcalError(f"cache={recipe.cache.where}: is for one process; --set cache=none, or start it alone")
     if recipe.step not in ("auto", "eager"):
         raise LowcalError(f"step={recipe.step}: is for one process; --set step=eager, or start it without torchrun")
 

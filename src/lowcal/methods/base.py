@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lowcal.cache import Cached, Inputs
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError
 from lowcal.settings import Settings
@@ -36,12 +37,14 @@ class Method:
         layers: names of the network's weight layers in the order of the forward pass.
         period: after so many optimizer steps the kinds of step repeat.
         unreplayable: why a step cannot be recorded on the device and replayed; None if it can.
+        caches: whether the layers before the boundary stay the same, so that they can be computed once for each image.
     """
 
     name: ClassVar[str]
     section: ClassVar[str] = "local"
     period: int = 1
     unreplayable: ClassVar[str | None] = None
+    caches: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -86,6 +89,13 @@ class Method:
         those of `torch.nn.parallel.DistributedDataParallel`.
         """
         return DistributedDataParallel(self.model, **ddp_options)
+
+    def cached(self, inputs: Inputs, **options: Any) -> Cached:
+        """The network with its frozen layers computed once for each image, if the method `caches`.
+
+        The options are those of `lowcal.Cached`.
+        """
+        raise NotImplementedError(f"{self.name} has no frozen layers")
 
     @property
     def phase(self) -> int:

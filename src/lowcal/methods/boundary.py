@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lowcal.cache import Cached, Inputs
 from lowcal.local import LoCal
 from lowcal.method_settings import LocalSettings
 from lowcal.methods.base import Fact, Method
 from lowcal.parallel import DistributedLoCal
 from lowcal.rules import Frozen, Hebbian, Rule
 from lowcal.rules import Refresh as RefreshRule
+from lowcal.schedule import Fixed, reach
 from lowcal.settings import annotations_of
 from lowcal.supervision import LossTrend, Supervision
 
@@ -108,12 +110,27 @@ class Freeze(Local):
     """The layers before the boundary keep their weights, the others learn by SGD (Sec. 3.1)."""
 
     name: ClassVar[str] = "freeze"
+    caches: ClassVar[bool] = True
 
     def _rule(self) -> Rule:
         return Frozen()
 
     def _supervision(self) -> Supervision | None:
         return None
+
+    def cached(self, inputs: Inputs, **options: Any) -> Cached:
+        """The network with the layers before the boundary computed once for each image."""
+        return Cached(self._local, inputs, **options)
+
+    def boundaries(self) -> list[int]:
+        """The boundaries above 0 that training can have from here on, ascending."""
+        schedule, now = self._local.schedule, self.boundary
+        planned = (
+            schedule.boundaries.values()
+            if isinstance(schedule, Fixed)
+            else range(now, reach(schedule, len(self.layers)) + 1)
+        )
+        return sorted({now, *(boundary for boundary in planned if boundary > now)} - {0})
 
     def facts(self) -> dict[str, Fact]:
         """The transition layer's change."""
@@ -127,6 +144,7 @@ class Refresh(Freeze):
     """
 
     name: ClassVar[str] = "refresh"
+    caches: ClassVar[bool] = False
 
     def _rule(self) -> Rule:
         return RefreshRule(self.settings.refresh_every)

@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowcal.cache import Suffix
 from lowcal.data import Shard
 from lowcal.methods import Method
-from lowcal.steps.step import PRECISIONS, EagerStep, StepOptions
+from lowcal.program import record
+from lowcal.steps.step import PRECISIONS, EagerStep, StepOptions, autocast
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,22 @@ class Cost:
     Attributes:
         flops: floating-point operations in products, as `flop_counter` counts them, on average over many steps.
         peak_bytes: most bytes that tensors hold at a time: weights, gradients, optimizer state, images, activations.
+        cached_flops: floating-point operations of the layers that are computed once for each image, for a mini-batch.
     """
 
     flops: int
     peak_bytes: int
+    cached_flops: int = 0
 
 
-def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32") -> Cost:
+def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32", cached: bool = False) -> Cost:
     """The cost of one training step of `method` at its present boundary, from a copy of its network without data.
 
     Args:
         method: attached to a network; neither changes.
         shape: of the mini-batch's images, (N, C, H, W).
         precision: "float32", "bf16" or "fp16".
+        cached: whether the layers before the boundary are computed once for each image.
     """
     # Autocast ignores meta tensors but converts fake ones, which are slower. Only what is made here may be fake: a
     # method still draws real numbers.
@@ -57,11 +62,17 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
         twin = method.twin(model, optimizer, images)
         model.train()
         _make_state(optimizer)
-        step = EagerStep(model, (optimizer,), twin, StepOptions(torch.device("cpu"), precision))
+        network, inputs, cached_flops = model, [images], 0
+        if cached and twin.boundary:
+            network = suffix = Suffix(model)
+            with autocast(torch.device("cpu"), precision):
+                program = suffix.programs[len(images)] = record(model, images)
+                cached_flops = _count(lambda: inputs.extend(program.prefix({0: inputs.pop()}).values()))
+        step = EagerStep(network, (optimizer,), twin, StepOptions(torch.device("cpu"), precision))
         live.peak = live.now
-        flops = round(twin.expected_flops(lambda: step(images, labels), _count))
+        flops = round(twin.expected_flops(lambda: step(*inputs, labels), _count))
         twin.detach()
-        return Cost(flops, live.peak)
+        return Cost(flops, live.peak, cached_flops)
 
 
 def _make_state(optimizer: Optimizer) -> None:
@@ -211,10 +222,13 @@ class CostMeter:
         device: the device of the network.
         precision: of its steps.
         world: processes that share each mini-batch.
+        cached: whether the layers before the boundary are computed once for each image.
     """
 
-    def __init__(self, method: Method, device: torch.device, precision: str, world: int = 1) -> None:
-        self._method, self._device, self._precision = method, device, precision
+    def __init__(
+        self, method: Method, device: torch.device, precision: str, world: int = 1, *, cached: bool = False
+    ) -> None:
+        self._method, self._device, self._precision, self._cached = method, device, precision, cached
         self._largest = Shard(0, world)
         self._costs: dict[tuple[int, ...], Cost] = {}
         # Bytes, in the epochs since `reset`: a step that is replayed on the device allocates only once.
@@ -244,14 +258,16 @@ class CostMeter:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
         return self._peak
 
-    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int) -> tuple[int, int]:
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int, *, fills: bool = False) -> tuple[int, int]:
         """The FLOPs of steps, and the most bytes that one of them takes on a device.
 
         Args:
             shapes: how many steps there were for each shape of images, over all processes.
             peak: the bytes if the device counted them, else 0.
+            fills: whether these are the first steps at this boundary, which fill the cache.
         """
-        flops = sum(self._cost(shape).flops * count for shape, count in shapes.items())
+        costs = [(self._cost(shape), count) for shape, count in shapes.items()]
+        flops = sum((cost.flops + fills * cost.cached_flops) * count for cost, count in costs)
         return flops, peak or max(self._cost(self._largest_shard(shape)).peak_bytes for shape in shapes)
 
     def _largest_shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -260,5 +276,5 @@ class CostMeter:
 
     def _cost(self, shape: tuple[int, ...]) -> Cost:
         if shape not in self._costs:
-            self._costs[shape] = dry_cost(self._method, shape, precision=self._precision)
+            self._costs[shape] = dry_cost(self._method, shape, precision=self._precision, cached=self._cached)
         return self._costs[shape]

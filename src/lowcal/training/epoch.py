@@ -72,7 +72,10 @@ class EpochLoop:
         self._state, self._steps = state, steps
         self._options, self._group, self._growth = state.options, state.group, state.growth
         self._model, self._method = state.train.model, state.train.method
-        self._meter = CostMeter(self._method, self._options.device, self._options.precision, self._group.world)
+        cached = self._options.cache is not None and self._method.caches
+        self._meter = CostMeter(
+            self._method, self._options.device, self._options.precision, self._group.world, cached=cached
+        )
         minutes = self._options.checkpoint_minutes if self._options.checkpoint else None
         self._save_every = math.inf if minutes is None else 60.0 * minutes
         self._last_save = 0.0
@@ -234,7 +237,7 @@ class EpochLoop:
                 raise self._diverged("every step was skipped, the last", epoch.steps)
             self._record_peak()
             peak = self._group.max(epoch.peak)
-            flops, peak = self._group.from_main(lambda: self._meter.count(Counter(epoch.shapes), peak))
+            flops, peak = self._group.from_main(lambda: self._counted(peak))
             self._group.broadcast(self._model.buffers())  # running statistics, which each process takes of its shard
             test_loss, top1_error = evaluate(
                 self._model,
@@ -261,6 +264,12 @@ class EpochLoop:
             "flops": flops,
             "peak_memory_bytes": peak,
         }
+
+    def _counted(self, peak: int) -> tuple[int, int]:
+        """The epoch's FLOPs, and the most bytes of a step."""
+        records = self._state.folder.read_epochs()
+        is_first = not records or records[-1]["boundary"] != self._method.boundary
+        return self._meter.count(Counter(self._epoch.shapes), peak, fills=is_first)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images for evaluation; a signal ends it, and the run is saved as it was before."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lowcal.activations import FILE
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
@@ -167,6 +168,7 @@ class Run:
 
         def write() -> dict[str, Any]:
             export_weights(self.model, self.folder.path)
+            (self.folder.path / FILE).unlink(missing_ok=True)
             return self.folder.summarise()  # last: its presence means that the run is finished
 
         return self.group.from_main(write)

@@ -128,9 +128,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run. After a crash in between the folder still `may_be_replaced`, or is half made."""
-        last = (SUMMARY, DIVERGED, RECIPE, ENVIRONMENT, EPOCHS)
+        patterns = (CHECKPOINTS, ".*.tmp", "*.safetensors", SUMMARY, DIVERGED, RECIPE, ENVIRONMENT, EPOCHS)
         try:
-            for path in (*self.path.glob(CHECKPOINTS), *self.path.glob(".*.tmp"), *(self.path / name for name in last)):
+            for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise refused(self.path, error) from error

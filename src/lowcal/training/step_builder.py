@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowcal.activations import FILE
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.norms import separate
 from lowcal.steps.graphed import EAGER_STEPS
 from lowcal.steps.modes import build_step, candidates
-from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, now
+from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, keep_batch, now
+from lowcal.training.cached import CachedBatches, CachedStep
 from lowcal.training.distributed import TrainingGroup
 
 if TYPE_CHECKING:
@@ -94,14 +97,20 @@ class StepBuilder:
 
     def __init__(self, state: RunState) -> None:
         self._state = state
-        self.step = self._build(state.train, state.group, state.step_mode or "eager")
+        self._cache: CachedBatches | None = None
+        method, cache = state.train.method, state.options.cache
+        if cache is not None and method.caches:
+            (state.folder.path / FILE).unlink(missing_ok=True)  # a resumed run makes its cache again
+            self._cache = CachedBatches.of_run(method, state.loader, cache, state.folder.path)
+        self.step = self._build(state.train, state.group, state.step_mode or "eager", self._cache)
 
     def rebuild(self) -> None:
         """Builds the step for the network as it is now; to be called after each move."""
         if self._state.group.world > 1:
             del self.step
             gc.collect()  # also removes DDP's hooks on the parameters
-        self.step = self._build(self._state.train, self._state.group, self._state.step_mode or "eager")
+        state = self._state
+        self.step = self._build(state.train, state.group, state.step_mode or "eager", self._cache)
 
     def try_steps(
         self,
@@ -134,7 +143,10 @@ class StepBuilder:
             if alone:
                 separate(trial.model)
             try:
-                step = self._build(trial, TrainingGroup(), mode or state.step_mode or "eager")
+                cache = None
+                if self._cache is not None:
+                    cache, batch = CachedBatches.of_batch(trial.method, *state.loader.collate(*batch))
+                step = self._build(trial, TrainingGroup(), mode or state.step_mode or "eager", cache)
                 for _ in range(steps):
                     start = now(device)
                     step(*batch)
@@ -172,8 +184,12 @@ class StepBuilder:
             return None
         options, method = state.options, state.train.method
         modes = [mode for mode in candidates(options.device) if mode == "eager" or method.unreplayable is None]
+        compiled = [] if self._cache is not None else ["compiled", "graphed-compiled"]
         shapes = tuple((p.shape, p.stride()) for p in state.train.model.parameters())
-        key = (shapes, state.loader.shape, images, options.device, options.precision, options.max_skips > 0, *modes)
+        key = (
+            *(shapes, state.loader.shape, images, options.device, options.precision, options.max_skips > 0),
+            *(self._cache is not None, *modes),
+        )
         if key not in _chosen and len(modes) == 1:
             _chosen[key] = modes[0]
         elif key not in _chosen:
@@ -184,14 +200,14 @@ class StepBuilder:
 
             times = fastest(modes, seconds)
             if times["eager"] * len(state.loader) * options.epochs > LONG_RUN:
-                times = fastest([*times, "compiled", "graphed-compiled"], lambda mode: times.get(mode) or seconds(mode))
+                times = fastest([*times, *compiled], lambda mode: times.get(mode) or seconds(mode))
             *others, _chosen[key] = times
             steps = ", ".join(f"{mode} {1000 * times[mode]:.3g} ms" for mode in (_chosen[key], *others))
             note = f"step={_chosen[key]}, chosen in {perf_counter() - begin:.1f} s by the time of a step: {steps}"
         state.step_mode = _chosen[key]
         return note
 
-    def _build(self, train: TrainState, group: TrainingGroup, mode: str) -> Step:
+    def _build(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
         loader, run = self._state.loader, self._state.options
         options = StepOptions(
             run.device,
@@ -205,4 +221,8 @@ class StepBuilder:
         )
         if group.world > 1:
             return DistributedStep(train.optimizer, train.method, options, group=group)
+        if cache is not None and train.method.boundary:
+            options = replace(options, collate=keep_batch)
+            step = build_step(mode, cache.network.suffix, (train.optimizer,), train.method, options)
+            return CachedStep(step, cache, options)
         return build_step(mode, train.model, (train.optimizer,), train.method, options)

@@ -18,6 +18,7 @@ from lowcal.methods import Method
 from lowcal.steps.modes import find_step
 from lowcal.steps.step import StepOptions, build_scaler
 from lowcal.training.batch_growth import BatchGrowth, cpu_copy
+from lowcal.training.cached import CacheOptions
 from lowcal.training.checkpoint import load_checkpoint, save_checkpoint
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.epoch_state import EpochState
@@ -41,6 +42,7 @@ class RunOptions:
             stops the run.
         max_norm: gradients with a larger norm over all parameters are scaled down to it; None: they are not clipped.
         label_smoothing: the part of the target that all classes share.
+        cache: how frozen layers are computed once for each image; None: they are not.
         checkpoint: whether the run is saved at the end of each epoch.
         checkpoint_minutes: minutes between checkpoints within an epoch; None: none are saved there.
     """
@@ -54,6 +56,7 @@ class RunOptions:
     max_skips: int = 0
     max_norm: float | None = None
     label_smoothing: float = 0.0
+    cache: CacheOptions | None = None
     checkpoint: bool = True
     checkpoint_minutes: float | None = 10.0
 

@@ -1,0 +1,80 @@
+"""Runs whose frozen layers are computed once for each image: the same, but for the work that is saved."""
+
+import pytest
+import torch
+
+from lowcal import LowcalError
+from lowcal.activations import FILE
+from lowcal.steps import graphed
+from lowcal.training.cached import CacheOptions
+from lowcal.training.cost import dry_cost
+
+from ..steps.software_graphs import SoftwareGraphs
+from ..support import same
+from .runs import make_run, network, outcome, run_on, settings
+
+MOVES = {1: 1, 3: 2}  # both before the dropout
+COSTS = ("flops", "peak_memory_bytes")
+
+
+def cached_run(path, cache="memory", **options):
+    options = {"augment": False, "local": settings(MOVES, norm_stats="running"), **options}
+    return make_run(path, "freeze", cache=None if cache is None else CacheOptions(cache == "disk"), **options)
+
+
+def results(run):
+    """The outcome of a run without the costs."""
+    found = outcome(run)
+    return {**found, "log": [{k: v for k, v in record.items() if k not in COSTS} for record in found["log"]]}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return results(run_on(cached_run(tmp_path_factory.mktemp("plain") / "run", None, fused=True)))
+
+
+@pytest.mark.parametrize("step", ["eager", "graphed"])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_run_is_bitwise_the_one_without_the_cache(tmp_path, monkeypatch, plain, cache, step):
+    """Two moves, dropout, smaller last batches; warmed up as in the command."""
+    monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
+    run = cached_run(tmp_path / "run", cache, step=step, fused=True)
+    run.warm_up()
+    assert same(results(run_on(run)), plain)
+    assert (run.folder.path / FILE).exists() == (cache == "disk")
+    run.finish()
+    assert not (run.folder.path / FILE).exists()
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_resumed_run_is_too(tmp_path, plain, cache):
+    run_on(cached_run(tmp_path / "run", cache, fused=True), 2)
+    torch.manual_seed(99)
+    run = cached_run(tmp_path / "run", cache, fused=True)
+    assert run.resume() == ()
+    run.warm_up()
+    assert same(results(run_on(run)), plain)
+
+
+def test_the_work_that_is_saved_is_counted(tmp_path):
+    """Full steps at boundary 0; behind it the rest of the network, and in the first epoch the prefix once."""
+    runs = [run_on(cached_run(tmp_path / str(cache), cache)) for cache in (None, "memory")]
+    plain, cached = ([record["flops"] for record in run.folder.read_epochs()] for run in runs)
+    cost = {size: dry_cost(runs[1].method, (size, 2, 6, 6), cached=True) for size in (5, 2)}
+    prefix, suffix = (4 * getattr(cost[5], name) + getattr(cost[2], name) for name in ("cached_flops", "flops"))
+    convolution = 2 * 22 * 36 * 9 * 4  # FLOPs per input channel of the first two layers, for 22 images
+    assert prefix == convolution * (2 + 4)
+    assert cached[0] == plain[0]
+    assert cached[4:] == [suffix, suffix]
+    assert cached[3] == prefix + suffix == plain[3]
+    assert cached[1] > cached[2]
+
+
+def test_random_images_are_refused(tmp_path):
+    with pytest.raises(LowcalError, match=r"--set data.augment=false"):
+        cached_run(tmp_path / "run", augment=True)
+
+
+@pytest.mark.parametrize("method", ["sgd", "local", "refresh"])
+def test_other_methods_ignore_it(tmp_path, method):
+    run_on(make_run(tmp_path / "run", method, cache=CacheOptions(), model=network()), 2)

@@ -56,6 +56,28 @@ def test_a_resumed_run_is_too(tmp_path, plain, cache):
     assert same(results(run_on(run)), plain)
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_run_killed_inside_an_epoch_goes_on(tmp_path, plain, cache):
+    """After two steps behind the boundary."""
+    run = run_on(cached_run(tmp_path / "run", cache, fused=True, checkpoint_minutes=1e-9), 1)
+    step, taken = run._steps.step, []
+
+    def ends(*batch):
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        return step(*batch)
+
+    ends.skipped = None
+    run._steps.step = ends
+    with pytest.raises(KeyboardInterrupt):
+        run.run_epoch()
+    run = cached_run(tmp_path / "run", cache, fused=True)
+    assert run.resume() == ()
+    assert (run.finished, run.finished_steps) == (1, 2)
+    assert same(results(run_on(run)), plain)
+
+
 def test_the_work_that_is_saved_is_counted(tmp_path):
     """Full steps at boundary 0; behind it the rest of the network, and in the first epoch the prefix once."""
     runs = [run_on(cached_run(tmp_path / str(cache), cache)) for cache in (None, "memory")]

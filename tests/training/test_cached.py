@@ -5,8 +5,9 @@ import torch
 
 from lowcal import LowcalError
 from lowcal.activations import FILE
+from lowcal.data import FileBatches, Files
 from lowcal.steps import graphed
-from lowcal.training.cached import CacheOptions
+from lowcal.training.cached import CachedBatches, CacheOptions
 from lowcal.training.cost import dry_cost
 
 from ..steps.software_graphs import SoftwareGraphs
@@ -95,6 +96,13 @@ def test_the_work_that_is_saved_is_counted(tmp_path):
 def test_random_images_are_refused(tmp_path):
     with pytest.raises(LowcalError, match=r"--set data.augment=false"):
         cached_run(tmp_path / "run", augment=True)
+
+
+def test_files_that_are_decoded_in_each_epoch_are_refused(tmp_path):
+    files = Files(("one.png",), torch.zeros(1, dtype=torch.int64), None, (0.5,), (0.5,))
+    loader = FileBatches(files, batch=1, mean=files.mean, std=files.std)
+    with pytest.raises(LowcalError, match="decoded for each mini-batch"):
+        CachedBatches.of_run(cached_run(tmp_path / "run").method, loader, CacheOptions(), tmp_path)
 
 
 @pytest.mark.parametrize("method", ["sgd", "local", "refresh"])

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         with _exit_on_signal():  # imports take seconds
-            from lowcal.commands import runs, studies  # noqa: F401  (each adds its commands to `app`)
+            from lowcal.commands import info, runs, studies  # noqa: F401  (each adds its commands to `app`)
             from lowcal.training.process import keep_freed_memory
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -138,7 +138,7 @@ class Freeze(Local):
 
 
 class Refresh(Freeze):
-    """The layers before the boundary keep their weights, but learn by SGD with the others in every n-th step.
+    """The layers before the boundary keep their weights, but learn by SGD once every n steps.
 
     Ours, beyond the paper.
     """

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import lowcal
+
 __all__ = ["code_digest", "gather_environment"]
 
 PACKAGE = Path(__file__).parents[1]
@@ -37,7 +39,7 @@ def gather_environment(device: str) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if is_cuda else _processor_name(),
         "torch": str(torch.__version__),
         "torchvision": _version("torchvision"),
-        "lowcal": _version("lowcal"),
+        "lowcal": lowcal.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),

@@ -210,8 +210,23 @@ def test_more_than_is_free_is_refused(monkeypatch):
     model = convolutions()
     images, _ = images_of()
     monkeypatch.setattr("lowcal.cache.free_bytes", lambda device, folder: 1000)
-    with pytest.raises(LowcalError, match="but 1000 bytes are free"):
-        Cached(controller(model, images), images).check()
+    local = controller(model, images)
+    for limit in (None, 2**30):
+        with pytest.raises(LowcalError, match="but 1000 bytes are free"):
+            Cached(local, images, limit=limit).check()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    model = convolutions()
+    images, _ = images_of()
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(LowcalError, match="No space left on device") as error:
+        Cached(controller(model, images), images, folder=tmp_path)(torch.arange(4))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 class Mixing(Net):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Sequence
@@ -111,8 +112,8 @@ class FileStore(MemoryStore):
             folder.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 head, offsets, end = _head(layouts, count)
+                _reserve(file.fileno(), end)
                 file.write(head)
-                file.truncate(end)
             storage: Any = torch.UntypedStorage.from_file(str(unfinished), True, end)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
@@ -186,6 +187,14 @@ def free_bytes(device: torch.device, folder: Path | None) -> int | None:
     except OSError:  # not Linux
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Gives an open file `size` bytes on the disk: where none are left, writing to mapped memory ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
 
 
 _UNKNOWN = b"0" * 64  # in place of the digest until the file is whole

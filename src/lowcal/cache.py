@@ -122,17 +122,17 @@ class Cached:
         self._check_limit(device or self._device)
 
     def _check_limit(self, device: torch.device) -> None:
-        free = free_bytes(device, self._folder)
-        limit, what = (free, "are free") if self._limit is None else (self._limit, "are allowed (limit)")
         needed = len(self._inputs) * sum(layout.bytes_per_image for layout in self._layouts)
-        if limit is not None and needed > limit:
-            remedy = "raise the limit, " if self._limit is not None else ""
-            remedy += "" if self._half else "store halves (half), "
-            remedy += "store on disk, " if self._folder is None else ""
-            raise LowcalError(
-                f"the cache at boundary {self._local.boundary} needs {_size(needed)} for {len(self._inputs)} images, "
-                f"but {_size(limit)} {what}; {remedy}or take a later boundary"
-            )
+        remedies = [] if self._half else ["halve what is stored (half)"]
+        remedies += (
+            ["take a later boundary"] if self._folder is not None else ["store it on disk", "take a later boundary"]
+        )
+        for most, what in ((self._limit, "are allowed (limit)"), (free_bytes(device, self._folder), "are free")):
+            if most is not None and needed > most:
+                raise LowcalError(
+                    f"the cache at boundary {self._local.boundary} needs {_size(needed)} for {len(self._inputs)} "
+                    f"images, but {_size(most)} {what}; {', or '.join(remedies)}"
+                )
 
     @property
     def _device(self) -> torch.device:

@@ -5,8 +5,9 @@ import torch
 
 from lowcal import LowcalError
 from lowcal.activations import FILE
+from lowcal.data import FileBatches, Files
 from lowcal.steps import graphed
-from lowcal.training.cached import CacheOptions
+from lowcal.training.cached import CachedBatches, CacheOptions
 from lowcal.training.cost import dry_cost
 
 from ..steps.software_graphs import SoftwareGraphs
@@ -56,6 +57,28 @@ def test_a_resumed_run_is_too(tmp_path, plain, cache):
     assert same(results(run_on(run)), plain)
 
 
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_run_killed_inside_an_epoch_goes_on(tmp_path, plain, cache):
+    """After two steps behind the boundary."""
+    run = run_on(cached_run(tmp_path / "run", cache, fused=True, checkpoint_minutes=1e-9), 1)
+    step, taken = run._steps.step, []
+
+    def ends(*batch):
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        return step(*batch)
+
+    ends.skipped = None
+    run._steps.step = ends
+    with pytest.raises(KeyboardInterrupt):
+        run.run_epoch()
+    run = cached_run(tmp_path / "run", cache, fused=True)
+    assert run.resume() == ()
+    assert (run.finished, run.finished_steps) == (1, 2)
+    assert same(results(run_on(run)), plain)
+
+
 def test_the_work_that_is_saved_is_counted(tmp_path):
     """Full steps at boundary 0; behind it the rest of the network, and in the first epoch the prefix once."""
     runs = [run_on(cached_run(tmp_path / str(cache), cache)) for cache in (None, "memory")]
@@ -73,6 +96,13 @@ def test_the_work_that_is_saved_is_counted(tmp_path):
 def test_random_images_are_refused(tmp_path):
     with pytest.raises(LowcalError, match=r"--set data.augment=false"):
         cached_run(tmp_path / "run", augment=True)
+
+
+def test_files_that_are_decoded_in_each_epoch_are_refused(tmp_path):
+    files = Files(("one.png",), torch.zeros(1, dtype=torch.int64), None, (0.5,), (0.5,))
+    loader = FileBatches(files, batch=1, mean=files.mean, std=files.std)
+    with pytest.raises(LowcalError, match="decoded for each mini-batch"):
+        CachedBatches.of_run(cached_run(tmp_path / "run").method, loader, CacheOptions(), tmp_path)
 
 
 @pytest.mark.parametrize("method", ["sgd", "local", "refresh"])

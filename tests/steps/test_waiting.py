@@ -51,7 +51,7 @@ def waits_in_an_epoch(path, method, batch, **options):
     local = settings(moves={1: 4}, every=2, refresh_every=3)
     run = run_on(make_run(path, method, fused=True, checkpoint=False, local=local, **options), 1)
     run.train.batch = run._loop.test.batch = batch
-    run._loop._meter.count = lambda shapes, peak: (0, 1)
+    run._loop._meter.count = lambda shapes, peak, fills: (0, 1)
     with Waits() as waits:
         run.run_epoch()
     return waits.found

@@ -25,7 +25,7 @@ from lowcal.experiments.folders import (
 from lowcal.experiments.recipe import Recipe
 from lowcal.methods import METHODS, find_method
 from lowcal.report.page import Report, write_report
-from lowcal.report.runs import COMPRESSED
+from lowcal.report.runs import COMPRESSED, SAME_TIME
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import code_digest
 from lowcal.training.run import Run
@@ -81,12 +81,15 @@ def compare(
 
 
 def _rivals(recipe: Recipe, methods: Sequence[str], arms: Sequence[Arm], out: Path) -> list[Recipe]:
-    """The recipes of SGD in the time of each other method, at least: the whole schedule in as many epochs as fit."""
+    """The recipes of SGD in the time of each other method: the whole schedule in the fewest epochs that take as long.
+
+    A few percent less count as the same time (`SAME_TIME`), so that two epochs and a bit are not three.
+    """
     taken = dict.fromkeys(methods, 0.0)
     for arm in arms:
         taken[arm.method] += (RunFolder(out / arm.folder).read_summary() or {})["seconds"]
     parts = [seconds / taken["sgd"] for method, seconds in taken.items() if method != "sgd"]
-    lengths = {min(recipe.epochs, max(1, math.ceil(part * recipe.epochs))) for part in parts}
+    lengths = {min(recipe.epochs, max(1, math.ceil(SAME_TIME * part * recipe.epochs))) for part in parts}
     return [compressed(recipe, epochs) for epochs in sorted(lengths)]
 
 

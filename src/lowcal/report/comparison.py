@@ -6,7 +6,7 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from lowcal.report.runs import COMPRESSED, MOVING, RunData, by_method, differing
+from lowcal.report.runs import COMPRESSED, MOVING, SAME_TIME, RunData, by_method, differing
 from lowcal.report.table import ABSENT, Column, Table, time_unit, with_spread
 
 _Z = 1.959964  # of a 95 % interval
@@ -165,9 +165,9 @@ def _boundary(row: Mapping[str, Any]) -> str:
 
 
 def rival_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Return SGD with the fewest epochs that took at least the time of `row`, or else the longest; None without one."""
+    """Return SGD with the fewest epochs that took the time of `row`, or else the longest; None without one."""
     rivals = sorted((other for other in rows if other.is_rival and other.finished), key=lambda other: other.seconds)
-    return next((other for other in rivals if other.seconds >= 0.95 * row.seconds), rivals[-1] if rivals else None)
+    return next((other for other in rivals if other.seconds >= SAME_TIME * row.seconds), rivals[-1] if rivals else None)
 
 
 def paired_p(one: Row, other: Row) -> float | None:

@@ -12,6 +12,7 @@ from lowcal.errors import LowcalError, is_count
 from lowcal.training.run_folder import RunFolder, code_of
 
 COMPRESSED = "sgd-compressed"  # the rival: SGD with its whole schedule in fewer epochs, as many as follow the name
+SAME_TIME = 0.95  # of a method's time, from which on a rival has been given the same
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which images.
 _READING = ("workers", "download", "on_error")

@@ -267,9 +267,11 @@ class EpochLoop:
 
     def _counted(self, peak: int) -> tuple[int, int]:
         """The epoch's FLOPs, and the most bytes of a step."""
-        records = self._state.folder.read_epochs()
-        is_first = not records or records[-1]["boundary"] != self._method.boundary
-        return self._meter.count(Counter(self._epoch.shapes), peak, fills=is_first)
+        fills = False
+        if self._options.cache is not None:
+            records = self._state.folder.read_epochs()
+            fills = not records or records[-1]["boundary"] != self._method.boundary
+        return self._meter.count(Counter(self._epoch.shapes), peak, fills=fills)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images for evaluation; a signal ends it, and the run is saved as it was before."""

@@ -98,9 +98,11 @@ class Run:
         Returns:
             Notes for the user: what was chosen and why.
         """
+        built = self.state.step_mode or "eager"
         full, last = (self._own(size) for size in (self._growth.proven, self.train.count % self.train.batch))
         note = self._steps.choose_mode(full)
-        self._loop.rebuild()
+        if self.state.step_mode != built:
+            self._loop.rebuild()
         self._steps.try_steps(steps, full)
         if last:  # kernels are chosen, or built, for each size
             self._steps.try_steps(steps, last)

@@ -19,13 +19,13 @@ def network(classes=10, seed=0):
     return build_model("resnet8", classes=classes, width=4)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "torch", "section", "wrapped"])
+@pytest.mark.parametrize("form", ["safetensors", "wrapped safetensors", "torch", "section", "wrapped"])
 def test_all_of_a_file_is_loaded(tmp_path, form):
     there, here = network(seed=1), network()
     state, path = there.state_dict(), tmp_path / "weights.pt"
-    if form == "safetensors":
+    if "safetensors" in form:
         path = tmp_path / "weights.safetensors"
-        save_file(state, path)
+        save_file({"module." * form.startswith("wrapped") + key: value for key, value in state.items()}, path)
     elif form == "section":
         torch.save({"epoch": 3, "state_dict": state}, path)
     else:

@@ -66,11 +66,9 @@ def _classifier(model: nn.Module, keys: list[str], given: Mapping[str, Tensor]) 
     name = list(weight_layers(model))[-1]
     if {key.rpartition(".")[0] for key in keys} != {name}:
         return set()
-    own = dict(model.get_submodule(name).named_parameters(recurse=False))
-    inner = {
-        part: (own[part].shape[1:], given[f"{name}.{part}"].shape[1:]) for part in own if f"{name}.{part}" in given
-    }
-    return {f"{name}.{part}" for part in own} if all(one == other for one, other in inner.values()) else set()
+    own = {f"{name}.{part}": p for part, p in model.get_submodule(name).named_parameters(recurse=False)}
+    has_same_inputs = all(own[key].shape[1:] == given[key].shape[1:] for key in own if key in given)
+    return set(own) if has_same_inputs else set()
 
 
 def _sizes(key: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -91,9 +89,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise LowcalError(f"weights {str(path)!r}: there is no such file; correct model.weights")
     try:
-        if path.suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = (
+            importlib.import_module("safetensors.torch").load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # each format has errors of its own
         if "pickle" in str(error).lower():
             remedy = "save model.state_dict() and give that"

@@ -212,7 +212,7 @@ def test_more_than_is_free_is_refused(monkeypatch):
     monkeypatch.setattr("lowcal.cache.free_bytes", lambda device, folder: 1000)
     local = controller(model, images)
     for limit in (None, 2**30):
-        with pytest.raises(LowcalError, match="but 1000 bytes are free"):
+        with pytest.raises(LowcalError, match="but 1000 B are free"):
             Cached(local, images, limit=limit).check()
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lowcal.activations import FILE, FileStore, Layout, MemoryStore, free_bytes
 from lowcal.errors import LowcalError
+from lowcal.files import memory
 from lowcal.layers import unchanged
 from lowcal.local import LoCal
 from lowcal.program import Program, record
@@ -130,8 +131,8 @@ class Cached:
         for most, what in ((self._limit, "are allowed (limit)"), (free_bytes(device, self._folder), "are free")):
             if most is not None and needed > most:
                 raise LowcalError(
-                    f"the cache at boundary {self._local.boundary} needs {_size(needed)} for {len(self._inputs)} "
-                    f"images, but {_size(most)} {what}; {', or '.join(remedies)}"
+                    f"the cache at boundary {self._local.boundary} needs {memory(needed)} for {len(self._inputs)} "
+                    f"images, but {memory(most)} {what}; {', or '.join(remedies)}"
                 )
 
     @property
@@ -313,15 +314,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _bytes(tensor: Tensor) -> bytes:
     tensor = tensor.detach().cpu().contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)  # without NumPy
-
-
-def _size(count: int) -> str:
-    """A number of bytes, as people read it.
-
-    >>> _size(1_500_000_000)
-    '1.4 GiB'
-    """
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.1f} {unit}"
-    return f"{count} bytes"

@@ -17,8 +17,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from lowcal.experiments.arms import Arm
+from lowcal.files import memory
 from lowcal.report.runs import MOVING
-from lowcal.report.table import ABSENT, Column, Table, memory, of_two, with_spread
+from lowcal.report.table import ABSENT, Column, Table, of_two, with_spread
 
 if TYPE_CHECKING:
     from lowcal.training.epoch import Progress

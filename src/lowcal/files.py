@@ -15,7 +15,7 @@ from typing import Any
 from lowcal.errors import LowcalError
 
 __all__ = [
-    "FORMAT", "DamagedError", "atomic_write", "finite", "first_line", "load_checked", "read_json", "refused",
+    "FORMAT", "DamagedError", "atomic_write", "finite", "first_line", "load_checked", "memory", "read_json", "refused",
     "save_checked", "temporary", "write_json",
 ]  # fmt: skip
 
@@ -157,3 +157,13 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return value
+
+
+def memory(count: float, *, of: float | None = None) -> str:
+    """Return a number of bytes in binary units, '1.21 GiB'; with `of` in the unit of that number."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if (count if of is None else of) >= 1024**power:
+            value = count / 1024**power
+            digits = 2 - math.floor(math.log10(value)) if value >= 1 else 2
+            return f"{value:.{max(0, digits)}f} {unit}"
+    return f"{count:.0f} B"

@@ -8,13 +8,13 @@ from statistics import mean, stdev
 import pytest
 
 from lowcal.errors import LowcalError
+from lowcal.files import memory
 from lowcal.report.table import (
     Column,
     Table,
     amount,
     duration,
     escaped,
-    memory,
     of_two,
     spread_notes,
     with_spread,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowcal.files import FORMAT, atomic_write, finite
+from lowcal.files import FORMAT, atomic_write, finite, memory
 
 ABSENT = "–"
 
@@ -206,16 +206,6 @@ def duration(seconds: float) -> str:
     """Return a time for reading: '12.3 s', '14.0 min', '3.2 h', '12.5 days'."""
     unit, scale = time_unit(seconds)
     return f"{seconds / scale:.1f} {unit}"
-
-
-def memory(count: float, *, of: float | None = None) -> str:
-    """Return a number of bytes in binary units, '1.21 GiB'; with `of` in the unit of that number."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if (count if of is None else of) >= 1024**power:
-            value = count / 1024**power
-            digits = 2 - math.floor(math.log10(value)) if value >= 1 else 2
-            return f"{value:.{max(0, digits)}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def amount(number: float) -> str:

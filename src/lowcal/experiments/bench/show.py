@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowcal.report.table import Column, Table, amount, memory
+from lowcal.files import memory
+from lowcal.report.table import Column, Table, amount
 
 MOST_LAYERS = 10  # whose times are printed; the JSON has all of them
 

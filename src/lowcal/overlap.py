@@ -94,6 +94,7 @@ class Overlap:
         self._looks = first
         try:
             yield
+            self.join()  # also where no update was applied
         finally:  # also after an error, when nothing of the step counts
             self._ran.clear()
             self._let_go()

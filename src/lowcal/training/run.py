@@ -160,8 +160,6 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the network's weights and the folder's `summary.json`; returns the summary.
 
-        If the run keeps a mean of the weights, that is what is written.
-
         Raises:
             LowcalError: there are epochs left.
         """
@@ -171,8 +169,7 @@ class Run:
             )
 
         def write() -> dict[str, Any]:
-            with self.state.train.averaged():
-                export_weights(self.model, self.folder.path)
+            export_weights(self.model, self.folder.path)
             (self.folder.path / FILE).unlink(missing_ok=True)
             return self.folder.summarise()  # last: its presence means that the run is finished
 

@@ -24,6 +24,7 @@ from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, ke
 from lowcal.training.cached import CachedBatches, CachedStep
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.step_choice import keep, recall
+from lowcal.training.weight_mean import AveragedStep
 
 if TYPE_CHECKING:
     from lowcal.training.train_state import RunState, TrainState
@@ -238,6 +239,10 @@ class StepBuilder:
         return times, f"step={mode}, {how}{where}: {steps}"
 
     def _build(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
+        step = self._build_step(train, group, mode, cache)
+        return AveragedStep(step, train.mean) if train.mean else step
+
+    def _build_step(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
         loader, run = self._state.loader, self._state.options
         options = StepOptions(
             run.device,

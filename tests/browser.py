@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-OPTIONS = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe".split()
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe")
 
 
 class Browser:
@@ -18,7 +18,7 @@ class Browser:
     def __init__(self, profile: Path):
         from_us, self._out = os.pipe()
         self._in, to_us = os.pipe()
-        command = [FOUND, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
+        command = [FOUND, *OPTIONS, "--hide-scrollbars", f"--user-data-dir={profile}", "about:blank"]
         shell = f'exec "$@" 3<&{from_us} 4>&{to_us}'  # the descriptors that Chromium reads and writes
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", *command], pass_fds=(from_us, to_us), stderr=subprocess.DEVNULL

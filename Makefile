@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed
 # An environment that happens to be active must not lend its packages to ours.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test test-lower-bounds lint types format clean
+.PHONY: help demo test test-lower-bounds lint types docs format clean
 
 help:
 	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
 	@echo "make test    run the tests (ARGS='-m slow': the long ones)"
 	@echo "make lint    check style and format       make types   check types"
+	@echo "make docs    build the site of the documentation in build/site, with warnings as errors"
 	@echo "make format  apply style and format       make clean   remove the environments, caches and demo"
 	@echo "make test-lower-bounds  run the tests with the oldest release of each dependency"
 
@@ -49,6 +50,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(VENV)/bin/python -m mkdocs build --strict
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -97,7 +97,7 @@ def test_the_data_of_the_script_are_the_points_in_the_picture(runs):
 def test_an_unfinished_seed_has_its_line_and_does_not_shorten_the_mean(tmp_path):
     write_run(tmp_path, "sgd", 0)
     write_run(tmp_path, "sgd", 1, done=1)
-    means, seeds = lines_of(figures.boundary(read_runs([tmp_path])))
+    means, seeds = lines_of(figures.step_time(read_runs([tmp_path])))
     assert len(means["sgd"]) == 3
     assert sorted(map(len, seeds)) == [1, 3]
 

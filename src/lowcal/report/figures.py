@@ -252,7 +252,8 @@ def _figure(
         axes.set_xlabel(x_label)
         axes.margins(x=0.02)
         _set_range(axes, drawn, logarithmic=logarithmic, from_zero=from_zero)
-        axes.legend(**_LEGEND)
+        if drawn:
+            axes.legend(**_LEGEND)
     return figure
 
 

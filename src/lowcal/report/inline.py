@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from lowcal.report.figures import INK, MEAN, NO_METADATA, style
@@ -58,7 +59,10 @@ def plot_data(figure: Figure) -> dict[str, Any]:
         "log": axes.get_yscale() == "log",
         "units": [text.partition(", ")[2] for text in (axes.get_xlabel(), figure.get_suptitle())],
         "series": {
-            str(line.get_gid()).split("-")[1]: [[_short(x), _short(y)] for x, y in line.get_xydata()] for line in lines
+            str(line.get_gid()).split("-")[1]: [
+                [_short(x), _short(y)] for x, y in np.asarray(line.get_xydata()).tolist()
+            ]
+            for line in lines
         },
     }
 

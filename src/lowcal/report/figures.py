@@ -6,7 +6,7 @@ Each function takes runs (of `runs.read_runs`) and returns a matplotlib Figure; 
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -228,26 +228,27 @@ def _figure(
             group = groups[method]
             if group[0].is_rival or (only_boundaries and not any(run.has_boundary for run in group)):
                 continue
+            ids = (f"series-{number}-{part}" for part in itertools.count())
             look: dict[str, Any] = {"color": colour, "drawstyle": "steps-mid" if steps else "default"}
             lines = [_points(run, point) for run in group]
             drawn += itertools.chain(*lines)
-            for line, run in zip(lines, group, strict=True):
-                if len(lines) > 1:
-                    axes.plot(*_columns(line), **look, linewidth=0.9, alpha=0.45, label="_seed", gid=_id(number))
-                if moves_marked:
-                    moved = [line[epoch] for epoch in run.moves]
-                    size = 9 if len(lines) == 1 else 5
-                    axes.plot(*_columns(moved), **_RING, markersize=size, color=colour, gid=_id(number))
+            if len(lines) > 1:
+                for line in lines:
+                    axes.plot(*_columns(line), **look, linewidth=0.9, alpha=0.45, label="_seed", gid=next(ids))
+            if moves_marked:
+                moved = [line[epoch] for line, run in zip(lines, group, strict=True) for epoch in run.moves]
+                size = 9 if len(lines) == 1 else 5
+                axes.plot(*_columns(moved), **_RING, markersize=size, color=colour, gid=next(ids))
             finished = [line for line, run in zip(lines, group, strict=True) if run.finished]
             average = _average(finished or lines)
             if end_marked and len(finished) > 1:
-                _bars(axes, average[-1], [line[-1] for line in finished], colour, _id(number))
+                _bars(axes, average[-1], [line[-1] for line in finished], colour, ids)
             if len(average) <= 12:
                 look |= {"marker": "o", "markersize": 4}
             elif end_marked:
                 look |= {"marker": "o", "markersize": 7, "markevery": [-1]}
             look |= {"linestyle": _DASHES.get(method, "-"), "linewidth": _WIDTHS[min(rank, len(_WIDTHS) - 1)]}
-            axes.plot(*_columns(average), **look, label=method, gid=_id(number) + MEAN)
+            axes.plot(*_columns(average), **look, label=method, gid=f"series-{number}{MEAN}")
             rank += 1
         axes.set_xlabel(x_label)
         axes.margins(x=0.02)
@@ -257,16 +258,12 @@ def _figure(
     return figure
 
 
-def _id(number: int) -> str:
-    return f"series-{number}"
-
-
-def _bars(axes: Axes, centre: tuple[float, float], ends: Line, colour: str, gid: str) -> None:
+def _bars(axes: Axes, centre: tuple[float, float], ends: Line, colour: str, ids: Iterator[str]) -> None:
     """Draw bars through `centre` from the lowest to the highest seed, in x and in y."""
-    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 8, "label": "_bar", "gid": gid}
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 8, "label": "_bar"}
     (x, y), (xs, ys) = centre, _columns(ends)
-    axes.plot([min(xs), max(xs)], [y, y], marker="|", **look)
-    axes.plot([x, x], [min(ys), max(ys)], marker="_", **look)
+    axes.plot([min(xs), max(xs)], [y, y], marker="|", gid=next(ids), **look)
+    axes.plot([x, x], [min(ys), max(ys)], marker="_", gid=next(ids), **look)
 
 
 def _points(run: RunData, point: Callable[[dict[str, Any]], tuple[float, float | None]]) -> Line:

@@ -29,8 +29,9 @@ if (rows.length > 1) {
     box.onchange = () => {
       hidden[box.checked ? "delete" : "add"](series);
       row.hidden = !box.checked;
-      const lines = `svg [id$="-series-${series}"], svg [id*="-series-${series}-"]`;
-      document.querySelectorAll(lines).forEach(line => { line.style.display = box.checked ? "" : "none"; });
+      for (const line of document.querySelectorAll(`svg [id*="-series-${series}-"]`)) {
+        line.style.display = box.checked ? "" : "none";
+      }
     };
   }
 }

@@ -1,7 +1,7 @@
 """Each code block of README and the pages: Python runs, commands are parsed with their settings, YAML is loaded.
 
-The blocks of a page run in order with the same names. What a page leaves to its reader stands in SETUP. A block that
-cannot run stands in NOT_RUN with the reason.
+The blocks of a page run in order with the same names. What a page leaves to its reader stands in SETUP; a line `...`
+calls its `train`. A block that cannot run stands in NOT_RUN with the reason.
 """
 
 import re
@@ -33,6 +33,7 @@ RUN_BY = {
     "README.md": "tests/test_readme.py",
     "docs/extending.md": "tests/methods/test_documentation.py",
     "docs/drop-path.md": "tests/test_drop_path.py",
+    "docs/python.md": "tests/test_api.py",
     "docs/step.md": "tests/steps/test_make_step.py",
 }
 
@@ -55,6 +56,9 @@ data = torch.utils.data.TensorDataset(images, labels)
 loader, scheduler = torch.utils.data.DataLoader(data), torch.optim.lr_scheduler.ConstantLR(optimizer)
 args = TrainingArguments("out", use_cpu=True, report_to=[])
 accelerator, mean_loss = Accelerator(cpu=True), 1.0
+def train():
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
 """,
 }
 NEEDS = {"docs/integrations.md": ("lightning", "accelerate", "transformers")}
@@ -131,7 +135,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
         exec(SETUP.get(page, ""), names)
         for of, _, text in blocks("python"):
             if of == page and text.splitlines()[0] not in NOT_RUN:
-                exec(compile(text, page, "exec"), names)
+                exec(compile(re.sub(r"^\.\.\.$", "train()", text, flags=re.MULTILINE), page, "exec"), names)
 
 
 @pytest.mark.parametrize(("page", "test"), RUN_BY.items())

@@ -64,11 +64,10 @@ def hook(markdown, repo_url, page="methods/a.md"):
     spec = importlib.util.spec_from_file_location("links", DOCS / "links.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.config import load_config
     from mkdocs.structure.files import Files
 
-    config, files = MkDocsConfig(str(ROOT / "mkdocs.yml")), Files([])
-    config.load_dict({"site_name": "x", "repo_url": repo_url})
+    config, files = load_config(str(ROOT / "mkdocs.yml"), plugins=[], repo_url=repo_url), Files([])
     of = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     return module.on_page_markdown(markdown, page=of, config=config, files=files), [file.src_uri for file in files]
 

@@ -33,11 +33,11 @@ def check(notebook):
     assert any("image/png" in kind for kind in shown)
     assert all(output["output_type"] != "error" for cell in notebook.cells for output in cell.get("outputs", []))
     (loop,) = [cell.outputs for cell in notebook.cells if "LoCal(" in cell.source and cell.cell_type == "code"]
-    assert "epoch 6: 2 of 3 layers frozen, error" in loop[0]["text"]
+    assert "epoch 6: 2 of 3 layers frozen, error" in "".join(output["text"] for output in loop)
 
 
 def test_it_runs_with_few_epochs(tmp_path):
-    check(executed(tmp_path, 4))
+    check(executed(tmp_path, 2))
 
 
 @pytest.mark.slow

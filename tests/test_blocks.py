@@ -85,10 +85,13 @@ def commands(text):
 
 def parsed(words):
     """The subcommand and the parameters of `lowcal ...`; fails if an option, a value or a setting is not known."""
-    group = typer.main.get_command(app)
-    context = group.make_context("lowcal", list(words))
-    name, command, rest = group.resolve_command(context, list(words))
-    parameters = command.make_context(name, rest, parent=context).params
+    command = typer.main.get_command(app)
+    context, names = command.make_context("lowcal", list(words)), []
+    while hasattr(command, "resolve_command") and words and not words[0].startswith("-"):
+        name, command, words = command.resolve_command(context, list(words))
+        context = command.make_context(name, list(words), parent=context)
+        names.append(name)
+    name, parameters = names[0], context.params
     if "settings" in parameters and name != "sweep":  # whose commands tests/experiments/test_sweep.py tries
         apply_settings(load_recipe(parameters.get("recipe") or "digits"), parameters["settings"] or [])
     return name, parameters
@@ -144,10 +147,17 @@ def test_pages_with_a_test_of_their_own_are_run_there(page, test):
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _, _ in blocks("", "bash")}))
-def test_commands_are_known_with_their_options(page, capsys):
-    for of, _, text in blocks("", "bash"):
-        for words in commands(text) if of == page else ():
-            check(words)
+def test_commands_are_known_with_their_options(page, tmp_path, monkeypatch, capsys):
+    """A Python block that starts with the name of a file is that file."""
+    monkeypatch.chdir(tmp_path)
+    for of, language, text in blocks("python", "", "bash"):
+        if of != page:
+            continue
+        if language != "python":
+            for words in commands(text):
+                check(words)
+        elif file := re.match(r"# (\w+\.py)\n", text):
+            (tmp_path / file[1]).write_text(text)
 
 
 @pytest.mark.parametrize(("page", "language", "text"), blocks("yaml"))

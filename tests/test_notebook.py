@@ -8,6 +8,8 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Jupyter's own
+
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "compare.ipynb"
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowcal
 
-EPOCHS = 3
+EPOCHS = 2
 
 torch.manual_seed(0)
 digits = load_digits()
@@ -32,7 +32,7 @@ def learn(model, optimizer, chosen):
 
 # The file, which you would download: a ResNet18 that has learned the digits 0 to 4.
 first = torchvision.models.resnet18(num_classes=10)
-learn(first, torch.optim.Adam(first.parameters(), lr=0.001), (labels < 5).nonzero().flatten()[:400])
+learn(first, torch.optim.Adam(first.parameters(), lr=0.001), (labels < 5).nonzero().flatten()[:250])
 with tempfile.NamedTemporaryFile(suffix=".pt") as file:
     torch.save(first.state_dict(), file.name)
     weights = torch.load(file.name, weights_only=True)
@@ -48,8 +48,8 @@ local = lowcal.LoCal(
 task = (labels >= 5).nonzero().flatten()
 for epoch in range(EPOCHS):
     model.train()
-    local.end_epoch(learn(model, optimizer, task[:400]))  # +
+    local.end_epoch(learn(model, optimizer, task[:250]))  # +
     model.eval()
     with torch.no_grad():
-        correct = (model(images[task[400:600]]).argmax(1) == labels[task[400:600]]).float().mean()
+        correct = (model(images[task[250:350]]).argmax(1) == labels[task[250:350]]).float().mean()
     print(f"epoch {epoch + 1}  accuracy {correct:.1%}  boundary {local.boundary} of {len(local.layers)}")

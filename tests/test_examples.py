@@ -90,7 +90,10 @@ def test_ema(capsys):
     assert "boundary 2 of 4" in lines[-1]
     assert accuracy(lines[-1]) > 85
     model, averaged = names["model"], names["averaged"]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in averaged.modules())
+    averaged.train()(names["images"][:9]).sum().backward()
+    optimizer, before = names["optimizer"], model[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)  # passes of the copy make no local update
     distance = (averaged.module[0].weight - model[0].weight).norm()  # a local layer, which moves by 0.001 a step
     assert 0 < distance < 0.05
 
@@ -117,7 +120,7 @@ def test_several_optimizers(capsys):
 def test_finetune(capsys):
     names, lines = example("finetune", capsys)
     assert "boundary 10 of 21" in lines[-1]
-    assert accuracy(lines[-1]) > 60
+    assert accuracy(lines[-1]) > 40  # of five classes
     after = names["model"].state_dict()
     kept = {key for key, value in names["weights"].items() if same(value, after[key])}
     frozen = ("conv1.", "bn1.", "layer1.", "layer2.")  # 1 + 4 + 5 layers

@@ -73,7 +73,7 @@ def accuracy(line):
 def test_compiled(capsys):
     names, lines = example("compiled", capsys)
     assert [line.split(":")[0] for line in lines] == ["compiled before LoCal", "compiled after LoCal"]
-    assert all("boundary 2 of 4" in line and accuracy(line) > 85 for line in lines)
+    assert all("boundary 2 of 4" in line and accuracy(line) > 60 for line in lines)
     assert same(names["weights"]["before"], names["weights"]["after"])
 
 

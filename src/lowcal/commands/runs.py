@@ -52,8 +52,12 @@ def compare(
     context: typer.Context,
     recipe: RecipeOption = "digits",
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas; sgd-compressed: SGD in their time.")
-    ] = "sgd,local,freeze",
+        str | None,
+        typer.Option(
+            help="Methods, separated by commas; sgd-compressed: SGD in their time [default: sgd,local,freeze; with "
+            "given weights sgd,freeze,sgd-compressed]."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
     data_dir: DataDirOption = None,
     out: Annotated[
@@ -77,6 +81,7 @@ def compare(
     chosen = apply_settings(load_recipe(recipe), changes)
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
+    methods = methods or ("sgd,freeze,sgd-compressed" if chosen.model.weights else "sgd,local,freeze")
     names = [name.strip() for name in methods.split(",")]
     with resumable(context, folder, more, chosen.checkpoint.grace), Display(quiet=quiet) as display:
         many = f"{seeds} seed{'s' * (seeds > 1)} each"

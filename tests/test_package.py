@@ -33,6 +33,7 @@ LEVELS = [
     {"report"},
     {"experiments"},
     {"console"},
+    {"api"},
     {"commands"},
     {"cli", "__main__"},
 ]

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.api import compare, train
     from lowcal.cache import Cached
     from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
@@ -29,9 +30,11 @@ __all__ = [
     "NormTrend",
     "Quadratic",
     "Refresh",
+    "compare",
     "hebbian_update",
     "make_step",
     "save_drop_path",
+    "train",
 ]
 
 _HOMES = {
@@ -47,9 +50,11 @@ _HOMES = {
     "NormTrend": "schedule",
     "Quadratic": "schedule",
     "Refresh": "rules",
+    "compare": "api",
     "hebbian_update": "rules",
     "make_step": "steps.make",
     "save_drop_path": "drop_path",
+    "train": "api",
 }
 
 

@@ -104,15 +104,14 @@ TASKS = {
                 (2,), (Rate("sgd", 1e-4, 300), Rate("adamw", 1e-5, 300), Rate("adamw", 1e-4, 30)),
                 running=True, timed=False,
             ),
-            "half frozen": Family((4,), frozen=25, like="half frozen, cached"),
-            "half frozen, cached": Family((2, 4), (*sgd(0.03), *adamw(0.001, 0.003, 0.01)), 25, cached=True),
             "3/4 frozen": Family((4,), frozen=37, like="3/4 frozen, cached"),
             "3/4 frozen, cached": Family((2, 4, 8), (*sgd(0.01, 0.03), *adamw(0.001, 0.003, 0.01)), 37, cached=True),
-            "last block": Family((8,), frozen=46, like="last block, cached"),
             "last block, cached": Family(
                 (4, 8, 16), (*sgd(0.003, 0.01, 0.03), *adamw(0.001, 0.003, 0.01)), 46, cached=True
             ),
             "linear probe, cached": Family((8, 32), (*sgd(0.01, 0.03, 0.1), *adamw(0.003, 0.01)), 49, cached=True),
+            "half frozen": Family((4,), frozen=25, like="half frozen, cached"),
+            "half frozen, cached": Family((2, 4), (*sgd(0.03), *adamw(0.001, 0.003)), 25, cached=True),
         },
     ),
     "vit": Task(

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from scipy.stats import ttest_1samp, ttest_rel  # type: ignore[import-untyped]  # comes with scikit-learn
 
-from lowcal.report.comparison import SAME_TIME
 from lowcal.report.figures import INK, save, style
+from lowcal.report.runs import SAME_TIME
 from lowcal.report.table import Column, Table
 
 ALL = "all layers"

@@ -150,7 +150,7 @@ def save(file: Path, rows: list[dict[str, Any]], task: Task) -> None:
     atomic_write(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def pretrain(folder: Path, work: Path, *, images: int = 20_000, epochs: int = 6, batch: int = 128) -> None:
+def pretrain(folder: Path, work: Path, *, images: int = 10_000, epochs: int = 6, batch: int = 128) -> None:
     """Trains the ViT on the even classes, with flips; writes its weights without the classifier, and what came out."""
     data = load("cifar10", data_dir=folder)
     train_images, test_images = (of_classes(part, 0) for part in (data.train, data.test))  # type: ignore[arg-type]

@@ -266,7 +266,7 @@ def _first_boundary(frozen: int | float | str, layers: Sequence[str]) -> int:
 def _cache(settings: CacheSettings) -> CacheOptions | None:
     if settings.where == "none":
         return None
-    return CacheOptions(settings.where == "disk", settings.limit, settings.half)
+    return CacheOptions(settings.where == "disk", settings.limit, settings.half, settings.views)
 
 
 def _growth(batch: BatchSettings, images: int) -> BatchGrowth:

@@ -258,13 +258,13 @@ class CostMeter:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
         return self._peak
 
-    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int, *, fills: bool = False) -> tuple[int, int]:
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int, *, fills: int = 0) -> tuple[int, int]:
         """The FLOPs of steps, and the most bytes that one of them takes on a device.
 
         Args:
             shapes: how many steps there were for each shape of images, over all processes.
             peak: the bytes if the device counted them, else 0.
-            fills: whether these are the first steps at this boundary, which fill the cache.
+            fills: how often the cache is filled for all images in these steps: once for each view.
         """
         costs = [(self._cost(shape), count) for shape, count in shapes.items()]
         flops = sum((cost.flops + fills * cost.cached_flops) * count for cost, count in costs)

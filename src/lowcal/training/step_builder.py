@@ -144,7 +144,7 @@ class StepBuilder:
                 separate(trial.model)
             try:
                 cache = None
-                if self._cache is not None:
+                if self._cache is not None and trial.method.boundary:
                     cache, batch = CachedBatches.of_batch(trial.method, *state.loader.collate(*batch))
                 step = self._build(trial, TrainingGroup(), mode or state.step_mode or "eager", cache)
                 for _ in range(steps):

@@ -18,7 +18,7 @@ from lowcal.errors import LowcalError, is_count
 from lowcal.files import memory
 from lowcal.layers import unchanged
 from lowcal.local import LoCal
-from lowcal.program import Program, record
+from lowcal.program import Program, Suffix, record
 
 _SAME = 1e-2  # two computations of one thing differ by less, in any precision
 
@@ -305,24 +305,6 @@ class Cached:
         layers, precision = self._local.layers[: self._local.boundary], _precision(self._device)
         found.update(repr((layers, precision, self._layouts, self._rows, one.shape, one.dtype)).encode())
         return found.hexdigest()
-
-
-class Suffix(nn.Module):
-    """The layers behind the boundary, as a module: from what `Cached.gather` returns to the network's output.
-
-    Its parameters and buffers are those of the network.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.programs: dict[int, Program] = {}  # for each size of mini-batch
-
-    def forward(self, *crossing: Tensor) -> Tensor:
-        """The network's output."""
-        program = self.programs[len(crossing[0])]
-        (output,) = program.suffix(dict(zip(program.prefix.results, crossing, strict=True))).values()
-        return output
 
 
 class _Stacked:

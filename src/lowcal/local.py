@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowcal.arguments import bare_network, bare_optimizers
+from lowcal.budget import Budget
+from lowcal.dry_run import held_boundary
 from lowcal.errors import LowcalError, is_count
 from lowcal.layers import block_ends, recurring_block
 from lowcal.local_layers import LocalLayers
@@ -42,7 +44,7 @@ class LoCal:
             the running ones as usual, or by the "running" statistics, which then stay the same.
         example_inputs: one input of the model: a tensor, a tuple of arguments or a dict of keyword arguments. With it
             the order of layers is known at once, otherwise after the first forward pass. A schedule with local layers
-            from the start needs it.
+            from the start needs it; ``Budget(memory=...)`` needs a whole mini-batch.
 
     Attributes:
         model: the network, without the wrapper that `torch.compile` puts around it.
@@ -127,6 +129,9 @@ class LoCal:
         self._set_step()
         self._local_layers.attach(example_inputs, self._times.see if self._times else None)
         if first := start(schedule, len(self.layers)):
+            if isinstance(schedule, Budget):
+                order = self._local_layers.discovery.order
+                first = held_boundary(schedule, self.model, optimizers, order, rule, example_inputs)
             self.move_to(first)
 
     @property
@@ -174,23 +179,13 @@ class LoCal:
                 "so lower the learning rate and go on from an earlier checkpoint"
             )
         changes = (*self._changes, change)
-        seconds = local.updates.clock.read()
         if self._times:
-            self._times.measure(self.model, local.discovery.order, self.rule, reach(self.schedule, len(self.layers)))
-            self._times.taken.append((self.boundary, seconds))
-        target = self.schedule(
-            Progress(
-                epoch=self.epoch + 1,
-                epochs=self.epochs,
-                layers=len(self.layers),
-                block=recurring_block(self.model, self.layers),
+            self._times.end_epoch(
+                *(self.model, local.discovery.order, self.rule, local.updates.clock, local.exchange),
                 boundary=self.boundary,
-                changes=changes,
-                ends=block_ends(self.model, self.layers),
-                earlier=self._earlier if self._remembers else None,
-                **(self._times.known() if self._times else {}),
+                most=reach(self.schedule, len(self.layers)),
             )
-        )
+        target = self.schedule(self._progress(self.epoch + 1, changes))
         self._check_target(target)
         self.epoch += 1
         local.updates.epoch_counts = [0, 0, 0]
@@ -299,6 +294,8 @@ class LoCal:
             f"{name}: boundary {self.boundary} of {depth} layers after {self.epoch} of {self.epochs} epochs; "
             f"the schedule can move it to {reach(self.schedule, depth)}"
         )
+        if hasattr(self.schedule, "describe"):
+            head = "\n".join([head, *self.schedule.describe(self._progress(self.epoch, self._changes))])
         return "\n".join([head, *self._local_layers.summary()])
 
     def detach(self) -> None:
@@ -320,6 +317,20 @@ class LoCal:
     def __repr__(self) -> str:
         where = f"boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}"
         return f"LoCal({where}, rule={self.rule})"
+
+    def _progress(self, epoch: int, changes: tuple[float, ...]) -> Progress:
+        """What the schedule knows before the coming `epoch`."""
+        return Progress(
+            epoch=epoch,
+            epochs=self.epochs,
+            layers=len(self.layers),
+            block=recurring_block(self.model, self.layers),
+            boundary=self.boundary,
+            changes=changes,
+            ends=block_ends(self.model, self.layers),
+            earlier=self._earlier if self._remembers else None,
+            **(self._times.known() if self._times else {}),
+        )
 
     def _set_step(self) -> None:
         """Sets eta with its sign for the coming steps: one for all local layers, or one for each."""

@@ -212,6 +212,10 @@ class Recipe(Settings):
             raise LowcalError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
         if planned is not None and planned < self.epochs:
             raise LowcalError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
+        if self.model.frozen is not None and self.local.schedule.name == "budget":
+            raise LowcalError(
+                f"model.frozen={self.model.frozen}: a budget decides the boundary by itself; --set model.frozen=null"
+            )
 
 
 def lr_at(recipe: Recipe) -> Callable[[int], float]:

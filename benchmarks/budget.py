@@ -26,42 +26,29 @@ from lowcal.training.run_folder import RunFolder
 COMMON = ["step=eager", "threads=1", "local.norm_stats=running", "data.test_images=16", "data.classes=10"]
 NETWORKS = {
     "resnet18, 32x32": ("resnet18-cifar10", ["model.width=32", "batch=32", "data.image_size=32"]),
-    "efficientnet_lite0, 96x96": (
-        "finetune",
-        ["model.weights=null", "model.frozen=null", "batch=16", "data.image_size=96", "data.channels=null"],
-    ),
+    "efficientnet_lite0, 96x96": ("finetune", ["model.weights=null", "model.frozen=null", "batch=16"]),
 }
-
-
-def runs(network: str, budget: str, epochs: int, steps: int, seeds: int) -> list[tuple[dict[str, Any], list[int]]]:
-    """The summaries of sgd and of freeze for each seed, and the boundaries of the epochs."""
-    name, own = NETWORKS[network]
-    plain = load_recipe(name)
-    settings = ["data.name=synthetic", *COMMON, *own, f"epochs={epochs}", *budget_settings(budget)]
-    recipe = apply_settings(plain, settings)
-    recipe = apply_settings(recipe, [f"data.train_images={steps * recipe.batch.size}"])
-    with TemporaryDirectory() as name:
-        out = Path(name) / "runs"
-        compare(recipe, ["sgd", "freeze"], seeds, out, data_dir=None, device=torch.device("cpu"), watcher=Log())
-        folders = [RunFolder(out / f"{method}-seed{seed}") for method in ("sgd", "freeze") for seed in range(seeds)]
-        return [(file.read_summary() or {}, [record["boundary"] for record in file.read_epochs()]) for file in folders]
 
 
 def row(network: str, budget: str, epochs: int, steps: int, seeds: int) -> dict[str, Any]:
     """A row: what was asked, and what was measured with each seed."""
-    found = runs(network, budget, epochs, steps, seeds)
-    pairs = [(sgd, freeze) for (sgd, _), (freeze, _) in zip(found[:seeds], found[seeds:], strict=True)]
-    if budget.endswith("x"):
-        measured = [sgd["seconds"] / freeze["seconds"] for sgd, freeze in pairs]
-    else:
-        measured = [freeze["peak_memory_bytes"] / sgd["peak_memory_bytes"] for sgd, freeze in pairs]
-    asked = float(budget.removesuffix("x").removesuffix("memory"))
-    quotients = [value / asked for value in measured]
-    return {
-        **{"network": network, "asked": budget, "n": seeds, "epochs": epochs, "steps": steps, "measured": measured},
-        **{"quotient": statistics.mean(quotients), "least": min(quotients), "most": max(quotients)},
-        **{"boundaries": [path for _, path in found[seeds:]], "layers": pairs[0][1]["layers"]},
-    }
+    name, own = NETWORKS[network]
+    settings = ["data.name=synthetic", *COMMON, *own, f"epochs={epochs}", *budget_settings(budget)]
+    recipe = apply_settings(load_recipe(name), settings)
+    recipe = apply_settings(recipe, [f"data.train_images={steps * recipe.batch.size}"])
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "runs"
+        compare(recipe, ["sgd", "freeze"], seeds, out, data_dir=None, device=torch.device("cpu"), watcher=Log())
+        files = {name: [RunFolder(out / f"{name}-seed{seed}") for seed in range(seeds)] for name in ("sgd", "freeze")}
+        sgd, freeze = ([file.read_summary() or {} for file in files[name]] for name in files)
+        paths = [[record["boundary"] for record in file.read_epochs()] for file in files["freeze"]]
+    key = "seconds" if budget.endswith("x") else "peak_memory_bytes"
+    parts = [other[key] / one[key] for one, other in zip(sgd, freeze, strict=True)]
+    measured = [1 / part for part in parts] if budget.endswith("x") else parts
+    quotients = [value / float(budget.removesuffix("x").removesuffix("memory")) for value in measured]
+    facts = {"network": network, "asked": budget, "n": seeds, "epochs": epochs, "steps": steps, "boundaries": paths}
+    found = {"quotient": statistics.mean(quotients), "least": min(quotients), "most": max(quotients)}
+    return {**facts, **found, "measured": measured, "layers": freeze[0]["layers"]}
 
 
 def main() -> None:

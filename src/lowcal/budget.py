@@ -15,7 +15,7 @@ from lowcal.schedule import Progress, Schedule, cap
 from lowcal.settings import Fraction, Limits, Settings
 
 NOISE = 1.02  # a budget may be out of reach by so much before it is refused: measured times are not exact
-TRUST = 0.1  # a step that differs by more from the measured one differs because of other work on the machine
+TRUST = 0.05  # a step that differs by more from the measured one differs because of other work on the machine
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Budget(Settings, Schedule):
         if (least := bytes_of(most) / plain) > allowed:
             raise LowcalError(
                 f"Budget: {allowed:g} of the memory is out of reach: with {most} of {layers} layers before the "
-                f"boundary a step takes {math.ceil(100 * least) / 100:.2f}; give more, or a larger max_fraction"
+                f"boundary a step takes {math.ceil(100 * least) / 100:.2f} of it; give more, or a larger max_fraction"
             )
         return 1 + bisect_left(range(1, most + 1), True, key=lambda boundary: bytes_of(boundary) <= allowed * plain)
 

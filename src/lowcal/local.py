@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowcal.arguments import bare_network, bare_optimizers
+from lowcal.arguments import bare_network, bare_optimizers, check_settings
 from lowcal.budget import Budget
 from lowcal.dry_run import held_boundary
 from lowcal.errors import LowcalError, is_count
@@ -81,22 +81,7 @@ class LoCal:
         norm_stats: Literal["batch", "running"] = "batch",
         example_inputs: Any = None,
     ) -> None:
-        if not is_count(epochs):
-            raise LowcalError(
-                f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1"
-            )
-        if norm_stats not in ("batch", "running"):
-            raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
-        for name, value, examples in (
-            ("rule", rule, "lowcal.Hebbian(), Frozen(), Refresh()"),
-            ("schedule", schedule, "lowcal.NormTrend(), Quadratic(c1, c2), Fixed({epoch: layers})"),
-            ("supervision", supervision, "lowcal.LossTrend(), None"),
-        ):
-            if isinstance(value, type) or (name == "rule" and not isinstance(value, Rule)):
-                raise LowcalError(f"LoCal: {name} is {value!r}; give an object, such as {examples} or one like them")
-        measure: Literal["epoch", "step"] = getattr(schedule, "measure", "epoch")
-        if measure not in ("epoch", "step"):
-            raise LowcalError(f"LoCal: the schedule's measure is {measure!r}; choose 'epoch' or 'step'")
+        measure = check_settings(epochs, norm_stats, rule, schedule, supervision)
         self.model = bare_network(model)
         optimizers = bare_optimizers(optimizer)
         self.optimizer = optimizers[0]

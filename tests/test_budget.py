@@ -13,7 +13,7 @@ from lowcal.budget import Budget
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
 from lowcal.schedule import Progress
-from lowcal.step_times import StepClock, measure_steps
+from lowcal.step_times import StepClock, StepTimes, measure_steps
 from lowcal.training.cost import dry_cost
 
 from .networks import convnet, images
@@ -182,6 +182,28 @@ def test_the_plan_is_in_the_state(monkeypatch):
     assert whole.boundary > 0
     with pytest.raises(LowcalError, match="'times' is missing or damaged"):
         trained(0, (*state[:2], {key: value for key, value in state[2].items() if key != "times"}))
+
+
+def test_processes_plan_with_the_same_times(monkeypatch):
+    class Exchange:
+        def mean(self, *values):
+            return [10 * value for value in values]
+
+    monkeypatch.setattr("lowcal.step_times.measure_steps", lambda *_: {0: 1.0, 1: 0.5})
+    monkeypatch.setattr(StepClock, "read", lambda *_, **__: 1.25)
+    model = convnet()
+
+    def ended(exchange):
+        times = StepTimes()
+        times._seen = ((), {}, None)
+        times.end_epoch(model, None, lowcal.Frozen(), StepClock(), exchange, boundary=0, most=1)
+        return times
+
+    assert ended(Exchange()).known() == {"times": {0: 12.5, 1: 7.5}, "taken": ((0, 12.5),)}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(LowcalError, match=r"call lowcal\.DistributedLoCal"):
+        ended(None)
 
 
 def test_it_needs_a_training_pass():

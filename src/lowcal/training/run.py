@@ -109,10 +109,8 @@ class Run:
         return (note,) if note else ()
 
     def step_times(self, boundaries: Sequence[int]) -> dict[int, float]:
-        """Seconds of a step at each boundary, on copies of everything, as this run would take it."""
-        size = self._own(self._growth.proven)
-        self._steps.choose_mode(size)
-        return self._steps.step_times(boundaries, size)
+        """Seconds of a step at each boundary, on copies of everything; call `warm_up` before."""
+        return self._steps.step_times(boundaries, self._own(self._growth.proven))
 
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.

@@ -6,24 +6,36 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# TORCH=cpu takes the build of torch without CUDA, which is smaller, from its own index.
+TORCH ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or leave it out)
+endif
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # An environment that happens to be active must not lend its packages to ours.
 unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-.PHONY: help demo test test-lower-bounds lint types format clean
+.PHONY: help demo test test-lower-bounds lint types docs dist format clean
 
 help:
 	@echo "make demo    train sgd, local and freeze on real digits; table and runs/demo/report.html"
 	@echo "make test    run the tests (ARGS='-m slow': the long ones)"
 	@echo "make lint    check style and format       make types   check types"
+	@echo "make docs    build the pages              make dist    build the wheel and try it"
 	@echo "make format  apply style and format       make clean   remove the environments, caches and demo"
 	@echo "make test-lower-bounds  run the tests with the oldest release of each dependency"
+	@echo "The first of these makes .venv: 6 GB with torch for CUDA. With TORCH=cpu it is about 4 GB smaller."
 
-# torch and torchvision are resolved in one call: torchvision does not import beside another build of torch.
+# torch and torchvision are resolved in one call: torchvision does not import with another build of torch.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lowcal needs Python 3.11 or later; run: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[cli,dev]'
+	@test -x $(VENV)/bin/python || { \
+		echo "Setting up $(VENV) once, in about four minutes: $(if $(TORCH),torch for the CPU,6 GB on the disk with \
+	torch for CUDA; stop and add TORCH=cpu for about 4 GB less)."; $(PYTHON) -m venv $(VENV); }
+	$(if $(TORCH),$(PIP) --index-url $(CPU_INDEX) torch torchvision)
+	$(PIP) -e '.[cli,dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -49,6 +61,15 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
+
+# The wheel is built from the sdist, and tried in an environment that has it and the packages of .venv.
+dist: $(STAMP)
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python .ci/check_dist.py dist
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

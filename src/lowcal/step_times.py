@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowcal.errors import LowcalError
-from lowcal.layers import Order, own_parameters
+from lowcal.layers import Order, own_parameters, weight_of
 from lowcal.rules import Rule
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ class Trial:
         self._local: set[str] = set()
         self._updates: list[Tensor] = []  # which a step keeps until its end
         for name in order.layers:
-            model.get_submodule(name).register_forward_hook(self._update(name))
+            if weight_of(layer := model.get_submodule(name)) is not None:
+                layer.register_forward_hook(self._update(name))
 
     def move_to(self, boundary: int, *, acts: bool = True) -> None:
         """Sets the boundary for the next passes, and whether the rule acts in them."""
@@ -223,9 +224,8 @@ def measure_steps(
 
         return seconds
 
-    phases = {True: 1 / rule.every, False: 1 - 1 / rule.every}  # whether the rule acts, and in which part of the steps
+    parts = {True: 1 / rule.every, False: 1 - 1 / rule.every}  # of the steps: those in which the rule acts, the others
+    phases = [acts for acts, part in parts.items() if part]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        found = time_in_turn(
-            {(each, acts): work(each, acts) for each in boundaries for acts, part in phases.items() if part}
-        )
-    return {each: sum(part * found[each, acts] for acts, part in phases.items() if part) for each in boundaries}
+        found = time_in_turn({(each, acts): work(each, acts) for each in boundaries for acts in phases})
+    return {each: sum(parts[acts] * found[each, acts] for acts in phases) for each in boundaries}

@@ -54,7 +54,12 @@ class CachedBatches:
             LowcalError: the images are not the same in each epoch and no views are stored, or the other way round.
         """
         if not isinstance(loader, Batches):
-            raise LowcalError("cache: these images are decoded for each mini-batch; take data in memory, or cache=none")
+            raise LowcalError(
+                "cache: these images are augmented or decoded for each mini-batch; take data in memory with "
+                "--set data.augment=false --set data.random_erase=0, or cache=none"
+            )
+        if loader.mixing is not None:
+            raise LowcalError("cache: mixed images cannot be cached; --set data.mixup=0 --set data.cutmix=0")
         if loader.augmentation is not None and options.views is None:
             raise LowcalError(
                 "cache: images that change at random are cached only in a number of views; "

@@ -213,7 +213,7 @@ def test_it_needs_a_training_pass():
         local.end_epoch(1.0)
 
 
-BATCH = (16, 3, 8, 8)
+BATCH = (16, 2, 6, 6)
 
 
 def held(rule, part, batch=BATCH):

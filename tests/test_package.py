@@ -34,6 +34,7 @@ LEVELS = [
     {"report"},
     {"experiments"},
     {"console"},
+    {"api"},
     {"commands"},
     {"cli", "__main__"},
 ]

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowcal.api import compare, train
     from lowcal.budget import Budget
     from lowcal.cache import Cached
     from lowcal.drop_path import save_drop_path
@@ -30,9 +31,11 @@ __all__ = [
     "NormTrend",
     "Quadratic",
     "Refresh",
+    "compare",
     "hebbian_update",
     "make_step",
     "save_drop_path",
+    "train",
 ]
 
 _HOMES = {
@@ -48,9 +51,11 @@ _HOMES = {
     "NormTrend": "schedule",
     "Quadratic": "schedule",
     "Refresh": "rules",
+    "compare": "api",
     "hebbian_update": "rules",
     "make_step": "steps.make",
     "save_drop_path": "drop_path",
+    "train": "api",
 }
 
 

@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,9 +20,10 @@ from rich.text import Text
 from lowcal.experiments.arms import Arm
 from lowcal.files import memory
 from lowcal.report.runs import MOVING
-from lowcal.report.table import ABSENT, Column, Table, of_two, with_spread
+from lowcal.report.table import ABSENT, Column, Table, duration, of_two, with_spread
 
 if TYPE_CHECKING:
+    from lowcal.report.page import Report
     from lowcal.training.epoch import Progress
 
 
@@ -44,7 +46,11 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(file=sys.stdout, markup=False, highlight=False)
+        # A notebook gets plain lines: it shows control characters, and rich puts each line in a box of its own.
+        is_terminal = False if Console().is_jupyter else None
+        self._console = Console(
+            file=sys.stdout, markup=False, highlight=False, force_jupyter=False, force_terminal=is_terminal
+        )
         self._quiet = quiet
         self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lines: dict[Arm, _Line] = {}
@@ -146,6 +152,31 @@ def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
         Column("boundary", "boundary", _boundary),
     )
     return Table(columns, rows).text()
+
+
+def report_text(report: Report) -> str:
+    """Return a report's table, and what a reader must know with it."""
+    summary = report.summary
+    seeds = sorted({row["seeds"] for row in summary["rows"]})
+    many = " to ".join(str(count) for count in (seeds[0], *seeds[1:][-1:])) + f" seed{'s' * (seeds[-1] > 1)}"
+    return "\n".join(
+        [
+            paragraph(f"{summary['title']}; {many}; {summary['environment']['device_name']}"),
+            paragraph(f"recipe: {summary['label'] or summary['recipe']}"),
+            f"\n{comparison_text(summary['rows'])}\n",
+            "speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch",
+            *(paragraph(note) for note in (*report.notes, report.headline)),
+            f"report: {report.page}",
+        ]
+    )
+
+
+def run_text(summary: Mapping[str, Any], folder: Path) -> str:
+    """Return the results of a run from its `summary.json`."""
+    return (
+        f"{summary['method']}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
+        f"boundary {summary['boundary']}/{summary['layers']}\nrun: {folder}"
+    )
 
 
 def paragraph(text: str) -> str:

@@ -9,14 +9,15 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from lowcal.errors import LowcalError
 
 __all__ = [
-    "FORMAT", "DamagedError", "atomic_write", "finite", "first_line", "load_checked", "memory", "read_json", "refused",
-    "save_checked", "temporary", "write_json",
+    "FORMAT", "DamagedError", "atomic_write", "finite", "first_line", "free_folder", "load_checked", "memory",
+    "read_json", "refused", "save_checked", "temporary", "write_json",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -126,6 +127,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def temporary(path: Path) -> Path:
     """The file that `atomic_write` writes before it has its name."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return `wanted`, or the first of WANTED-2, WANTED-3, ... that does not exist."""
+    candidates = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return next(path for path in chain([wanted], candidates) if not os.path.lexists(path))
 
 
 def _sync_folder(path: Path) -> None:

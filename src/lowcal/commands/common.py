@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -113,9 +111,3 @@ def budget_settings(budget: str | None) -> list[str]:
             "--budget '0.5 memory'"
         ) from None
     return [f"local.schedule={{name: budget, {key}: {number}}}"]
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return `wanted`, or the first of WANTED-2, WANTED-3, ... that does not exist."""
-    candidates = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
-    return next(path for path in chain([wanted], candidates) if not os.path.lexists(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,14 +18,11 @@ from lowcal.commands.common import (
     SetOption,
     app,
     budget_settings,
-    free_folder,
     resumable,
 )
 from lowcal.errors import LowcalError
+from lowcal.files import free_folder
 from lowcal.training.process import Launch
-
-if TYPE_CHECKING:
-    from lowcal.report.page import Report
 
 
 @app.callback(invoke_without_command=True)
@@ -69,32 +66,15 @@ def compare(
 
     An interrupted comparison goes on where it stopped when it is started again with the same --out.
     """
-    from lowcal.console import Display
-    from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
-    from lowcal.report.headline import title
+    from lowcal import api
 
     changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
-    chosen = apply_settings(load_recipe(recipe), changes)
+    chosen = api.configured(recipe, changes)
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
-    names = [name.strip() for name in methods.split(",")]
-    with resumable(context, folder, more, chosen.checkpoint.grace), Display(quiet=quiet) as display:
-        many = f"{seeds} seed{'s' * (seeds > 1)} each"
-        display.note(f"{title(as_dict(chosen))}: {', '.join(names)}, {many}; in {folder}")
-        from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
-        from lowcal.experiments.compare import compare as run
-
-        result = run(
-            chosen,
-            names,
-            seeds,
-            folder,
-            data_dir=data_dir,
-            device=find_device(device),
-            watcher=display,
-        )
-    print()
-    _show(result)
+    with resumable(context, folder, more, chosen.checkpoint.grace):
+        result = api.compare(chosen, methods, seeds, out=folder, data_dir=data_dir, device=device, quiet=quiet)
+    print(f"\n{result}")
 
 
 @app.command()
@@ -122,57 +102,17 @@ def train(
 
     Under torchrun each process takes its share of each mini-batch: torchrun --nproc-per-node N -m lowcal train ...
     """
-    from lowcal.console import Display
-    from lowcal.experiments.recipe_text import apply_settings, as_dict, load_recipe
-    from lowcal.report.headline import title
-    from lowcal.report.table import duration
+    from lowcal import api
 
-    launch = Launch.read()
-    if extend and not resume:
-        raise LowcalError("--extend goes on with a run that is there: give --resume too")
-    if out is None and (resume or launch.may_restart):
-        why = "--resume needs" if resume else "torchrun --max-restarts needs"
-        raise LowcalError(f"{why} the run's folder: give it with --out")
     changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
-    chosen = load_recipe(recipe or "digits")
-    if recipe or not resume:
-        chosen = apply_settings(chosen, changes)
-
-    from lowcal.experiments.assemble import find_device  # these take seconds, so mistakes in settings come first
-    from lowcal.experiments.train import started_with
-    from lowcal.experiments.train import train as run
-    from lowcal.methods import find_method
-    from lowcal.training.distributed import joined
-
-    with joined(find_device(device, launch)) as group:
-        if resume and out is not None:
-            kept, kept_method = started_with(out, group)
-            chosen, method = (chosen if recipe else apply_settings(kept, changes)), method or kept_method
-        method = method or "local"
-        find_method(method)  # refuses an unknown one before anything is said of the run
-        folder = out or Path(group.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
-        more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(folder)])
-        grace = chosen.checkpoint.grace
-        with resumable(context, folder, more, grace), Display(quiet=quiet or not group.is_main) as display:
-            among = f" by {group.world} processes" if group.world > 1 else ""
-            display.note(f"{title(as_dict(chosen))}: {method}{among}; in {folder}")
-            summary = run(
-                chosen,
-                method,
-                folder,
-                resume=resume,
-                extend=extend,
-                data_dir=data_dir,
-                group=group,
-                watcher=display,
-            )
-    if not group.is_main:
-        return
-    print(
-        f"{method}: top-1 error {summary['top1_error']:.2f} %, training {duration(summary['seconds'])}, "
-        f"boundary {summary['boundary']}/{summary['layers']}"
-    )
-    print(f"run: {folder}")
+    with api.planned(
+        recipe, method, settings=changes, out=out, resume=resume, extend=extend, device=device
+    ) as training:
+        more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(training.folder)])
+        with resumable(context, training.folder, more, training.recipe.checkpoint.grace):
+            result = training.run(data_dir=data_dir, quiet=quiet)
+    if training.group.is_main:
+        print(result)
 
 
 @app.command()
@@ -215,22 +155,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
 ) -> None:
     """Make a table and an HTML page from run folders."""
+    from lowcal.console import report_text
     from lowcal.report.page import write_report
 
-    _show(write_report(runs, out))
-
-
-def _show(report: Report) -> None:
-    """Print a report's table, and what a reader must know beside it."""
-    from lowcal.console import comparison_text, paragraph
-
-    summary = report.summary
-    seeds = sorted({row["seeds"] for row in summary["rows"]})
-    many = " to ".join(str(count) for count in (seeds[0], *seeds[1:][-1:])) + f" seed{'s' * (seeds[-1] > 1)}"
-    print(paragraph(f"{summary['title']}; {many}; {summary['environment']['device_name']}"))
-    print(paragraph(f"recipe: {summary['label'] or summary['recipe']}"))
-    print(f"\n{comparison_text(summary['rows'])}\n")
-    print("speed-up, FLOPs: against sgd; memory: peak of a step→in the last epoch")
-    for note in (*report.notes, report.headline):
-        print(paragraph(note))
-    print(f"report: {report.page}")
+    print(report_text(write_report(runs, out)))

@@ -15,10 +15,10 @@ from lowcal.commands.common import (
     RecipeOption,
     SetOption,
     app,
-    free_folder,
     resumable,
 )
 from lowcal.errors import LowcalError
+from lowcal.files import free_folder
 
 
 @app.command()

@@ -239,6 +239,8 @@ def note_skipped(data: Dataset, watcher: Watcher) -> None:
 
 
 def _refuse_wrong_names(methods: Sequence[str]) -> None:
+    if not methods:
+        raise LowcalError("no method was given; give at least one, as in sgd,local")
     for method in methods:
         if method != COMPRESSED:
             find_method(method)

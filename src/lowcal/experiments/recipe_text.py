@@ -168,7 +168,10 @@ def parse_value(text: str) -> Any:
 
 def show_value(value: Any) -> str:
     """A value as a person would write it in YAML, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    except yaml.representer.RepresenterError:  # a value that comes from Python, not from text
+        return repr(value)
     return text.removesuffix("\n").removesuffix("...").strip()
 
 

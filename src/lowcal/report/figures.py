@@ -177,11 +177,16 @@ def save(figure: Figure, path: Path) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise LowcalError(f"a figure cannot be written as {path.name!r}; give a name that ends in .svg or .png")
+    atomic_write(path, picture(figure, kind))
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """Return a figure on white as the content of a file; `kind` is svg or png."""
     stream = io.BytesIO()
-    options = {"metadata": _NO_METADATA} if kind == "svg" else {"dpi": 200}
+    options: dict[str, Any] = {"metadata": _NO_METADATA} if kind == "svg" else {"dpi": 200}
     with style():
         figure.savefig(stream, format=kind, facecolor="white", **options)
-    atomic_write(path, stream.getvalue())
+    return stream.getvalue()
 
 
 def inline_svg(figure: Figure, name: str, colours: Sequence[str], label: str) -> str:

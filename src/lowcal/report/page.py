@@ -44,8 +44,12 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_report` wrote: `summary` is the content of summary.json, `notes` explain the table."""
+    """What `write_report` wrote: `summary` is the content of summary.json, `notes` explain the table.
 
+    `folders` are those of the runs.
+    """
+
+    folders: Sequence[Path]
     rows: Sequence[Row]
     summary: dict[str, Any]
     headline: str
@@ -82,7 +86,8 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report
         raise LowcalError(f"cannot make {out}: {error.strerror}; choose another folder") from error
     table.write(out / "summary", **summary)
     atomic_write(out / "report.html", page.encode())
-    return Report(rows, summary | {"format": FORMAT, "rows": table.rows}, table.title, notes, out / "report.html")
+    content = summary | {"format": FORMAT, "rows": table.rows}
+    return Report([run.path for run in data], rows, content, table.title, notes, out / "report.html")
 
 
 def _refuse_unless_ours(out: Path) -> None:

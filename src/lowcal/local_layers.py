@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from lowcal.arguments import check_free, check_held, check_unsharded, claim, first_holder, holder, release
@@ -19,6 +19,7 @@ from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.layers import Order, is_adapted, own_parameters, weight_layers, weights_of
 from lowcal.norms import RunningNorms
+from lowcal.overlap import Overlap
 from lowcal.rules import Rule
 from lowcal.trainable import TrainableParameters
 from lowcal.transition import TransitionChange
@@ -279,6 +280,10 @@ class LocalLayers:
         self.updates.make_replayable(device)
         self.change.make_replayable(device)
 
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`, where they can."""
+        return self.updates.overlapped(overlap)
+
     def replayed(self) -> None:
         """Does the part of a step that runs in Python alone, after the device has replayed the rest."""
         if self.boundary:
@@ -314,10 +319,10 @@ class LocalLayers:
         else:
             cause = (
                 "the training passes ran in evaluation mode, under no_grad (reentrant checkpointing), "
-                "within paused(), or not through the model; call model.train() and the model itself"
+                "within paused(), or not through the model; call model.train() and the model itself; "
+                # A compiled network does not always see hooks that are added later.
+                "for torch.compile set torch._dynamo.config.skip_nnmodule_hook_guards = False first"
             )
-            if TorchVersion(torch.__version__) < "2.13":  # a compiled network does not see hooks that are added later
-                cause += "; for torch.compile set torch._dynamo.config.skip_nnmodule_hook_guards = False first"
         raise LowcalError(
             f"end_epoch: the first {self.boundary} layers are local, but made no update in epoch {epoch}; {cause}"
         )

@@ -55,9 +55,11 @@ def plan_budget(
                 line += f"{len(method.layers)} layers before the boundary from the first step on"
                 expected = f"a step takes {memory(least)} instead of {memory(plain)}"
             else:
+                watcher.stage(f"{name}: measuring steps for the budget")
                 for text in run.warm_up(1):
                     watcher.note(f"{name}: {text}")
                 times[name] = run.step_times(spread(reach(recipe.local.schedule.build(), len(method.layers))))
+                watcher.stage("")
                 line, speedup = method.plan(times[name])
                 whole = steps * times[name][0]
                 expected = f"{duration(whole / speedup)} instead of {duration(whole)}"

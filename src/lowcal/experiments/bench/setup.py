@@ -45,7 +45,7 @@ class BenchSettings:
         precision: "float32", "bf16" or "fp16".
         tf32: whether float32 products on a GPU round their factors to 10 bits; None: torch's choice.
         channels_last: the memory format; None: the faster one (`puts_channels_last`).
-        step: how a step is run: "eager", "compiled", "graphed" or "graphed-compiled".
+        step: how a step is run, a mode of `steps.modes`.
         norm_stats: the statistics that normalisation before the boundary uses.
         every: adds a row with a local update every `every` steps; 1 adds none.
         rounds: samples of each time.
@@ -110,8 +110,10 @@ class BenchSetup:
         shape = (3, settings.image_size, settings.image_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            self.model = build_model(settings.model, classes=settings.classes, width=settings.width)
-            check_input(self.model, settings.model, shape)
+            self.model = build_model(
+                settings.model, classes=settings.classes, width=settings.width, image_size=settings.image_size
+            )
+            check_input(self.model, settings.model, shape, settings.classes)
             self.images = torch.randn(settings.batch, *shape).to(device)
             self.labels = torch.randint(settings.classes, (settings.batch,)).to(device)
         self.model = self.model.to(device).train()

@@ -91,8 +91,8 @@ def augmented(tmp_path_factory):
         draw = run.train._draw
 
         def drawn(draw=draw, rows=rows):
-            found = draw()
-            return torch.cat((found[:, :1], rows[found[:, 0], 1:]), dim=1)
+            (found,) = draw()
+            return [torch.cat((found[:, :1], rows[found[:, 0], 1:]), dim=1)]
 
         run.train._draw = drawn
         runs[name] = results(run_on(run))

@@ -31,7 +31,7 @@ from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.cached import CachedBatches, CacheOptions
 from lowcal.training.cost import dry_cost
 from lowcal.training.distributed import TrainingGroup
-from lowcal.training.environment import gather_environment
+from lowcal.training.environment import gather_environment, training_command
 from lowcal.training.process import ALONE, Launch
 from lowcal.training.run import Run, RunOptions
 from lowcal.training.run_folder import RunFolder
@@ -182,6 +182,7 @@ def build_run(
             recipe=dump_recipe(recipe),
             environment={
                 **gather_environment(str(device)),
+                "command": training_command(),
                 "ranks": group.world,
                 "sliced_layers": sliced,
                 "weights": loaded,

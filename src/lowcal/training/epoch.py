@@ -284,10 +284,11 @@ class EpochLoop:
 
     def _counted(self, peak: int) -> tuple[int, int]:
         """The epoch's FLOPs, and the most bytes of a step."""
-        fills = False
-        if self._options.cache is not None:
+        fills, cache = 0, self._options.cache
+        if cache is not None:
             records = self._state.folder.read_epochs()
-            fills = not records or records[-1]["boundary"] != self._method.boundary
+            if not records or records[-1]["boundary"] != self._method.boundary:
+                fills = min(cache.views or 1, self._options.epochs - self._state.finished)
         return self._meter.count(Counter(self._epoch.shapes), peak, fills=fills)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

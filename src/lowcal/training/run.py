@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,10 @@ class Run:
             self._steps.try_steps(steps, last)
         return (note,) if note else ()
 
+    def step_times(self, boundaries: Sequence[int]) -> dict[int, float]:
+        """Seconds of a step at each boundary, on copies of everything; call `warm_up` before."""
+        return self._steps.step_times(boundaries, self._own(self._growth.proven))
+
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.
 
@@ -174,7 +178,7 @@ class Run:
             with self.state.train.averaged():
                 export_weights(self.model, self.folder.path)
             (self.folder.path / FILE).unlink(missing_ok=True)
-            return self.folder.summarise()  # last: its presence means that the run is finished
+            return self.folder.summarise(**self.method.results())  # last: its presence means that the run is finished
 
         return self.group.from_main(write)
 

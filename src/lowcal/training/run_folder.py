@@ -236,8 +236,8 @@ class RunFolder:
         """Write `value` atomically to the file `name` of this folder."""
         write_json(self.path / name, value)
 
-    def summarise(self) -> dict[str, Any]:
-        """Write the `summary.json` of all epochs in the log; return what it holds."""
+    def summarise(self, **results: Any) -> dict[str, Any]:
+        """Write the `summary.json` of all epochs in the log, with the method's own `results`; return what it holds."""
         records = self.read_epochs()
         last = records[-1]
         return self.write_summary(
@@ -250,6 +250,7 @@ class RunFolder:
                 "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
                 "boundary": last["boundary"],
                 "layers": last["layers"],
+                **results,
             }
         )
 

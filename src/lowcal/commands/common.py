@@ -40,6 +40,10 @@ BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", metavar="SPEEDUP", help="As in 1.5x: the latest moves that save this much time."),
 ]
+LogOption = Annotated[
+    str | None,
+    typer.Option("--log", metavar="LOGGERS", help="Also log to tensorboard, csv, mlflow, wandb; separated by commas."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
 
 

@@ -13,6 +13,7 @@ from lowcal.commands.common import (
     DataDirOption,
     DeterministicOption,
     DeviceOption,
+    LogOption,
     QuietOption,
     RecipeOption,
     SetOption,
@@ -60,6 +61,7 @@ def compare(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
+    log: LogOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a network by several methods in turn, and report.
@@ -73,7 +75,9 @@ def compare(
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     with resumable(context, folder, more, chosen.checkpoint.grace):
-        result = api.compare(chosen, methods, seeds, out=folder, data_dir=data_dir, device=device, quiet=quiet)
+        result = api.compare(
+            chosen, methods, seeds, out=folder, data_dir=data_dir, device=device, log=log or (), quiet=quiet
+        )
     print(f"\n{result}")
 
 
@@ -96,6 +100,7 @@ def train(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
+    log: LogOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train one network by one method.
@@ -106,7 +111,7 @@ def train(
 
     changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
     with api.planned(
-        recipe, method, settings=changes, out=out, resume=resume, extend=extend, device=device
+        recipe, method, settings=changes, out=out, resume=resume, extend=extend, device=device, log=log or ()
     ) as training:
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(training.folder)])
         with resumable(context, training.folder, more, training.recipe.checkpoint.grace):

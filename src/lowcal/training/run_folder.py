@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ EPOCHS = "epochs.jsonl"
 SUMMARY = "summary.json"
 DIVERGED = "diverged.json"
 CHECKPOINTS = "checkpoint*.pt"
+LOGS = "logs"  # a folder with what loggers write
 
 # The fields that readers compute with; a file may hold more.
 _COSTS = ("boundary", "layers", "seconds", "flops", "peak_memory_bytes")
@@ -132,6 +134,8 @@ class RunFolder:
         try:
             for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
                 path.unlink(missing_ok=True)
+            if (self.path / LOGS).exists():
+                shutil.rmtree(self.path / LOGS)
         except OSError as error:
             raise refused(self.path, error) from error
 

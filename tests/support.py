@@ -140,3 +140,21 @@ def refused(
         assert str(name) in message, message
     assert any(mark in message for mark in (";", ", so ", "give", "pass")), f"no remedy: {message}"
     assert same(before, everything())
+
+
+def reached(model: nn.Module, outputs: Tensor) -> set[str]:
+    """Names of the parameters that back-propagation from `outputs` reaches, read off the graph that autograd built."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    nodes = [outputs.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(names.get(id(variable), "?"))
+        nodes += [following for following, _ in node.next_functions]
+    return found

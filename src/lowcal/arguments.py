@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError
-from lowcal.layers import weight_of
+from lowcal.layers import is_adapted, weights_of
 
 # The controller of each layer that has one. Weak references keep neither alive.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
@@ -93,20 +93,26 @@ def holder(parameter: nn.Parameter | None, optimizers: Sequence[Optimizer]) -> O
     return None
 
 
+def first_holder(layers: Iterable[nn.Module], optimizers: Sequence[Optimizer]) -> Optimizer | None:
+    """The optimizer that holds a weight of the first of `layers` of which one holds a weight."""
+    found = (holder(weight, optimizers) for layer in layers for weight in weights_of(layer))
+    return next((optimizer for optimizer in found if optimizer is not None), None)
+
+
 def check_held(
     layers: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], wants: Callable[[nn.Parameter], bool]
 ) -> None:
-    """Checks that `optimizers` hold the weight of each of `layers` that the user wants to train.
+    """Checks that `optimizers` hold the weights of `layers` that the user wants to train.
 
     Raises:
         LowcalError: they do not.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, module in layers.items():
-        weight = weight_of(module)
-        if weight is not None and wants(weight) and id(weight) not in held:
+        if any(wants(weight) and id(weight) not in held for weight in weights_of(module)):
+            kind = "adapters" if is_adapted(module) else "weight"
             raise LowcalError(
-                f"the optimizer does not hold the weight of layer '{name}'; build it from the model's own parameters, "
+                f"the optimizer does not hold the {kind} of layer '{name}'; build it from the model's own parameters, "
                 "as in torch.optim.SGD(model.parameters(), lr=0.1), after the model was moved or changed, "
                 "or give LoCal all of several optimizers as a list"
             )

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.layers import Order, unchanged, weight_layers, weight_of
+from lowcal.layers import Order, is_adapted, parameters_of, unchanged, weight_layers, weight_of, weights_of
 from lowcal.products import has_plain_forward, product_of
+
+Wants = Callable[[nn.Parameter], bool]
 
 
 class Discovery:
@@ -27,6 +29,7 @@ class Discovery:
     Args:
         model: the network.
         found: called with the order each time that more layers are known; held weakly.
+        wants: whether the user wants a parameter to learn.
 
     Attributes:
         order: the order known so far.
@@ -34,11 +37,11 @@ class Discovery:
         handles: the hooks' handles.
     """
 
-    def __init__(self, model: nn.Module, found: Callable[[Order], None]) -> None:
+    def __init__(self, model: nn.Module, found: Callable[[Order], None], wants: Wants) -> None:
         self.order = Order()
         self.settled = 0
         self.handles: list[RemovableHandle] = []
-        self._model = model
+        self._model, self._wants = model, wants
         self._found = Hook(found)
         self._tracer: Tracer | None = None
         self._compiled_inputs: tuple[Any, Any] | None = None  # of a compiled pass, which cannot be observed
@@ -71,10 +74,10 @@ class Discovery:
         """Takes the order from the inputs of a compiled pass, if there was one."""
         if self._compiled_inputs is not None:
             inputs, keywords = self._compiled_inputs
-            self._take_from(lambda: _trace(self._model, inputs, keywords))
+            self._take_from(lambda: _trace(self._model, inputs, keywords, self._wants))
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
-        self._tracer = Tracer(self._model)
+        self._tracer = Tracer(self._model, self._wants)
         self._tracer.__enter__()
 
     def _end(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], outputs: Any) -> None:
@@ -84,7 +87,7 @@ class Discovery:
         tracer.__exit__(None, None, None)
         # A pass that failed calls this too, with no output: the next one shows the order.
         if outputs is not None:
-            self._take_from(lambda: _completed(self._model, tracer.order(), inputs, keywords))
+            self._take_from(lambda: _completed(self._model, tracer.order(), inputs, keywords, self._wants))
 
     def _take_from(self, find: Callable[[], Order]) -> None:
         """Takes the order that `find` returns; `find` may run the network. If it fails, the next pass is observed."""
@@ -134,12 +137,13 @@ def _comes_late(name: str) -> str:
 class Tracer(TorchFunctionMode):
     """Observes one forward pass of `model` inside a ``with`` block; `order()` then returns what ran."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wants: Wants) -> None:
         super().__init__()
+        self._wants = wants
         self._layers = {module: name for name, module in weight_layers(model).items()}
         self._modules = {module: name for name, module in model.named_modules()}
         self._parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._weights = {id(weight_of(module)): name for module, name in self._layers.items()}
+        self._weights = {id(weight): name for module, name in self._layers.items() for weight in weights_of(module)}
         self._ran: list[str] = []
         self._running: list[nn.Module] = []  # layers whose forward has begun and not ended
         self._products: Counter[str] = Counter()  # products of a layer's input with its weight, in its forward
@@ -181,19 +185,24 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":  # reading .shape or .dtype does not count as use
+        outputs = func(*args, **kwargs)
+        is_view = isinstance(outputs, Tensor) and outputs._is_view()
+        if getattr(func, "__name__", "") != "__get__" or is_view:  # reading .T is use; reading .shape or .grad is not
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, nn.Parameter) and id(leaf) in self._parameters:
                     self._note_use(leaf)
-            if self._running and (product := product_of(func, args, kwargs)) is not None:
-                layer = self._running[-1]
-                self._products[self._layers[layer]] += product.weight is weight_of(layer)
-        return func(*args, **kwargs)
+        if self._running and (product := product_of(func, args, kwargs)) is not None:
+            layer = self._running[-1]
+            self._products[self._layers[layer]] += product.weight is weight_of(layer)
+        return outputs
 
     def _note_use(self, parameter: nn.Parameter) -> None:
         self._used.setdefault(self._parameters[id(parameter)], len(self._ran))
-        if id(parameter) in self._weights and not (self._running and weight_of(self._running[-1]) is parameter):
-            self._elsewhere.setdefault(self._weights[id(parameter)], len(self._ran))
+        layer = self._weights.get(id(parameter))
+        if layer is None or not self._wants(parameter):
+            return
+        if not (self._running and any(parameter is weight for weight in weights_of(self._running[-1]))):
+            self._elsewhere.setdefault(layer, len(self._ran))
 
     def order(self) -> Order:
         """The order of the layers that the pass ran.
@@ -207,7 +216,7 @@ class Tracer(TorchFunctionMode):
                 "call the layers, not their weights"
             )
         modules = {name: module for module, name in self._layers.items()}
-        own = {id(p) for name in self._ran for p in modules[name].parameters(recurse=False)}
+        own = {id(parameter) for name in self._ran for parameter in parameters_of(modules[name])}
         followers: dict[str, str] = {}
         for key, name in self._parameters.items():
             seen = self._used.get(name, self._started.get(name.rpartition(".")[0]))
@@ -221,33 +230,37 @@ class Tracer(TorchFunctionMode):
         return Order(tuple(self._ran), followers, norms, self._limits(modules))
 
     def _limits(self, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-        """The reason for each layer that cannot become local."""
+        """The reason for each layer that cannot become local; a layer whose weight the user froze always can."""
         limits: dict[str, str] = {}
         first_with: dict[int, str] = {}
         for name in self._ran:
             module, kind = modules[name], type(modules[name]).__name__
-            weight = weight_of(module)
-            if weight is None:
+            weights = weights_of(module)
+            if not weights:
                 limits[name] = (
                     f"layer '{name}' computes its weight from other parameters, which a local update cannot set; "
                     "undo that before LoCal is built (remove_parametrizations, remove_spectral_norm, "
                     f"remove_weight_norm or prune.remove of torch.nn.utils), {_OR_STAY}"
                 )
                 continue
+            learning = [weight for weight in weights if self._wants(weight)]
+            if not learning:
+                continue
             if name in self._twice:
                 limits[name] = runs_twice(name)
-            elif not has_plain_forward(module) and self._products[name] != 1:
+            elif not (is_adapted(module) or has_plain_forward(module)) and self._products[name] != 1:
                 limits[name] = (
                     f"layer '{name}' cannot learn locally: {kind} has a forward of its own, in which the weight is "
                     f"a factor of {self._products[name]} products of a linear layer or convolution instead of one; "
                     f"use a layer of torch.nn, {_OR_STAY}"
                 )
-            first = first_with.setdefault(id(weight), name)
-            if first != name:
-                limits[first] = (
-                    f"layers '{first}' and '{name}' share one weight, which cannot learn both locally and by SGD; "
-                    f"give each layer a weight of its own, {_OR_STAY}"
-                )
+            for weight in learning:
+                first = first_with.setdefault(id(weight), name)
+                if first != name:
+                    limits[first] = (
+                        f"layers '{first}' and '{name}' share one weight, which cannot learn both locally and by SGD; "
+                        f"give each layer a weight of its own, {_OR_STAY}"
+                    )
         for name, position in self._elsewhere.items():
             if name in self._ran:
                 first = self._ran[min(position, self._ran.index(name), len(self._ran) - 1)]
@@ -269,7 +282,7 @@ def runs_twice(name: str) -> str:
     )
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Order:
+def trace(model: nn.Module, example_inputs: Any, wants: Wants = lambda parameter: parameter.requires_grad) -> Order:
     """The order found by a forward pass of `model` on `example_inputs`.
 
     The model and the random generators stay as they were. The pass runs in training mode, to find layers that only
@@ -278,29 +291,34 @@ def trace(model: nn.Module, example_inputs: Any) -> Order:
 
     Args:
         example_inputs: one tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        wants: whether the user wants a parameter to learn.
     """
     if isinstance(example_inputs, dict):
-        return _trace(model, (), example_inputs)
-    return _trace(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {})
+        return _trace(model, (), example_inputs, wants)
+    return _trace(model, example_inputs if isinstance(example_inputs, tuple) else (example_inputs,), {}, wants)
 
 
-def _trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Order:
-    return _completed(model, _run(model, inputs, keywords, training=True), inputs, keywords)
+def _trace(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], wants: Wants) -> Order:
+    return _completed(model, _run(model, inputs, keywords, wants, training=True), inputs, keywords, wants)
 
 
-def _completed(model: nn.Module, order: Order, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Order:
+def _completed(
+    model: nn.Module, order: Order, inputs: tuple[Any, ...], keywords: Mapping[str, Any], wants: Wants
+) -> Order:
     """`order` of a training pass, with the further layers that a pass in evaluation mode runs."""
     if len(order.layers) == len(weight_layers(model)):
         return order
     try:
-        whole = _run(model, inputs, keywords, training=False)
+        whole = _run(model, inputs, keywords, wants, training=False)
     except Exception:  # a network may need other inputs in evaluation mode; a later pass shows the other layers
         return order
     return whole.merged(order)
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], *, training: bool) -> Order:
-    with unchanged(model), _uncompiled(), torch.no_grad(), Tracer(model) as tracer:
+def _run(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], wants: Wants, *, training: bool
+) -> Order:
+    with unchanged(model), _uncompiled(), torch.no_grad(), Tracer(model, wants) as tracer:
         model.train(training)
         for module in model.modules():
             if isinstance(module, _NormBase):

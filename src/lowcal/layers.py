@@ -3,7 +3,7 @@
 A layer is a module that multiplies its input by a weight: linear, or 1d, 2d or 3d convolution. The order of execution
 is a topological order of the network, so the first layers in it depend on no later layer. When they need no gradient,
 back-propagation stops after them, in residual networks too. Every other parameter follows a layer: the last one that
-ran before the forward pass first used the parameter.
+ran before the forward pass first used the parameter. A layer with adapters of peft is one layer, with all in it.
 """
 
 from __future__ import annotations
@@ -85,12 +85,18 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         LowcalError: there are none, or one is lazy and not yet materialised.
     """
-    # Attention's output projection is never called as a module: its weight is part of a fused product.
-    layers: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LAYER_TYPES) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    }
+    layers: dict[str, nn.Module] = {}
+    adapted = "."  # the prefix of names in the last layer with adapters
+    for name, module in model.named_modules():
+        if name.startswith(adapted):
+            continue
+        if is_adapted(module):
+            adapted = f"{name}."
+            if any(isinstance(part, LAYER_TYPES) for part in module.modules()):
+                layers[name] = module
+        # Attention's output projection is never called as a module: its weight is part of a fused product.
+        elif isinstance(module, LAYER_TYPES) and not isinstance(module, NonDynamicallyQuantizableLinear):
+            layers[name] = module
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             owner = name.rpartition(".")[0]
@@ -106,14 +112,33 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether `module` is a layer to which peft has added adapters (LoRA and others)."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # loaded if the network has adapters
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
 def weight_of(layer: nn.Module) -> nn.Parameter | None:
     """The weight of `layer` if it is a parameter; None if it is computed from other parameters."""
     return layer._parameters.get("weight")
 
 
+def weights_of(layer: nn.Module) -> list[nn.Parameter]:
+    """The weight of `layer`, if it is a parameter; of a layer with adapters all parameters that are not quantised."""
+    if is_adapted(layer):
+        return [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
+    weight = weight_of(layer)
+    return [] if weight is None else [weight]
+
+
+def parameters_of(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `layer`; those of modules in it belong to a layer with adapters only."""
+    return list(layer.parameters(recurse=is_adapted(layer)))
+
+
 def own_parameters(order: Order, model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """For each layer in `order`, the parameters that SGD stops training with it: its own, then its followers."""
-    parameters = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in order.layers}
+    parameters = {name: parameters_of(model.get_submodule(name)) for name in order.layers}
     for follower, layer in order.followers.items():
         parameters[layer].append(model.get_parameter(follower))
     return parameters

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
-from lowcal.arguments import check_free, check_held, check_unsharded, claim, holder, release
+from lowcal.arguments import check_free, check_held, check_unsharded, claim, first_holder, holder, release
 from lowcal.discovery import Discovery, trace
 from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
-from lowcal.layers import Order, own_parameters, weight_layers, weight_of
+from lowcal.layers import Order, is_adapted, own_parameters, weight_layers, weights_of
 from lowcal.norms import RunningNorms
 from lowcal.rules import Rule
 from lowcal.trainable import TrainableParameters
@@ -62,14 +62,13 @@ class LocalLayers:
         measure: Literal["epoch", "step"],
         reach: Callable[[int], int],
     ) -> None:
-        self.boundary = 0
-        self.generation = 0
+        self.boundary = self.generation = 0
         self.candidates = weight_layers(model)
         self.trainable = TrainableParameters(model)
         check_free(self.candidates)
-        if all(holder(weight_of(layer), optimizers) is None for layer in self.candidates.values()):
+        if first_holder(self.candidates.values(), optimizers) is None:
             check_held(self.candidates, optimizers, self.trainable.wants)
-        self.discovery = Discovery(model, self._take)
+        self.discovery = Discovery(model, self._take, self.trainable.wants)
         self.updates = LocalUpdates(model, rule)
         self.change = TransitionChange(measure)
         self.exchange: Exchange | None = None
@@ -88,7 +87,7 @@ class LocalLayers:
         if see is not None:
             self._handles.append(self._model.register_forward_pre_hook(Hook(see), with_kwargs=True))
         if example_inputs is not None:
-            self.discovery.take(trace(self._model, example_inputs))
+            self.discovery.take(trace(self._model, example_inputs, self.trainable.wants))
         else:
             self.discovery.watch_next_forward()
         for each in self._optimizers:
@@ -151,8 +150,7 @@ class LocalLayers:
         transition = self.names[self.boundary] if self.names else None
         self._modules = [candidates[name] for name in order.layers]
         self._parameters = own_parameters(order, self._model)
-        holders = (holder(weight_of(module), self._optimizers) for module in reversed(self._modules))
-        self._leader = next((optimizer for optimizer in holders if optimizer is not None), self._optimizers[0])
+        self._leader = first_holder(reversed(self._modules), self._optimizers) or self._optimizers[0]
         if order.layers[self.boundary] != transition:
             self.change.begin(self._transition(order.layers), self._optimizers)
 
@@ -160,12 +158,15 @@ class LocalLayers:
         """Lines on local and other layers, on the parameters that follow them, and on what is left out and why."""
         order, names = self.discovery.order, self.names
         local, others = names[: self.boundary], names[self.boundary :]
-        weights = {layer: weight_of(self._model.get_submodule(layer)) for layer in local}
-        kept = [layer for layer, weight in weights.items() if weight is not None and not self.trainable.wants(weight)]
+        modules = dict(zip(local, self._modules, strict=False))
+        kept = [layer for layer, module in modules.items() if not any(map(self.trainable.wants, weights_of(module)))]
+        adapted = [layer for layer, module in modules.items() if is_adapted(module)]
         lines = [f"local, by {self._rule}: {_span(local)}"] if local else []
         lines.append(f"by the optimizer: {_span(others)}")
         if kept:
             lines.append(f"local, but with a weight that you froze: {', '.join(kept)}")
+        if adapted:
+            lines.append(f"local, with adapters, which make no local update: {', '.join(adapted)}")
         followers = sum(layer in local for layer in order.followers.values())
         lines.append(
             f"other parameters: {followers} of {len(order.followers)} follow local layers and keep their values; "
@@ -190,8 +191,7 @@ class LocalLayers:
                 self.updates.watch_backward(last)
         for index in range(self.boundary, target):
             name, module = self.names[index], self._modules[index]
-            weight = weight_of(module)
-            if weight is not None and self.trainable.wants(weight):
+            if not is_adapted(module) and all(map(self.trainable.wants, weights_of(module))):
                 self.updates.add(index, name, module)
             self.trainable.take(self._parameters[name])
             if not self._rule.opens:
@@ -212,17 +212,16 @@ class LocalLayers:
 
     def resume_epoch(self, start: Tensor, sums: Sequence[float]) -> None:
         """Goes on measuring the change from a saved state."""
-        weight = self._transition(self.names)
-        self.change.resume(weight, self._optimizers, start.to(weight.device, copy=True), sums)
+        weights = self._transition(self.names)
+        self.change.resume(weights, self._optimizers, start.to(weights[0].device, copy=True), sums)
 
     def transition_change(self) -> float:
         """||dW_E|| of the epoch that ends, on this rank. Reads from the device."""
-        return self.change.norm(self._transition(self.names).detach())
+        return self.change.norm(self._transition(self.names))
 
-    def _transition(self, names: Sequence[str]) -> nn.Parameter:
-        """The transition layer's weight, or its first parameter if the weight is computed from others."""
-        weight = weight_of(self._modules[self.boundary])
-        return self._parameters[names[self.boundary]][0] if weight is None else weight
+    def _transition(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """The transition layer's weights, or its first parameter if the weight is computed from others."""
+        return weights_of(self._modules[self.boundary]) or self._parameters[names[self.boundary]][:1]
 
     def _last_of(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
         """The last parameter that the leading optimizer trains; each backward pass changes its gradient."""

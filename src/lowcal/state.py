@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError, is_count, is_number
-from lowcal.layers import Order, weight_of
+from lowcal.layers import Order, weights_of
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "layers": (list,),
@@ -104,8 +104,9 @@ def check_state(
         raise LowcalError("load_state_dict: 'times' is missing or damaged, and this schedule plans with step times")
     if names:
         transition = names[state["boundary"]]
-        start, weight = state["start"], weight_of(layers[transition])
-        if not isinstance(start, Tensor) or (weight is not None and start.shape != weight.shape):
+        start, weights = state["start"], weights_of(layers[transition])
+        shape = weights[0].shape if len(weights) == 1 else (sum(weight.numel() for weight in weights),)
+        if not isinstance(start, Tensor) or (weights and start.shape != shape):
             raise LowcalError(
                 f"load_state_dict: the state's weight of layer '{transition}' does not fit this network's; "
                 "load it into the network that it was saved from"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowcal.errors import LowcalError
-from lowcal.layers import Order, own_parameters
+from lowcal.layers import Order, own_parameters, weight_of
 from lowcal.rules import Rule
 
 FEWEST = 4  # steps at each boundary, after one that does not count
@@ -122,7 +122,9 @@ def measure_steps(
         return hook
 
     for name in order.layers:
-        trial.get_submodule(name).register_forward_hook(update(name))
+        layer = trial.get_submodule(name)
+        if weight_of(layer) is not None:
+            layer.register_forward_hook(update(name))
     device = next(trial.parameters()).device
     phases = [True] if rule.every == 1 else [True, False]  # whether the rule acts
     samples: dict[tuple[int, bool], list[float]] = {(boundary, acts): [] for boundary in boundaries for acts in phases}

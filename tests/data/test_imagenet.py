@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lowcal.data import FileBatches, Files, available_workers, images, load, make_loader
-from lowcal.data.images import Decoders
+from lowcal.data.images import Decoders, Decoding
+from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError
 
 SIZE = 32
@@ -271,8 +273,9 @@ def test_a_killed_worker_is_one_line_and_the_next_pass_has_new_ones(root):
 
 def test_available_workers():
     assert 1 <= available_workers() <= 16
-    assert Decoders(8).workers == available_workers()
-    assert Decoders(8, 3).workers == 3
+    make = partial(Decoding, 8, Policy())
+    assert Decoders((3, 8, 8), make).workers == available_workers()
+    assert Decoders((3, 8, 8), make, 3).workers == 3
 
 
 def test_layout_mistakes(root, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torchvision.io import write_png
 
 from lowcal.data import Augmentation, Batches, Images, Shard, load, make_loader
+from lowcal.data.mixing import Mixing
 from lowcal.errors import LowcalError
 
 MEAN, STD = (0.2, 0.5, 0.7), (0.1, 0.2, 0.4)
@@ -123,6 +124,9 @@ def test_the_seed_decides_what_an_image_gets_and_the_batch_does_not(images):
     for batches in sizes:
         assert len(batches) < len(first)
         assert torch.equal(torch.cat([x for x, _ in batches]), torch.cat([x for x, _ in first]))
+    mixed = [list(make(images, shuffle=True, mixing=Mixing(23, 0.5, 1.0), batch=batch)) for batch in (5, 7)]
+    for parts in zip(*(zip(*batches, strict=True) for batches in mixed), strict=True):
+        assert torch.equal(*(torch.cat(part) for part in parts))
 
 
 def test_a_raw_batch_can_be_collated_again_and_later(images):
@@ -145,9 +149,10 @@ def test_global_random_state_neither_moves_nor_matters(images):
     assert same(first, list(make(images, shuffle=True, augmentation=CROP)))
 
 
+@pytest.mark.parametrize("mixing", [None, Mixing(23, 0.5, 1.0)])
 @pytest.mark.parametrize("taken", [0, 1, 4, 5])
-def test_resume_in_an_epoch_continues_exactly(images, taken):
-    settings = {"shuffle": True, "augmentation": CROP}
+def test_resume_in_an_epoch_continues_exactly(images, taken, mixing):
+    settings = {"shuffle": True, "augmentation": CROP, "mixing": mixing}
     original = make(images, **settings)
     list(original)  # an epoch before
     epoch = iter(original)
@@ -231,18 +236,24 @@ def test_shares_are_all_images_once_and_alike_in_size(world, count):
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.fixture(params=["memory", "files"])
+@pytest.fixture(params=["memory", "files", "mixed memory", "mixed files", "workers"])
 def sharded(request, images, tmp_path):
     """A function from a shard to the training images' loader."""
-    if request.param == "memory":
-        return lambda shard: make(images, shuffle=True, augmentation=CROP, shard=shard)
+    mixing = Mixing(23, 0.5, 1.0) if "mixed" in request.param else None
+    if "memory" in request.param:
+        return lambda shard: make(images, shuffle=True, augmentation=CROP, shard=shard, mixing=mixing)
+    if request.param == "workers":
+        settings = {"classes": 3, "train_images": 23, "image_size": 8, "workers": 0, "augment": "randaugment"}
+        made = load("synthetic", **settings)
+        return lambda shard: make_loader(made, training=True, batch=5, device="cpu", shard=shard)
     for split, count in (("train", 11), ("val", 1)):
         for label in "ab":
             folder = tmp_path / split / label
             folder.mkdir(parents=True)
             for index in range(count):
                 write_png(images.pixels[index], str(folder / f"{index}.png"))
-    data = load("imagenet", data_dir=tmp_path, image_size=8, classes=2, workers=0)
+    mixed = {"mixup": 0.5, "cutmix": 1.0} if mixing else {}
+    data = load("imagenet", data_dir=tmp_path, image_size=8, classes=2, workers=0, **mixed)
     return lambda shard: make_loader(data, training=True, batch=5, device="cpu", shard=shard)
 
 

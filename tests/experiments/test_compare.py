@@ -185,7 +185,7 @@ def test_sgd_in_the_time_of_another_method(tmp_path, monkeypatch):
     assert [row["method"] for row in report.summary["rows"]] == ["sgd", "freeze", "sgd-compressed-2"]
     rates = [json.loads(line)["lr"] for line in (out / "sgd-compressed-2-seed1/epochs.jsonl").read_text().splitlines()]
     assert len(rates) == 2
-    assert rates[0] == pytest.approx(0.05 / 2)  # a warm-up of one epoch instead of two
+    assert rates[0] == pytest.approx(0.05)  # a warm-up of 0.8 epochs instead of two
     assert "SGD given the same time (2 epochs, 4.1 s)" in report.headline
     diary = Diary()
     run_compare(out, chosen, names, 2, diary)  # nothing is left to do

@@ -97,3 +97,61 @@ def test_a_run_with_adamw_resumes_exactly(tmp_path, data):
         again.run_epoch()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+ALL = [
+    "ema=0.9", "data.mixup=0.2", "data.cutmix=1.0", "data.augment=randaugment", "data.ra_magnitude=7", "data.ra_ops=1",
+    "data.random_erase=0.25", "data.workers=0", "label_smoothing=0.1", "lr_schedule.warmup_epochs=0.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["sgd", "local", "freeze", "refresh", "stochastic-depth"])
+def test_every_method_trains_with_all_of_fine_tuning(tmp_path, method):
+    chosen = recipe(*ALL)
+    tuned = load_data(chosen, None)
+    check(chosen, [method], tuned, CPU)
+    trained = build_run(chosen, method=method, folder=tmp_path / "run", data=tuned, device=CPU)
+    first = {name: value.clone() for name, value in trained.model.named_parameters()}
+    while not trained.done:
+        trained.run_epoch()
+    assert any(not torch.equal(value, first[name]) for name, value in trained.model.named_parameters())
+    trained.finish()
+    exported = torch.load(tmp_path / "run/model.pt")
+    mean = trained.state.train.mean.state_dict()["tensors"]
+    assert all(torch.equal(exported[name], value) for name, value in mean.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("ema=1", "ema=1: must be a number, at least 0 and below 1"),
+        ("ema.decay=-0.1", "ema=-0.1: must be"),
+        ("data.mixup=-1", "data.mixup=-1: must be a number, at least 0"),
+        ("data.cutmix=x", "data.cutmix=x: must be a number"),
+        ("data.ra_magnitude=31", "data.ra_magnitude=31: must be a whole number, at least 0 and at most 30"),
+        ("data.random_erase=1.5", "data.random_erase=1.5: must be"),
+        ("data.augment=randaug", "data.augment=randaug: must be true or false, 'randaugment' or 'trivial'"),
+        ("lr_schedule.warmup_epochs=2", "lr_schedule.warmup_epochs=2: must be below epochs, which is 2"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(settings, message):
+    with pytest.raises(LowcalError) as error:
+        recipe(settings)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "message"),
+    [
+        (["ema=0.9"], "prune", "ema=0.9: prune removes channels"),
+        (["cache=memory", "data.mixup=0.2"], "freeze", "--set data.mixup=0 --set data.cutmix=0"),
+        (["cache=memory", "data.augment=trivial"], "freeze", "--set data.augment=false"),
+        (["cache=memory", "data.augment=false", "data.random_erase=0.1"], "freeze", "--set data.random_erase=0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(settings, method, message):
+    chosen = recipe(*settings, "local.norm_stats=running")
+    with pytest.raises(LowcalError) as error:
+        check(chosen, [method], load_data(chosen, None), CPU)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowcal.data import Augmentation, Batches
+from lowcal.data.mixing import Mixing
 from lowcal.methods import METHODS, build_method
 from lowcal.steps import graphed, step
 from lowcal.steps.step import EagerStep, StepOptions
@@ -28,6 +29,7 @@ WAITING = {  # on a GPU the host reads what these give, or how much it is
     ATEN.unique_dim,
     ATEN.unique_consecutive,
 }
+TUNED = {"ema_decay": 0.9, "warmup_epochs": 1.5, "mixing": Mixing(3, 0.4, 1.0), "label_smoothing": 0.1}
 MASKS = (torch.bool, torch.uint8)
 
 
@@ -61,7 +63,7 @@ def waits_in_an_epoch(path, method, batch, **options):
     ("method", "options"),
     [(method, {}) for method in ("local", "refresh", "stochastic-depth", "prune")]
     + [("local", {"precision": precision, "max_skips": 9}) for precision in ("float32", "fp16")]
-    + [("sgd", {"precision": "fp16"})],
+    + [("sgd", {"precision": "fp16"}), ("local", TUNED)],
 )
 def test_an_epoch_waits_as_often_however_many_steps_it_has(tmp_path, method, options):
     few, many = (waits_in_an_epoch(tmp_path / str(batch), method, batch, **options) for batch in (11, 4))
@@ -69,10 +71,10 @@ def test_an_epoch_waits_as_often_however_many_steps_it_has(tmp_path, method, opt
     assert few.total() > 0  # the losses and the errors are read at its end
 
 
-@pytest.mark.parametrize("method", ["local", "refresh"])
-def test_so_does_one_of_recorded_steps(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(("method", "options"), [("local", {}), ("refresh", {}), ("local", TUNED)])
+def test_so_does_one_of_recorded_steps(tmp_path, monkeypatch, method, options):
     monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
-    few, many = (waits_in_an_epoch(tmp_path / str(batch), method, batch, step="graphed") for batch in (11, 4))
+    few, many = (waits_in_an_epoch(tmp_path / str(b), method, b, step="graphed", **options) for b in (11, 4))
     assert few == many
 
 
@@ -117,8 +119,9 @@ def test_all_of_a_step_is_on_the_device(monkeypatch, method, replayable, scaled,
     optimizer._need_device_dtype_check_for_fused = False
     optimizer._step_supports_amp_scaling = True
     loader = Batches(
-        images(10), batch=5, mean=(0.5, 0.5), std=(0.25, 0.25), augmentation=Augmentation(pad=1, flip=True), device=meta
-    )
+        images(10), batch=5, mean=(0.5, 0.5), std=(0.25, 0.25), augmentation=Augmentation(pad=1, flip=True),
+        mixing=Mixing(3, 0.4, 1.0) if guard else None, device=meta,
+    )  # fmt: skip
     own = OTHER_SETTINGS.get(METHODS[method].section, settings(every=2, refresh_every=3))
     attached = build_method(method, model, optimizer, own, epochs=9, example_inputs=loader.sample_input(1))
     if METHODS[method].section == "local" and method != "sgd":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.data import Augmentation, Batches, Images
+from lowcal.data.mixing import Mixing
 from lowcal.method_settings import LocalSettings, PruneSettings, ScheduleSettings, StochasticDepthSettings
 from lowcal.methods import build_method, find_method
 from lowcal.models import BasicBlock
@@ -71,6 +72,7 @@ def make_run(
     device: str = "cpu",
     images_count: int = 22,
     augment: bool = True,
+    mixing: Mixing | None = None,
     **options: Any,
 ) -> Run:
     """A run in the folder `path`, which is made if it does not hold one yet; `options` are of `RunOptions`."""
@@ -85,6 +87,7 @@ def make_run(
         seed=seed,
         shuffle=True,
         augmentation=Augmentation(pad=1, flip=True) if augment else None,
+        mixing=mixing,
         **statistics,
     )
     if RunFolder.holds_run(path) or not group.is_main:

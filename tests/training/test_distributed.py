@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
+from lowcal.data.mixing import Mixing
 from lowcal.methods import METHODS
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.distributed import TrainingGroup, joined
@@ -91,6 +92,28 @@ def test_processes_are_alike_and_like_one(tmp_path, world, methods):
         is_like(ours, alone)
         peaks = [[record["peak_memory_bytes"] for record in found["log"]] for found in (ours, alone)]
         assert all(ours < theirs for ours, theirs in zip(*peaks, strict=True))
+
+
+def train_tuned(group, folder):
+    """With a mean of the weights, mixed images and smoothed labels."""
+    options = {"ema_decay": 0.8, "mixing": Mixing(3, 0.4, 1.0), "label_smoothing": 0.1, "warmup_epochs": 1.5}
+    run = run_on(make_run(folder, model=plain(), group=group, **options))
+    keep(run, folder)
+    return {**state(run), "model": run.state.train.mean.state_dict()["tensors"]}
+
+
+def test_so_are_the_mean_of_the_weights_and_mixed_images(tmp_path):
+    (tmp_path / "two").mkdir()
+    alone = train_tuned(TrainingGroup(), tmp_path / "alone")
+    together(2, keep_tuned, tmp_path / "two")
+    is_like(torch.load(tmp_path / "two/mean.pt"), alone)
+    is_like(kept(tmp_path / "two"), kept(tmp_path / "alone", world=1))
+
+
+def keep_tuned(group, folder):
+    found = train_tuned(group, folder)
+    if group.is_main:
+        torch.save(found, folder / "mean.pt")
 
 
 def half(group, folder):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lowcal import LowcalError
-from lowcal.training.epoch import evaluate
 from lowcal.training.epoch_state import DivergedError, EpochState
+from lowcal.training.evaluation import evaluate
 
 from ..networks import convnet, images
 from ..support import same, weights

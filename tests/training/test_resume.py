@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowcal import LowcalError
+from lowcal.data.mixing import Mixing
 from lowcal.methods import METHODS
 from lowcal.training.checkpoint import load_checkpoint
 from lowcal.training.signals import Interrupted, catch_signals, deferred, requested
@@ -58,8 +59,10 @@ def test_a_run_killed_inside_an_epoch_is_bitwise_the_uninterrupted_one(tmp_path,
         {"local": settings(norm_stats="running")},
         {"local": settings(every=3, scale="relative", decay_every=2)},
         {"max_skips": 2, "fused": True},
+        {"warmup_epochs": 3.5},
+        {"ema_decay": 0.9, "mixing": Mixing(3, 0.4, 1.0), "label_smoothing": 0.1},
     ],
-    ids=["fp16", "fused fp16", "norm-trend", "running", "every", "guard"],
+    ids=["fp16", "fused fp16", "norm-trend", "running", "every", "guard", "warm-up", "mixed"],
 )
 def test_it_is_so_in_every_setting_at_an_epoch_s_end_too(tmp_path, options):
     steps = 5 * 2 + 3

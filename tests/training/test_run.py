@@ -247,3 +247,13 @@ def test_running_leaves_no_hooks_but_the_methods(tmp_path, method):
     run.method.detach()
     plain = network()
     assert hooks(run.model, run.optimizer) == hooks(plain, type(run.optimizer)(plain.parameters(), lr=1.0))
+
+
+def test_a_warm_up_raises_the_rate_step_by_step_to_the_one_of_the_schedule(tmp_path):
+    """Five steps an epoch; the warm-up ends with the eighth."""
+    rates = []
+    run = make_run(tmp_path / "run", "sgd", lr_at=lambda epoch: 0.1, warmup_epochs=1.6)
+    run.optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: rates.append(optimizer.param_groups[0]["lr"]))
+    run_on(run, 3)
+    assert rates == pytest.approx([0.1 * min(1, step / 8) for step in range(1, 16)])
+    assert [record["lr"] for record in log(run)] == pytest.approx([0.1 * 5 / 8, 0.1, 0.1])

@@ -1,5 +1,6 @@
 """Images in memory or in files: channel statistics, stratified subsets and splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lowcal.data.images import Decoders
+from lowcal.data.mixing import Mixing
 from lowcal.errors import LowcalError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -79,12 +81,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files that are decoded for each batch: `paths`, and their `labels` int64 (N,).
+    """Images that worker processes make for each batch: files with their `paths`, and their `labels` int64 (N,).
 
-    `mean` and `std` per channel, on the scale 0 to 1, are constants, because measuring them would decode every file.
+    For images in memory the paths are positions. `mean` and `std` per channel, on the scale 0 to 1, are constants for
+    files, because measuring them would decode every one.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str | int]
     labels: Tensor
     decoders: Decoders
     mean: tuple[float, ...]
@@ -96,7 +99,7 @@ class Files:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return 3, self.decoders.size, self.decoders.size
+        return self.decoders.shape
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation per channel."""
@@ -139,8 +142,10 @@ class Dataset:
     """Training and test images; `mean` and `std` per channel of the training images on the scale 0 to 1.
 
     `augmentation` suits the kind of image (digits are not flipped); it is None for files, which are cropped and flipped
-    when they are decoded. `skipped` names each file left out and why. `whole` is the number of training and test images
-    before subsets and splits, as published where there is a publication; `folder` is the name of an image-folder.
+    when they are decoded. `augment`: whether worker processes, where there are any, change training images at random;
+    `mixing`: how these are mixed in pairs. `skipped` names each file left out and why. `whole` is the number of
+    training and test images before subsets and splits, as published where there is a publication; `folder` is the name
+    of an image-folder.
     """
 
     name: str
@@ -153,6 +158,8 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     whole: tuple[int, int] | None = None
     folder: str | None = None
+    augment: bool = True
+    mixing: Mixing | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.functional import interpolate
 
+from lowcal.data.augmenters import in_workers
 from lowcal.data.dataset import Augmentation, Dataset, Images, Source, split, subset
-from lowcal.data.folders import cache_folder, class_folders, read_folders, read_imagenet
+from lowcal.data.folders import MEAN, cache_folder, class_folders, read_folders, read_imagenet
 from lowcal.data.images import OnError, fit_cropped, fit_exact
+from lowcal.data.mixing import Mixing
+from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError, nearest
 
 if TYPE_CHECKING:
@@ -28,7 +31,6 @@ _OWNERS = {
     "channels": (("digits",), "has images of 3 channels: leave out data.channels ({})"),
     "classes": (("image-folder", "imagenet", "synthetic"),
                 "brings its own classes: leave out data.classes (found {})"),
-    "workers": (("imagenet",), "is held in memory and needs no workers: leave out data.workers ({})"),
 }  # fmt: skip
 _LEAST = {"train_images": 1, "test_images": 1, "image_size": 1, "channels": 3, "classes": 2, "workers": 0}
 TEST_FRACTION = 0.25  # of the digits, which come without a split
@@ -47,7 +49,12 @@ def load(
     test_images: int | None = None,
     image_size: int | None = None,
     channels: int | None = None,
-    augment: bool = True,
+    augment: bool | Literal["randaugment", "trivial"] = True,
+    ra_ops: int = 2,
+    ra_magnitude: int = 9,
+    random_erase: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
     classes: int | None = None,
     evaluate: Literal["test", "validation"] = "test",
     validation_fraction: float = 0.2,
@@ -66,7 +73,13 @@ def load(
         image_size: in pixels; digits and CIFAR are enlarged to it (default: their own size), image-folder needs it, the
             default of imagenet is 224, that of synthetic 32.
         channels: 3 repeats the grey digits, for networks that take colour images.
-        augment: whether training images are cropped and flipped at random.
+        augment: whether training images are cropped and flipped at random; "randaugment" and "trivial" also change
+            their geometry and colours.
+        ra_ops: operations of RandAugment on an image.
+        ra_magnitude: their strength, 0 to 30.
+        random_erase: the probability that a rectangle of a training image is erased.
+        mixup: alpha of mixup; 0: no mixup.
+        cutmix: alpha of CutMix; 0: no CutMix.
         classes: for synthetic (default 10); for imagenet (default 1000) and image-folder (default: any) the number
             that the folder must hold.
         evaluate: "validation" uses a stratified part of the training images instead of the test images, so that
@@ -74,7 +87,8 @@ def load(
         validation_fraction: the size of that part.
         on_error: "skip" leaves out unreadable files and names them in `Dataset.skipped`.
         download: whether CIFAR may be downloaded if it is not found.
-        workers: processes that decode imagenet's files (default: one per processor, at most 16).
+        workers: processes that decode imagenet's files, or that augment beyond a crop and a flip (default: one per
+            processor, at most 16).
 
     Raises:
         LowcalError: an unknown name, a setting that the dataset does not have, a folder with another number of
@@ -92,6 +106,18 @@ def load(
         classes=classes,
         workers=workers,
     )
+    policy = Policy(
+        crop=augment is not False,
+        name=None if isinstance(augment, bool) else augment,
+        ops=ra_ops,
+        magnitude=ra_magnitude,
+        erase=random_erase,
+    )
+    if workers is not None and name != "imagenet" and not policy.needs_workers:
+        raise LowcalError(
+            f"data {name!r} is held in memory and needs no workers: leave out data.workers ({workers}), or set "
+            "data.augment=randaugment"
+        )
     if data_dir is not None:
         _check_classes(name, data_dir, classes)
     if name == "digits":
@@ -107,7 +133,7 @@ def load(
         folders = "train/ and val/" if name == "imagenet" else "train/ and test/"
         raise LowcalError(f"data {name!r} needs a folder with {folders}: give it with --data-dir")
     elif name == "imagenet":
-        source = read_imagenet(data_dir, image_size, on_error, workers)
+        source = read_imagenet(data_dir, image_size, on_error, workers, policy.erasing(MEAN))
     elif image_size is None:
         raise LowcalError("data 'image-folder' needs the images' side: --set data.image_size=64, for example")
     else:
@@ -130,9 +156,14 @@ def load(
         train, test = (part.enlarged(image_size, channels) for part in (train, test))
     mean, std = train.statistics()
     folder = data_dir.resolve().name if data_dir is not None and name == "image-folder" else None
+    augmentation = augmentation if policy.crop else None
+    if policy.needs_workers and isinstance(train, Images):
+        train = in_workers(train, augmentation, policy.erasing(mean), mean, std, workers)
+    mixing = Mixing(len(source.classes), mixup, cutmix) if mixup or cutmix else None
     return Dataset(
-        name, source.classes, train, test, mean, std, augmentation if augment else None, source.skipped, whole, folder
-    )
+        name, source.classes, train, test, mean, std, augmentation, source.skipped, whole, folder, policy.is_random,
+        mixing,
+    )  # fmt: skip
 
 
 def _check_settings(name: str, **settings: str | int | None) -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import __version__ as pillow_version
 from torch import Tensor
 
 from lowcal.data.dataset import Augmentation, Files, Images, Source
-from lowcal.data.images import Decoders, OnError, decode_files, unreadable, unreadable_files
+from lowcal.data.images import Decoders, Decoding, OnError, decode_files, unreadable, unreadable_files
+from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError
 from lowcal.files import DamagedError, load_checked, save_checked
 
@@ -49,15 +51,18 @@ def read_folders(folder: Path, size: int, on_error: OnError, fit: Callable[[Imag
     return Source(splits[0].classes, parts[0], parts[1], Augmentation(pad=size // 8, flip=True), tuple(skipped))
 
 
-def read_imagenet(folder: Path, image_size: int | None, on_error: OnError, workers: int | None) -> Source:
+def read_imagenet(
+    folder: Path, image_size: int | None, on_error: OnError, workers: int | None, policy: Policy
+) -> Source:
     """List train/ and val/ below `folder`; images are decoded when a batch needs them.
 
-    A training image is a random part of its file scaled to 224x224 (or `image_size`) and flipped half the time; for
-    evaluation the shorter side is scaled to 256 and the middle kept. `on_error="skip"` first reads every file once,
-    which the cache folder remembers; otherwise the first unreadable file stops training.
+    A training image is a random part of its file scaled to 224x224 (or `image_size`) and flipped half the time, if
+    `policy` crops. Else, and for evaluation, the shorter side is scaled to 256 and the middle kept. `on_error="skip"`
+    first reads every file once, which the cache folder remembers; otherwise the first unreadable file stops training.
     """
     splits = list_splits(folder, ("val",))
-    decoders = Decoders(image_size or SIZE, workers)
+    size = image_size or SIZE
+    decoders = Decoders((3, size, size), partial(Decoding, size, policy), workers)
     parts, skipped = [], []
     for listing in splits:
         bad: dict[str, str] = {}

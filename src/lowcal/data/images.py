@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError
 
 OnError = Literal["stop", "skip"]
@@ -171,49 +172,57 @@ def _read_in_threads(
 
 
 class Task(NamedTuple):
-    """A file to decode. `seed` decides its crop and flip; None cuts out the middle, as evaluation does."""
+    """An image to make: of a file, or of a position in memory.
 
-    path: str
+    `seed` decides what happens to it at random; None: what evaluation does.
+    """
+
+    path: str | int
     label: int
     seed: int | None
 
 
-class _Decoded(NamedTuple):
-    """A batch: pixels uint8 (n, 3, size, size), labels int64 (n,), and the unreadable files with reasons."""
+class Decoded(NamedTuple):
+    """A batch: pixels uint8 (n, C, H, W), labels int64 (n,), and the unreadable files with reasons."""
 
     pixels: Tensor
     labels: Tensor
     failures: list[str]
 
     def checked(self) -> tuple[Tensor, Tensor]:
+        """Pixels and labels; LowcalError if a file cannot be read."""
         if self.failures:
             raise unreadable(self.failures[0])
         return self.pixels, self.labels
 
 
 class Decoders:
-    """Worker processes that decode batches of files ahead of their use, in order.
+    """Worker processes that make batches of images ahead of their use, in order.
 
     The result of a task depends on the task alone, not on the worker or the number of workers, so all loaders of a
     program can share them. A pass that starts during another one gets workers of its own. The workers of a finished
     pass serve the next. With CUDA the batches come in pinned memory.
 
     Args:
-        size: side of the images, pixels.
+        shape: channels, height and width of the images.
+        make: returns what turns a batch of tasks into images.
         workers: processes per pass; 0: decode in this process. None: `available_workers`.
     """
 
-    def __init__(self, size: int, workers: int | None = None) -> None:
-        self.size = size
+    def __init__(
+        self, shape: tuple[int, int, int], make: Callable[[], Dataset[Decoded]], workers: int | None = None
+    ) -> None:
+        self.shape = shape
+        self._make = make
         self.workers = available_workers() if workers is None else workers
-        self._idle: dict[bool, list[tuple[_Queue, DataLoader[_Decoded]]]] = {True: [], False: []}
+        self._idle: dict[bool, list[tuple[_Queue, DataLoader[Decoded]]]] = {True: [], False: []}
 
     def decode(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
         """Decode one batch in this process; errors as `run`."""
-        return _Decoding(self.size)[tasks].checked()
+        return self._make()[tasks].checked()
 
     def run(self, batches: Iterable[Sequence[Task]], *, pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Decode batch after batch into pixels uint8 (n, 3, size, size) and labels int64 (n,); `pin`: pin memory.
+        """Decode batch after batch into pixels uint8 (n, C, H, W) and labels int64 (n,); `pin`: pin memory.
 
         Raises:
             LowcalError: a file cannot be read, or a worker process dies.
@@ -232,10 +241,10 @@ class Decoders:
             if is_alive:  # also after a pass that was given up: the next one drops what was decoded ahead
                 self._idle[pin].append((queue, loader))
 
-    def _start(self, pin: bool) -> tuple["_Queue", DataLoader[_Decoded]]:
+    def _start(self, pin: bool) -> tuple["_Queue", DataLoader[Decoded]]:
         queue = _Queue()
-        loader: DataLoader[_Decoded] = DataLoader(
-            _Decoding(self.size),
+        loader: DataLoader[Decoded] = DataLoader(
+            self._make(),
             batch_sampler=queue,  # type: ignore[arg-type]  # its batches are of tasks, not of positions
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -255,21 +264,22 @@ class _Queue:
         return iter(self.batches)
 
 
-class _Decoding(Dataset[_Decoded]):
-    """From a batch of tasks to pixels; runs in a worker."""
+class Decoding(Dataset[Decoded]):
+    """From a batch of tasks, which name files, to pixels uint8 (n, 3, size, size); runs in a worker."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, policy: Policy) -> None:
         from torchvision.transforms import v2  # imported late: it takes a second
 
         self.size = size
-        self.train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        self.test = v2.Compose([v2.Resize(round(RESIZED * size)), v2.CenterCrop(size), v2.PILToTensor()])
+        middle = [v2.Resize(round(RESIZED * size)), v2.CenterCrop(size)]
+        self.train = policy.transform([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()], middle)
+        self.test = v2.Compose([*middle, v2.PILToTensor()])
 
-    def __getitems__(self, tasks: Sequence[Task]) -> _Decoded:
+    def __getitems__(self, tasks: Sequence[Task]) -> Decoded:
         """What torch's loader calls with a batch."""
         return self[tasks]
 
-    def __getitem__(self, tasks: Sequence[Task]) -> _Decoded:
+    def __getitem__(self, tasks: Sequence[Task]) -> Decoded:
         pixels = torch.zeros(len(tasks), 3, self.size, self.size, dtype=torch.uint8)
 
         def use(position: int, image: Image.Image) -> None:
@@ -277,13 +287,13 @@ class _Decoding(Dataset[_Decoded]):
             if seed is None:
                 pixels[position] = self.test(_middle(image))
             else:
-                with _seeded(seed):
+                with seeded(seed):
                     pixels[position] = self.train(image)
 
         with _pillow_warnings():
-            failures = _read_each([task.path for task in tasks], use)
+            failures = _read_each([str(task.path) for task in tasks], use)
         labels = torch.tensor([task.label for task in tasks], dtype=torch.int64)
-        return _Decoded(pixels, labels, [f"{tasks[position].path}: {reason}" for position, reason in failures])
+        return Decoded(pixels, labels, [f"{tasks[position].path}: {reason}" for position, reason in failures])
 
 
 def available_workers() -> int:
@@ -301,7 +311,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global generator, which torchvision draws from, and restore it afterwards."""
     generator = torch.default_generator
     before = generator.get_state()

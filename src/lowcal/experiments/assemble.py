@@ -68,9 +68,10 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
 
 
 def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> Dataset:
-    """The recipe's images; processes on one machine divide its processors among them for decoding."""
+    """The recipe's images; processes on one machine divide its processors among their workers."""
     settings = as_dict(recipe.data)
-    if launch.local_world > 1 and recipe.data.name == "imagenet" and recipe.data.workers is None:
+    needs_workers = recipe.data.name == "imagenet" or recipe.data.augments_in_workers
+    if launch.local_world > 1 and needs_workers and recipe.data.workers is None:
         settings["workers"] = max(1, available_workers() // launch.local_world)
     return load(data_dir=data_dir, **settings)
 
@@ -98,6 +99,9 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
     for method in methods:
         with torch.random.fork_rng([]):
             model, optimizer, attached, _, loaded = _parts(recipe, method, data, cpu)
+        if recipe.ema.decay and attached.reshapes:
+            remedy = f"--set ema=0, or leave {method} out"
+            raise LowcalError(f"ema={recipe.ema.decay:g}: {method} removes channels whose mean is not zero; {remedy}")
         if recipe.step != "auto":
             find_step(recipe.step).check(model, (optimizer,), attached, StepOptions(device, recipe.precision))
         if (cache := _cache(recipe.cache)) is not None and isinstance(attached, Freeze) and attached.caches:
@@ -194,10 +198,12 @@ def build_run(
             device=device,
             precision=recipe.precision,
             seed=recipe.seed,
+            warmup_epochs=recipe.lr_schedule.warmup_epochs,
             step=recipe.step,
             max_skips=recipe.guard.max_skips,
             max_norm=recipe.optimizer.max_norm,
             label_smoothing=recipe.label_smoothing,
+            ema_decay=recipe.ema.decay,
             cache=_cache(recipe.cache),
             checkpoint_minutes=recipe.checkpoint.minutes,
         ),

@@ -96,7 +96,7 @@ def _rivals(recipe: Recipe, methods: Sequence[str], arms: Sequence[Arm], out: Pa
 def compressed(recipe: Recipe, epochs: int) -> Recipe:
     """`recipe` with its whole learning-rate schedule in `epochs` epochs."""
     rates = recipe.lr_schedule
-    warmup = min(round(rates.warmup_epochs * epochs / recipe.epochs), epochs - 1)
+    warmup = rates.warmup_epochs * epochs / recipe.epochs
     rates = replace(rates, epochs=rates.epochs or recipe.epochs, fit="compressed", warmup_epochs=warmup)
     return replace(recipe, epochs=epochs, lr_schedule=rates)
 

@@ -38,9 +38,14 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The images; `evaluate="validation"` holds out a part of the training images and evaluates on it.
 
-    `workers` processes decode imagenet's files (None: one per processor, 16 at most); their number changes no image.
-    `seed` decides subsets and splits, so that runs with different seeds see the same images. `augment` crops and flips
-    training images at random. `channels=3` repeats grey images, for networks that take colour.
+    `workers` processes decode imagenet's files and augment beyond a crop and a flip (None: one per processor, 16 at
+    most); their number changes no image. `seed` decides subsets and splits, so that runs with different seeds see the
+    same images. `channels=3` repeats grey images, for networks that take colour.
+
+    `augment` crops and flips training images at random. "randaugment" also applies `ra_ops` random operations of
+    strength `ra_magnitude` (torchvision's RandAugment), "trivial" one of random strength (TrivialAugmentWide).
+    `random_erase` is the probability that a rectangle is erased. `mixup` and `cutmix` mix images in pairs: each is the
+    alpha of a Beta distribution, 0: off; with both, each image gets one of them.
     """
 
     name: Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
@@ -49,13 +54,23 @@ class DataSettings(Settings):
     test_images: Count | None = None
     image_size: Count | None = None
     channels: Annotated[int, Limits(least=3, most=3)] | None = None
-    augment: bool = True
+    augment: bool | Literal["randaugment", "trivial"] = True
+    ra_ops: Count = 2
+    ra_magnitude: Annotated[int, Limits(least=0, most=30)] = 9
+    random_erase: Annotated[float, Limits(least=0, most=1)] = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
     classes: Annotated[int, Limits(least=2)] | None = None
     evaluate: Literal["test", "validation"] = "test"
     validation_fraction: Annotated[float, Limits(above=0, below=1)] = 0.2
     on_error: Literal["stop", "skip"] = "stop"
     download: bool = True
     workers: Whole | None = None
+
+    @property
+    def augments_in_workers(self) -> bool:
+        """Whether training images are changed in ways that worker processes do."""
+        return isinstance(self.augment, str) or self.random_erase > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +148,29 @@ class OptimizerSettings(Settings):
 class RateSettings(Settings):
     """The learning rate over the epochs; `factor` and `every` (epochs) belong to `step`.
 
-    `epochs` is the length of the schedule (None: that of the run). A shorter run has the whole schedule, only faster
-    (`fit="compressed"`), or its beginning (`fit="stopped"`).
+    In the first `warmup_epochs`, whole ones or a part of one, the rate grows from step to step in proportion to the
+    time. `epochs` is the length of the schedule (None: that of the run). A shorter run has the whole schedule, only
+    faster (`fit="compressed"`), or its beginning (`fit="stopped"`).
     """
 
     name: Literal["step", "cosine", "constant"]
     factor: Fraction = 0.1
     every: Count = 30
-    warmup_epochs: Whole = 0
+    warmup_epochs: NonNegative = 0.0
     epochs: Count | None = None
     fit: Literal["compressed", "stopped"] = "compressed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaSettings(Settings):
+    """The exponential mean of weights and running statistics, with which the network is evaluated and exported.
+
+    Step n has the decay min(`decay`, n / (n + 9)); 0: there is no mean.
+    """
+
+    short: ClassVar[str] = "decay"
+
+    decay: Annotated[float, Limits(least=0, below=1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +221,7 @@ class Recipe(Settings):
     data: DataSettings
     optimizer: OptimizerSettings
     lr_schedule: RateSettings
+    ema: EmaSettings
     local: LocalSettings
     stochastic_depth: StochasticDepthSettings
     prune: PruneSettings
@@ -204,17 +233,17 @@ class Recipe(Settings):
         super().__post_init__()
         warmup, planned = self.lr_schedule.warmup_epochs, self.lr_schedule.epochs
         if warmup and warmup >= self.epochs:
-            raise LowcalError(f"lr_schedule.warmup_epochs={warmup}: must be below epochs, which is {self.epochs}")
+            raise LowcalError(f"lr_schedule.warmup_epochs={warmup:g}: must be below epochs, which is {self.epochs}")
         if planned is not None and planned < self.epochs:
             raise LowcalError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
 
 
 def lr_at(recipe: Recipe) -> Callable[[int], float]:
-    """SGD's learning rate as a pure function of the epoch (counted from 0).
+    """SGD's learning rate as a pure function of the epoch (counted from 0), without the warm-up.
 
     `step` decays by `factor` every `every` epochs, counted from epoch 0; `cosine` falls from the full rate to zero at
-    the end of the last epoch. In a warm-up of n epochs, epoch e has (e + 1) / (n + 1) of the rate. If a schedule of P
-    epochs is compressed into a run of E, epoch e has the rate of epoch e P / E.
+    the end of the last epoch; it begins after the warm-up. If a schedule of P epochs is compressed into a run of E,
+    epoch e has the rate of epoch e P / E.
     """
     base, plan, epochs = recipe.optimizer.lr, recipe.lr_schedule, recipe.epochs
     planned = plan.epochs or epochs
@@ -222,12 +251,10 @@ def lr_at(recipe: Recipe) -> Callable[[int], float]:
     warmup = plan.warmup_epochs
 
     def rate(epoch: int) -> float:
-        if epoch < warmup:
-            return base * (epoch + 1) / (warmup + 1)
         if plan.name == "step":
             return base * plan.factor ** (epoch * planned // run // plan.every)
         if plan.name == "cosine":
-            return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (run - warmup)))
+            return base * 0.5 * (1 + math.cos(math.pi * max(0.0, epoch - warmup) / (run - warmup)))
         return base
 
     return rate

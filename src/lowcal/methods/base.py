@@ -37,6 +37,7 @@ class Method:
         layers: names of the network's weight layers in the order of the forward pass.
         period: after so many optimizer steps the kinds of step repeat.
         unreplayable: why a step cannot be recorded on the device and replayed; None if it can.
+        reshapes: whether `end_epoch` may change the shapes of the network's tensors.
         caches: whether the layers before the boundary stay the same, so that they can be computed once for each image.
     """
 
@@ -44,6 +45,7 @@ class Method:
     section: ClassVar[str] = "local"
     period: int = 1
     unreplayable: ClassVar[str | None] = None
+    reshapes: ClassVar[bool] = False
     caches: ClassVar[bool] = False
 
     def __init__(

@@ -32,6 +32,7 @@ class Prune(Method):
 
     name: ClassVar[str] = "prune"
     section: ClassVar[str] = "prune"
+    reshapes: ClassVar[bool] = True
     settings: PruneSettings
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:

@@ -51,7 +51,12 @@ class CachedBatches:
             LowcalError: the images are not the same in each epoch.
         """
         if not isinstance(loader, Batches):
-            raise LowcalError("cache: these images are decoded for each mini-batch; take data in memory, or cache=none")
+            raise LowcalError(
+                "cache: these images are augmented or decoded for each mini-batch; take data in memory with "
+                "--set data.augment=false --set data.random_erase=0, or cache=none"
+            )
+        if loader.mixing is not None:
+            raise LowcalError("cache: mixed images cannot be cached; --set data.mixup=0 --set data.cutmix=0")
         if loader.augmentation is not None:
             raise LowcalError("cache: images that change at random cannot be cached; --set data.augment=false")
         where = folder if options.on_disk else None

@@ -223,13 +223,22 @@ class CostMeter:
         precision: of its steps.
         world: processes that share each mini-batch.
         cached: whether the layers before the boundary are computed once for each image.
+        kept: bytes that the run holds throughout besides the network and its optimizer.
     """
 
     def __init__(
-        self, method: Method, device: torch.device, precision: str, world: int = 1, *, cached: bool = False
+        self,
+        method: Method,
+        device: torch.device,
+        precision: str,
+        world: int = 1,
+        *,
+        cached: bool = False,
+        kept: int = 0,
     ) -> None:
         self._method, self._device, self._precision, self._cached = method, device, precision, cached
         self._largest = Shard(0, world)
+        self._kept = kept
         self._costs: dict[tuple[int, ...], Cost] = {}
         # Bytes, in the epochs since `reset`: a step that is replayed on the device allocates only once.
         self._peak = 0
@@ -245,12 +254,12 @@ class CostMeter:
         if self._device.type == "cuda":
             gc.collect()  # copies from the warm-up would be counted as another run's, and freed within the epoch
             torch.cuda.reset_peak_memory_stats(self._device)
-            own = held_bytes(self._method.model, self._method.optimizer)
+            own = held_bytes(self._method.model, self._method.optimizer) + self._kept
             self._others = torch.cuda.memory_allocated(self._device) - own
 
     def held(self) -> int:
-        """Bytes that the network and its optimizer hold throughout a step, without gradients."""
-        return held_bytes(self._method.model, self._method.optimizer, gradients=False)
+        """Bytes that the run holds throughout a step, without gradients and images."""
+        return held_bytes(self._method.model, self._method.optimizer, gradients=False) + self._kept
 
     def peak(self) -> int:
         """Most bytes in a step since `reset`; 0 on a device that does not count them."""
@@ -268,7 +277,8 @@ class CostMeter:
         """
         costs = [(self._cost(shape), count) for shape, count in shapes.items()]
         flops = sum((cost.flops + fills * cost.cached_flops) * count for cost, count in costs)
-        return flops, peak or max(self._cost(self._largest_shard(shape)).peak_bytes for shape in shapes)
+        largest = max(self._cost(self._largest_shard(shape)).peak_bytes for shape in shapes)
+        return flops, peak or largest + self._kept
 
     def _largest_shard(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         shard = self._largest.of(shape[0])

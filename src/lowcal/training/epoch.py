@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Any, NoReturn
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowcal.data import Loader
 from lowcal.errors import LowcalError
-from lowcal.steps.step import autocast, is_out_of_memory, now
+from lowcal.steps.step import is_out_of_memory, now
 from lowcal.training.batch_growth import release_memory
 from lowcal.training.cost import CostMeter
 from lowcal.training.epoch_state import DivergedError, EpochState
+from lowcal.training.evaluation import evaluate
 from lowcal.training.signals import Interrupted, deferred, ignore_signals, requested
 from lowcal.training.step_builder import StepBuilder
 from lowcal.training.train_state import RunState
@@ -73,8 +72,14 @@ class EpochLoop:
         self._options, self._group, self._growth = state.options, state.group, state.growth
         self._model, self._method = state.train.model, state.train.method
         cached = self._options.cache is not None and self._method.caches
+        mean = state.train.mean
         self._meter = CostMeter(
-            self._method, self._options.device, self._options.precision, self._group.world, cached=cached
+            self._method,
+            self._options.device,
+            self._options.precision,
+            self._group.world,
+            cached=cached,
+            kept=mean.nbytes if mean else 0,
         )
         minutes = self._options.checkpoint_minutes if self._options.checkpoint else None
         self._save_every = math.inf if minutes is None else 60.0 * minutes
@@ -83,8 +88,8 @@ class EpochLoop:
 
     @property
     def lr(self) -> float:
-        """SGD's learning rate in the next epoch."""
-        return self._options.lr_at(self._state.finished) * self._growth.lr_factor
+        """SGD's learning rate in the next epoch; in a warm-up that of its last step."""
+        return self._lr_until(1.0)
 
     def rebuild(self) -> None:
         """Rebuilds what depends on the network's shape and on what learns in it."""
@@ -112,8 +117,6 @@ class EpochLoop:
         # In a step a process cannot tell the others, which wait for its gradients, that its memory ran out.
         if is_new_trial and self._group.world > 1 and self._group.max(not self._steps.has_memory()):
             return False
-        for param_group in train.optimizer.param_groups:
-            param_group["lr"] = self.lr * param_group.get("lr_factor", 1.0)
         self._model.train()
         try:
             with train.random.entered():
@@ -149,6 +152,7 @@ class EpochLoop:
                     self._save()
                     raise Interrupted(signal) from None  # the other processes do not know of it
                 raise
+            self._set_lr((epoch.done + 1) / steps)
             loss = step(*batch)
             moment = perf_counter()
             epoch.add(loss, step.skipped, (loader.global_batch, *loader.shape), moment - last)
@@ -167,6 +171,17 @@ class EpochLoop:
         self._count_time(epoch, start)
         if is_save_due:
             self._save_between_steps()
+
+    def _lr_until(self, part: float) -> float:
+        """SGD's learning rate in the step with which `part` of the epoch is done."""
+        finished, warmup = self._state.finished, self._options.warmup_epochs
+        rate = self._options.lr_at(finished) * self._growth.lr_factor
+        return rate * (finished + part) / warmup if finished + part < warmup else rate
+
+    def _set_lr(self, part: float) -> None:
+        rate = self._lr_until(part)
+        for param_group in self._state.train.optimizer.param_groups:
+            param_group["lr"] = rate * param_group.get("lr_factor", 1.0)
 
     def _count_time(self, epoch: EpochState, start: float) -> None:
         """Adds the seconds since `start`, and checks the losses."""
@@ -229,7 +244,7 @@ class EpochLoop:
     # The end of the epoch
 
     def _evaluated(self) -> dict[str, Any]:
-        """Evaluates the network; returns the epoch's record without the method's fields."""
+        """Evaluates the network, or its mean; returns the epoch's record without the method's fields."""
         epoch, options = self._epoch, self._options
         with self._state.train.random.entered():
             loss = epoch.mean_loss()
@@ -239,13 +254,15 @@ class EpochLoop:
             peak = self._group.max(epoch.peak)
             flops, peak = self._group.from_main(lambda: self._counted(peak))
             self._group.broadcast(self._model.buffers())  # running statistics, which each process takes of its shard
-            test_loss, top1_error = evaluate(
-                self._model,
-                self._test_batches(),
-                device=options.device,
-                precision=options.precision,
-                add_up=self._group.sum,
-            )
+            with self._state.train.averaged():
+                self._group.broadcast(self._model.buffers())  # those of the mean
+                test_loss, top1_error = evaluate(
+                    self._model,
+                    self._test_batches(),
+                    device=options.device,
+                    precision=options.precision,
+                    add_up=self._group.sum,
+                )
         if not math.isfinite(test_loss):
             raise self._diverged(f"the test loss is {test_loss}", epoch.steps)
         return {
@@ -278,7 +295,8 @@ class EpochLoop:
         random = self._state.train.random.state_dict()
         for batch in self.test:
             if signal := self._group.poll(requested()):
-                self._save(random)
+                with self._state.train.averaged():  # within evaluation: exchanges the mean and the weights back
+                    self._save(random)
                 self._stop(signal)
             yield batch
 
@@ -313,38 +331,3 @@ class EpochLoop:
         if self._group.is_main:
             self._state.folder.note_divergence(where)
         return LowcalError(f"{where}; lower the learning rate, which is {self.lr:g} ({self._state.last_save()})")
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    device: torch.device,
-    precision: str,
-    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> tuple[float, float]:
-    """Mean cross entropy and top-1 error, in percent, of `model` over all images of `batches`.
-
-    The network is left in evaluation mode and otherwise unchanged. The device is read once.
-
-    Args:
-        model: the network, which returns class scores (N, classes).
-        batches: images (N, C, H, W) and class numbers (N,), on the device; N may differ.
-        device: the device of the network.
-        precision: of the forward pass.
-        add_up: adds the sums over these images, (3,) float64 on the device, to those of the other processes.
-    """
-    model.eval()
-    count = 0
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the losses, of the right answers
-    for images, labels in batches:
-        # Not inference_mode: what a network caches in this pass could not be used in training.
-        with torch.no_grad(), autocast(device, precision):
-            scores = model(images).float()
-            loss = F.cross_entropy(scores, labels, reduction="sum")
-            right = (scores.argmax(dim=1) == labels).sum()
-            sums += torch.stack((loss.double(), right.double()))
-        count += len(labels)
-    counts = torch.full((1,), count, dtype=torch.float64, device=device)
-    loss_sum, right_sum, images_sum = add_up(torch.cat((sums, counts))).tolist()
-    return loss_sum / images_sum, 100.0 * (1.0 - right_sum / images_sum)

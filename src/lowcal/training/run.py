@@ -160,6 +160,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the network's weights and the folder's `summary.json`; returns the summary.
 
+        If the run keeps a mean of the weights, that is what is written.
+
         Raises:
             LowcalError: there are epochs left.
         """
@@ -169,7 +171,8 @@ class Run:
             )
 
         def write() -> dict[str, Any]:
-            export_weights(self.model, self.folder.path)
+            with self.state.train.averaged():
+                export_weights(self.model, self.folder.path)
             (self.folder.path / FILE).unlink(missing_ok=True)
             return self.folder.summarise()  # last: its presence means that the run is finished
 

@@ -23,6 +23,7 @@ from lowcal.steps.modes import build_step, candidates
 from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, keep_batch, now
 from lowcal.training.cached import CachedBatches, CachedStep
 from lowcal.training.distributed import TrainingGroup
+from lowcal.training.weight_mean import AveragedStep
 
 if TYPE_CHECKING:
     from lowcal.training.train_state import RunState, TrainState
@@ -208,6 +209,10 @@ class StepBuilder:
         return note
 
     def _build(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
+        step = self._build_step(train, group, mode, cache)
+        return AveragedStep(step, train.mean) if train.mean else step
+
+    def _build_step(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
         loader, run = self._state.loader, self._state.options
         options = StepOptions(
             run.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lowcal.training.epoch_state import EpochState
 from lowcal.training.random_state import RandomState
 from lowcal.training.run_folder import RunFolder, digest
 from lowcal.training.signals import renew_grace
+from lowcal.training.weight_mean import WeightMean
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class RunOptions:
 
     Attributes:
         epochs: epochs in the whole run.
-        lr_at: SGD's learning rate in an epoch, counted from 0.
+        lr_at: SGD's learning rate in an epoch, counted from 0, without the warm-up.
+        warmup_epochs: epochs, or a part of one, in which the rate grows from step to step in proportion to the time.
         device: the device of the network and the mini-batches.
         precision: "float32", "bf16" or "fp16".
         seed: of torch's global random generators during this run.
@@ -42,6 +45,8 @@ class RunOptions:
             stops the run.
         max_norm: gradients with a larger norm over all parameters are scaled down to it; None: they are not clipped.
         label_smoothing: the part of the target that all classes share.
+        ema_decay: of the exponential mean of the weights, with which the network is evaluated and exported; 0: there is
+            none.
         cache: how frozen layers are computed once for each image; None: they are not.
         checkpoint: whether the run is saved at the end of each epoch.
         checkpoint_minutes: minutes between checkpoints within an epoch; None: none are saved there.
@@ -52,10 +57,12 @@ class RunOptions:
     device: torch.device
     precision: str = "float32"
     seed: int = 0
+    warmup_epochs: float = 0.0
     step: str = "eager"
     max_skips: int = 0
     max_norm: float | None = None
     label_smoothing: float = 0.0
+    ema_decay: float = 0.0
     cache: CacheOptions | None = None
     checkpoint: bool = True
     checkpoint_minutes: float | None = 10.0
@@ -73,18 +80,24 @@ class TrainState:
     Attributes:
         scaler: of gradients, in half precision.
         random: torch's global generators during this run.
+        mean: the exponential mean of the weights, if the run keeps one.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Method, options: RunOptions) -> None:
         self.model, self.optimizer, self.method = model, optimizer, method
         self.scaler = build_scaler(options.device, options.precision)
         self.random = RandomState(options.seed, options.device)
+        self.mean = WeightMean(model, options.ema_decay) if options.ema_decay else None
         self._options = options
 
     def copy(self, example: Tensor) -> TrainState:
         """A copy with the method at the same boundary and new generators; `example` is one image, (1, C, H, W)."""
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         return TrainState(model, optimizer, self.method.twin(model, optimizer, example), self._options)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has the mean of its weights, if there is one; see `WeightMean.exchanged`."""
+        return self.mean.exchanged() if self.mean else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors and plain values."""
@@ -94,6 +107,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "random": self.random.state_dict(),
+            **({"mean": self.mean.state_dict()} if self.mean else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,6 +118,8 @@ class TrainState:
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.random.load_state_dict(state["random"])
+        if self.mean:
+            self.mean.load_state_dict(state["mean"])
 
 
 class RunState:

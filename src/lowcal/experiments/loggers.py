@@ -214,8 +214,9 @@ class WandB:
         import wandb
 
         self._kept = subject.folder / "wandb.json"
-        known = read_json(self._kept) if self._kept.exists() else {"run": uuid4().hex[:8], "epochs": 0}
-        self._id, self.logged = known["run"], known["epochs"]
+        known = read_json(self._kept) if self._kept.exists() else {}
+        self._id: str = known.get("run") or uuid4().hex[:8]
+        self.logged: int = known.get("epochs", 0)
         self._run = wandb.init(
             id=self._id,
             resume="allow",
@@ -248,8 +249,8 @@ class WandB:
         """See `Logger`."""
         import wandb
 
-        names = list(table.rows[0])
-        self._run.log({"results": wandb.Table(names, [[row[name] for name in names] for row in table.rows])})
+        names: list[str | int] = [*table.rows[0]]
+        self._run.log({"results": wandb.Table(names, [[*row.values()] for row in table.rows])})
 
     def artefact(self, path: Path) -> None:
         """See `Logger`."""

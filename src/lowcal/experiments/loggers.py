@@ -118,7 +118,8 @@ class CSV:
     """The files scalars.csv, settings.csv and results.csv in the folder."""
 
     def __init__(self, subject: Subject) -> None:
-        self._folder, self._rows = subject.folder, list[dict[str, Any]]()
+        self._folder = subject.folder
+        self._rows: list[dict[str, Any]] = []
         if (subject.folder / "scalars.csv").exists():
             text = (subject.folder / "scalars.csv").read_text(encoding="utf-8")
             self._rows = list(csv.DictReader(io.StringIO(text)))[: subject.epochs]

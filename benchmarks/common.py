@@ -44,6 +44,9 @@ class Log:
         """Print `text`."""
         print(text, flush=True)
 
+    def stage(self, *_: Any) -> None:
+        """As `Watcher`."""
+
     def begin(self, *_: Any, **__: Any) -> None:
         """Print nothing."""
 

@@ -55,6 +55,24 @@ def test_two_processes_make_one_run_which_one_tells_of(tmp_path):
     assert len((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()) == 2
 
 
+def test_two_processes_train_a_network_and_images_of_a_file(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\nfrom lowcal.models import build_model\n"
+        "torch.rand(1)\n"
+        "def build(classes, channels): return build_model('resnet8', classes=classes, in_channels=channels, width=4)\n"
+        "def load():\n"
+        "    pixels = torch.arange(20 * 192).view(20, 3, 8, 8).mul(37).remainder(256).to(torch.uint8)\n"
+        "    return (pixels, torch.arange(20) % 3), (pixels[:9], torch.arange(9) % 3)\n"
+    )
+    settings = [f"--set={setting}" for setting in (f"model.name={own}:build", f"data.name={own}:load", "batch=8")]
+    arguments = ["train", "--device", "cpu", "--set", "epochs=1", *settings, "--out", tmp_path / "run"]
+    codes, out, err = in_two(tmp_path, *arguments)
+    assert (codes, err) == ([0, 0], [])
+    assert "own.py:load" in out[0]
+    assert len((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()) == 1
+
+
 COMMON = ["train", "--out", "{}/run", *SMALL]
 MISTAKES = {
     "is not a folder; choose another --out": ["train", "--out", "{}/file", *SMALL],

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -74,20 +75,97 @@ def watch(display: Display) -> None:
         display.epoch(arms[1], record | {"images_per_second": 800.0})
 
 
-def test_a_terminal_gets_lines_that_fit_and_vanish(monkeypatch):
+@pytest.fixture
+def screen(monkeypatch):
+    """What is written to a terminal of 80 columns."""
     screen = io.StringIO()
     made = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None)
     monkeypatch.setattr("lowcal.console.Console", lambda **options: made)
+    return screen
+
+
+def drawn(display):
+    """The live lines."""
+    stream = io.StringIO()
+    Console(file=stream, width=80, color_system=None).print(display._draw())
+    return stream.getvalue().splitlines()
+
+
+def test_a_terminal_gets_lines_that_fit_and_vanish(screen):
     display = Display()
     watch(display)
-    drawn = io.StringIO()
-    Console(file=drawn, width=80, color_system=None).print(display._draw())
-    lines = drawn.getvalue().splitlines()
+    lines = drawn(display)
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert "loss 1.250  boundary 2/21  12,346 img/s" in lines[0]
     assert "3/4" in lines[1]
-    assert "error" not in screen.getvalue()  # no plain line beside the live ones
+
+
+def test_a_terminal_keeps_a_line_per_epoch(screen):
+    watch(Display())
+    kept = [line for line in screen.getvalue().splitlines() if "error" in line]
+    assert len(kept) == 1
+    assert kept[0].endswith("sgd-seed0               2/4  loss 0.5000  error 12.50 %  boundary 3/21")
+
+
+def test_a_stage_has_a_label_and_a_bar_and_needs_no_arms(screen):
+    with Display() as display:
+        assert drawn(display) == ["starting"]
+        display.stage("decoding", 1500, 60_000)
+        (line,) = drawn(display)
+        assert line.startswith("decoding  ")
+        assert line.rstrip().endswith("1,500/60,000")
+        display.stage("local-seed0: warming up and choosing the step")
+        assert drawn(display) == ["local-seed0: warming up and choosing the step"]
+    assert "warming up" in screen.getvalue()
+
+
+def test_a_stage_is_not_printed_to_a_file(capsys):
+    with Display() as display:
+        display.stage("decoding", 1, 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_time_left_is_shown_when_it_is_known(screen, monkeypatch):
+    """10 epochs of 100 s each, and a warm-up of an hour that does not count."""
+    now = [0.0]
+    monkeypatch.setattr("lowcal.console.time.monotonic", lambda: now[0])
+    arm, shown = Arm("sgd", 0), []
+
+    def step(seconds, part):
+        now[0] = seconds
+        display.step(arm, Progress(0, 10, int(100 * part), 100, 1.0, 0, 3, 10.0, 0.0))
+        shown.append(drawn(display)[-1].partition(" left")[0])
+
+    display = Display()
+    display.begin([arm], [0], 10)
+    display.stage("warming up")
+    now[0] = 3600.0
+    display.stage("")
+    step(3601.0, 0.002)  # a first step is slow
+    step(3604.9, 0.04)
+    step(3610.0, 0.1)
+    now[0] = 3700.0
+    record = {"epoch": 0, "train_loss": 0.5, "top1_error": 12.5, "boundary": 0, "layers": 3, "images_per_second": 8.0}
+    display.epoch(arm, record)
+    shown.append(drawn(display)[-1].partition(" left")[0])
+    assert shown == ["-:--", "-:--", "16:30", "15:00"]
+
+
+@pytest.mark.parametrize("variable", [None, "NO_COLOR"])
+def test_colour_is_left_out_on_request(monkeypatch, variable):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, height=24, legacy_windows=False)
+    monkeypatch.setattr("lowcal.console.Console", lambda **options: console)
+    display = Display()
+    display.begin([Arm("sgd", 0)], [1], 4)
+    console.print(display._draw())
+    assert (re.search(r"\x1b\[[0-9;]*3[0-9]", screen.getvalue()) is None) == (variable is not None)
 
 
 def test_a_file_gets_one_plain_line_per_epoch(capsys):

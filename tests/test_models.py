@@ -132,7 +132,7 @@ def test_mistakes(arguments, message):
 def test_check_input_accepts_and_changes_nothing():
     model = build_model("resnet8", classes=10, in_channels=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    check_input(model, "resnet8", (1, 8, 8))
+    check_input(model, "resnet8", (1, 8, 8), 10)
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -142,5 +142,5 @@ def test_check_input_names_model_and_size(name, size):
     with torch.device("meta"):
         model = build_model(name, classes=10)
     with pytest.raises(LowcalError, match=f"{name}.*{size[0]}x{size[1]}x{size[2]}") as caught:
-        check_input(model, name, size)
+        check_input(model, name, size, 10)
     assert "\n" not in str(caught.value)

@@ -27,6 +27,7 @@ LEVELS = [
     {"local"},
     {"cache", "parallel"},
     {"steps"},
+    {"user_files"},
     {"models", "pretrained", "data"},
     {"integrations", "methods"},
     {"training"},

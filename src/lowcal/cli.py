@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         with _exit_on_signal():  # imports take seconds
-            from lowcal.commands import info, runs, studies  # noqa: F401  (each adds its commands to `app`)
+            from lowcal.commands import cache, info, predict, runs, studies  # noqa: F401  (each adds its commands to `app`)
             from lowcal.training.process import keep_freed_memory
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -67,8 +67,8 @@ def _answer(arguments: list[str]) -> int:
         return _end(str(stop), stop.code)
     except (KeyboardInterrupt, typer.Abort):
         return _end(STOPPED, INTERRUPTED)
-    except SystemExit:  # typer's own answer to a closed pipe
-        return CLOSED_PIPE
+    except SystemExit as end:  # typer ends so after completion, and with 1 at a closed pipe
+        return CLOSED_PIPE if end.code else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is still buffered
         return CLOSED_PIPE

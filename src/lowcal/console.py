@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lowcal.training.epoch import Progress
 
 
+ENOUGH = 5.0  # seconds within the first epoch after which its speed is believed
+
+
 @dataclass
 class _Line:
     """The latest state of one arm."""
@@ -40,7 +43,7 @@ class _Line:
 
 
 class Display:
-    """Shows progress: live lines on a terminal, else a plain line per epoch, and nothing with `quiet`.
+    """Shows progress: a line per epoch, and below them live lines on a terminal; nothing with `quiet`.
 
     A context manager; the live lines vanish at its end.
     """
@@ -54,12 +57,15 @@ class Display:
         self._quiet = quiet
         self._is_live = not quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._lines: dict[Arm, _Line] = {}
+        self._stage = ("", 0, 0)
         self._later = 0
         self._started = 0.0
         self._before = 0.0
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._draw)
 
     def __enter__(self) -> Self:
+        if self._is_live:
+            self._live.start()
         return self
 
     def __exit__(
@@ -73,13 +79,17 @@ class Display:
         if not self._quiet:
             self._print(text)
 
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Show on a terminal what takes time before the epochs, with a bar if `total` is known; "" at its end."""
+        if text != self._stage[0]:
+            self._start_clock()
+        self._stage = (text, done, total)
+
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """Start the lines of these arms; the time left includes `later` epochs of other arms after them."""
         self._later = later
         self._lines = {arm: _Line(done, arm.epochs or epochs) for arm, done in zip(arms, finished, strict=True)}
-        self._started, self._before = time.monotonic(), self._work()
-        if self._is_live and not self._live.is_started:
-            self._live.start()
+        self._start_clock()
 
     def step(self, arm: Arm, progress: Progress) -> None:
         """Store the progress within an epoch; the next refresh of the live lines shows it."""
@@ -90,20 +100,21 @@ class Display:
         line.speed = progress.images_per_second
 
     def epoch(self, arm: Arm, record: Mapping[str, Any]) -> None:
-        """Store the end of an epoch; print a line if there are no live lines."""
+        """Store the end of an epoch, and print its line."""
         line = self._lines[arm]
         line.finished, line.part, line.loss = record["epoch"] + 1, 0.0, record["train_loss"]
         line.boundary = f"{record['boundary']}/{record['layers']}"
         line.speed = record["images_per_second"]
-        if self._quiet or self._is_live:
+        if self._quiet:
             return
         width, longest = len(str(line.epochs)), max(len(other.folder) for other in self._lines)
+        # The live lines of a terminal have the speed and the time left.
+        more = "" if self._is_live else f"  {_speed(line.speed)}  {clock(self._left())} left"
         self._print(
             f"{arm.folder:<{longest}}  {line.finished:>{width}}/{line.epochs}  loss {_number(line.loss, 4)}"
-            f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}"
-            f"  {_speed(line.speed)}  {clock(self._left())} left"
+            f"  error {_number(record['top1_error'], 2)} %  boundary {line.boundary}{more}"
         )
-        sys.stdout.flush()
+        self._console.file.flush()
 
     def _print(self, text: str) -> None:
         """Print a line; only a terminal breaks it between words."""
@@ -112,13 +123,16 @@ class Display:
     def _work(self) -> float:
         return sum(line.finished + line.part for line in self._lines.values())
 
+    def _start_clock(self) -> None:
+        self._started, self._before = time.monotonic(), self._work()
+
     def _left(self) -> float | None:
-        """Return the seconds until all arms end, from the speed so far; None before there is one."""
-        done, now = self._work(), time.monotonic()
-        if done <= self._before:
+        """Return the seconds until all arms end, from the speed so far; None before it is known well enough."""
+        done, passed = self._work() - self._before, time.monotonic() - self._started
+        if done <= 0 or (done < 1 and passed < ENOUGH):
             return None
         total = self._later + sum(line.epochs for line in self._lines.values())
-        return (now - self._started) * (total - done) / (done - self._before)
+        return passed * (total - self._before - done) / done
 
     def _draw(self) -> Group:
         grid = Grid.grid(padding=(0, 2, 0, 0))
@@ -137,7 +151,15 @@ class Display:
                 f"boundary {line.boundary or '-'}",
                 _speed(line.speed),
             )
-        return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be resumed"))
+        text, done, total = self._stage
+        if not text and not self._lines:
+            return Group(Text("starting"))
+        if not text:
+            return Group(grid, Text(f"{clock(self._left())} left; after Ctrl-C the runs can be resumed"))
+        stage = Grid.grid(padding=(0, 2, 0, 0))
+        cells = (text, ProgressBar(total=total, completed=done, width=30), f"{done:,}/{total:,}") if total else (text,)
+        stage.add_row(*cells)
+        return Group(grid, stage)
 
 
 def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Networks by name: our own for small images, torchvision's and timm's classification models for the rest."""
+"""Networks by name: our own for small images, torchvision's and timm's for the rest, or those of a person's file."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError, nearest
+from lowcal.user_files import call, is_in_file, takes
 
-__all__ = ["MODELS", "VGG", "BasicBlock", "SmallResNet", "build_model", "check_input", "model_names"]
+__all__ = ["MODELS", "VGG", "BasicBlock", "SmallResNet", "build_model", "check_input", "model_names", "usual_size"]
 
 
 class BasicBlock(nn.Module):
@@ -126,16 +127,21 @@ NARROW = {"resnet34": 64, "resnet50": 64, "mobilenet_v2": 32}
 """torchvision's networks whose width can be set -> the channels of their first layer as published."""
 
 
-def build_model(name: str, *, classes: int, in_channels: int = 3, width: int | None = None) -> nn.Module:
+def build_model(
+    name: str, *, classes: int, in_channels: int = 3, width: int | None = None, image_size: int | None = None
+) -> nn.Module:
     """Build a network with fresh weights; the global random state decides them.
 
     `width` is the channel count of the first stage (resnet18 and vgg13: 64, resnet8: 16), of torchvision's networks of
     the first layer, and settable for those of `NARROW`; torchvision's take images of 3 channels. "timm/NAME" is timm's
-    network NAME. Raises LowcalError for an unknown name, or for a setting that the network does not have.
+    network NAME, and "FILE.py:FUNCTION" what `FUNCTION(classes, channels)` returns, which may also take `image_size`
+    and `width`. Raises LowcalError for an unknown name, or for a setting that the network does not have.
     """
     for what, value in (("classes", classes), ("in_channels", in_channels), ("width", width)):
         if value is not None and value < 1:
             raise LowcalError(f"model {name!r}: {what} is {value}, but must be at least 1")
+    if is_in_file(name):
+        return _own_model(name, width, classes=classes, channels=in_channels, image_size=image_size)
     if name in MODELS:
         return MODELS[name](classes, in_channels, width)
     if name.startswith("timm/"):
@@ -152,22 +158,46 @@ def model_names() -> list[str]:
     return sorted({*MODELS, *models.list_models(module=models)})
 
 
-def check_input(model: nn.Module, name: str, size: Sequence[int]) -> None:
-    """Raise LowcalError if the network cannot take images of `size` (C, H, W).
+def usual_size(name: str) -> int:
+    """Return the height and width of images that the network called `name` is usually given."""
+    return 32 if name in MODELS or is_in_file(name) else 224
+
+
+def check_input(model: nn.Module, name: str, size: Sequence[int], classes: int) -> None:
+    """Raise LowcalError if the network cannot take images of `size` (C, H, W), or does not return class scores.
 
     The forward pass of a copy without memory (meta device) is tried, so nothing is computed.
     """
-    trial = copy.deepcopy(model).to("meta").eval()
     shape = "x".join(str(n) for n in size)
     try:
+        trial = copy.deepcopy(model).to("meta").eval()
         with torch.no_grad():
-            trial(torch.empty(2, *size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError) as error:
+            scores = trial(torch.empty(2, *size, device="meta"))
+    except Exception as error:  # a person's own network raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
         raise LowcalError(
             f"model {name!r} does not take images of {shape} (channels x height x width): {reason}; "
             "choose another model or image size"
         ) from error
+    if not isinstance(scores, Tensor) or scores.shape != (2, classes):
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise LowcalError(
+            f"model {name!r} returns {found} for 2 images of {shape}: it must return the scores of the classes, "
+            f"a tensor of shape (2, {classes})"
+        )
+
+
+def _own_model(name: str, width: int | None, **given: int | None) -> nn.Module:
+    """Build the network of a function in a person's file."""
+    for argument in ("classes", "channels"):
+        if not takes(name, argument):
+            raise LowcalError(f"{name} takes no argument {argument!r}; write it as def build(classes, channels)")
+    if width is not None and not takes(name, "width"):
+        raise LowcalError(f"model {name!r} has no settable width (found {width}): leave model.width out")
+    model = call(name, **given, **({} if width is None else {"width": width}))
+    if not isinstance(model, nn.Module):
+        raise LowcalError(f"{name} returned a {type(model).__name__}; it must return the network, an nn.Module")
+    return model
 
 
 def _torchvision_model(name: str, classes: int, in_channels: int, width: int | None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -47,6 +48,21 @@ class Limits:
         return " and ".join(f"{word} {bound}" for word, bound in given if bound is not None) + self.unit
 
 
+@dataclass(frozen=True)
+class Written:
+    """The form of a text, a regular expression, with an `example`, for `Annotated`."""
+
+    form: str
+    example: str
+
+    def hold(self, value: Any) -> bool:
+        """Whether `value` has the form."""
+        return isinstance(value, str) and re.fullmatch(self.form, value) is not None
+
+    def __str__(self) -> str:
+        return f"as in {self.example}"
+
+
 Count = Annotated[int, Limits(least=1)]
 Whole = Annotated[int, Limits(least=0)]
 Positive = Annotated[float, Limits(above=0)]
@@ -66,7 +82,7 @@ class SettingError(LowcalError):
 class Settings:
     """Base class: construction raises LowcalError for a value that its field's annotation does not allow.
 
-    It checks bool, int, float, str, None, literals, mappings, unions of them, and `Limits`; fields with other
+    It checks bool, int, float, str, None, literals, mappings, unions of them, `Limits` and `Written`; fields with other
     annotations it leaves alone. A bool is no number, and numbers are finite. An int becomes a float where one is due.
     """
 
@@ -107,7 +123,7 @@ def plain_types(annotation: Any) -> frozenset[type]:
     return frozenset(kind if isinstance(kind, type) else type(kind) for kind in kinds)
 
 
-def _kinds(annotation: Any) -> list[tuple[Any, tuple[Limits, ...]]]:
+def _kinds(annotation: Any) -> list[tuple[Any, tuple[Limits | Written, ...]]]:
     """The types and the literal texts inside an annotation, each with its limits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ CONTENT = {"pixels": torch.arange(200, dtype=torch.uint8), "skipped": [("a.jpg",
 
 
 def write_cache(place, key, content):
-    _cached(place, key, lambda: content)
+    _cached(Path(place), "use", key, lambda: content)
 
 
 def read_cache(place, key):
@@ -201,7 +202,7 @@ def read_cache(place, key):
         raise Absent
 
     with suppress(Absent):
-        return _cached(place, key, absent)
+        return _cached(Path(place), "use", key, absent)
 
 
 def stored():

@@ -27,6 +27,9 @@ class Diary:
     def note(self, text):
         self.notes.append(text)
 
+    def stage(self, text, done=0, total=0):
+        pass
+
     def begin(self, arms, finished, epochs, *, later=0):
         pass
 

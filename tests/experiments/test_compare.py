@@ -25,6 +25,9 @@ class Diary:
     def note(self, text):
         self.notes.append(text)
 
+    def stage(self, text, done=0, total=0):
+        pass
+
     def begin(self, arms, finished, epochs, *, later=0):
         self.begun.append((tuple(arms), tuple(finished), epochs, later))
 

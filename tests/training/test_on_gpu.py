@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowcal.data.mixing import Mixing
 from lowcal.experiments.backends import kernels
 from lowcal.methods import METHODS
 from lowcal.training.epoch_state import EpochState
@@ -15,6 +16,7 @@ from .test_batch_growth import growing
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+TUNED = {"ema_decay": 0.9, "warmup_epochs": 1.5, "mixing": Mixing(3, 0.4, 1.0), "label_smoothing": 0.1}
 RECORDED = [name for name, method in METHODS.items() if method.unreplayable is None]
 
 
@@ -33,9 +35,9 @@ def losses(run):
     return torch.tensor([[record["train_loss"], record["test_loss"]] for record in log(run)])
 
 
-@pytest.mark.parametrize("method", RECORDED)
-def test_a_graphed_run_is_the_eager_one(tmp_path, method):
-    eager, graph = (run_on(run_of(tmp_path / step, step, method, epochs=5)) for step in ("eager", "graphed"))
+@pytest.mark.parametrize(("method", "options"), [*((method, {}) for method in RECORDED), ("local", TUNED)])
+def test_a_graphed_run_is_the_eager_one(tmp_path, method, options):
+    eager, graph = (run_on(run_of(tmp_path / s, s, method, epochs=5, **options)) for s in ("eager", "graphed"))
     assert [record["boundary"] for record in log(graph)] == [record["boundary"] for record in log(eager)]
     torch.testing.assert_close(losses(graph), losses(eager), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(graph.model.state_dict(), eager.model.state_dict(), rtol=1e-2, atol=1e-2)
@@ -50,9 +52,10 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
     torch.testing.assert_close(losses(run_on(again)), losses(whole), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"max_skips": 3}, TUNED], ids=["guarded", "tuned"])
 @pytest.mark.parametrize("step", ["eager", "graphed"])
-def test_no_step_waits_for_the_device(tmp_path, step):
-    run = run_on(run_of(tmp_path / "run", step, max_skips=3), 2)  # the second, like the one to come, has a local layer
+def test_no_step_waits_for_the_device(tmp_path, step, options):
+    run = run_on(run_of(tmp_path / "run", step, **options), 2)  # the second, like the one to come, has a local layer
     drawn, epoch = run.train.raw_batches(), EpochState(len(run.train), run.options.device)
     step, first = run._steps.step, next(drawn)  # with it all that an epoch draws comes to the device
     run.model.train()

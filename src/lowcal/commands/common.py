@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import signal
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lowcal.commands import complete
 from lowcal.errors import LowcalError
+from lowcal.files import finite
 from lowcal.training.process import Launch, is_lost
 from lowcal.training.signals import INTERRUPTED, PREEMPTED, Interrupted, catch_signals, ignore_signals
 
 app = typer.Typer(
     name="lowcal",
     help="Train CNNs with less work: the first layers learn locally as training goes on.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe's name, or the path of a recipe file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", help="A recipe's name, or the path of a recipe file.", autocompletion=complete.recipes),
+]
+MethodOption = Annotated[str, typer.Option("--method", help="How to train.", autocompletion=complete.methods)]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="A network's name, as `lowcal list models` gives, or FILE.py:FUNCTION.", autocompletion=complete.models
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; can be repeated.")
 ]
@@ -44,7 +57,18 @@ LogOption = Annotated[
     str | None,
     typer.Option("--log", metavar="LOGGERS", help="Also log to tensorboard, csv, mlflow, wandb; separated by commas."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document; notes go to standard error.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
+
+
+def notes_apart(as_json: bool = True) -> AbstractContextManager[object]:
+    """With `as_json` what is printed within it goes to standard error, so that standard output has one document."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON document; a number that is not finite is null."""
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 class Stopped(Exception):

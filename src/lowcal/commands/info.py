@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
 import typer
 
-from lowcal.commands.common import app
+from lowcal.commands.common import JsonOption, app, print_json
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # The packages that parts of lowcal need, and the extra that brings them.
 _EXTRAS = {
     "torchvision": "cli",
@@ -38,7 +36,7 @@ def list_(
     """
     rows = {"recipes": _recipes, "models": _models, "methods": _methods, "settings": _settings}[what]()
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     from lowcal.report.table import Column, Table
 
@@ -70,7 +68,7 @@ def doctor(as_json: JsonOption = False) -> None:
         "packages": {name: _version(name) for name in _EXTRAS},
     }
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     packages = facts.pop("packages")
     for name, value in facts.items():

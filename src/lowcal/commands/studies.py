@@ -11,10 +11,15 @@ import typer
 from lowcal.commands.common import (
     DataDirOption,
     DeviceOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
     QuietOption,
     RecipeOption,
     SetOption,
     app,
+    notes_apart,
+    print_json,
     resumable,
 )
 from lowcal.errors import LowcalError
@@ -23,10 +28,10 @@ from lowcal.files import free_folder
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="A network's name: resnet18, resnet8, or one of torchvision's.")],
+    model: ModelOption,
     batch: Annotated[int, typer.Option(help="Images in a mini-batch.")] = 64,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of the images [default: 32, torchvision's 224].")
+        int | None, typer.Option(min=1, help="Height and width of the images [default: 32; torchvision's: 224].")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Classes.")] = 10,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage.")] = None,
@@ -57,7 +62,9 @@ def bench(
 ) -> None:
     """Measure a training step at each boundary.
 
-    Beside it stand a plain loop and the limit, the least time that the step can take.
+    It is shown with a plain loop and the limit, the least time that the step can take.
+
+    Example: lowcal bench --model resnet50 --batch 32
     """
     from lowcal.experiments.assemble import find_device
     from lowcal.experiments.bench.run import bench as run
@@ -65,7 +72,7 @@ def bench(
     from lowcal.experiments.bench.show import bench_text
     from lowcal.experiments.bench.show import plot as draw
     from lowcal.files import atomic_write
-    from lowcal.models import MODELS
+    from lowcal.models import usual_size
 
     for file in (json_file, plot):  # found now, not after minutes of measuring
         if file and not file.parent.is_dir():
@@ -75,7 +82,7 @@ def bench(
     settings = BenchSettings(
         model=model,
         batch=batch,
-        image_size=image_size or (32 if model in MODELS else 224),
+        image_size=image_size or usual_size(model),
         classes=classes,
         width=width,
         boundaries=parse_boundaries(boundaries),
@@ -111,11 +118,14 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Folder of all results; tables share their runs.")] = Path("runs/reproduce"),
     settings: SetOption = None,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a table or figure of the paper, published beside measured.
+    """Run a table or figure of the paper, published next to measured.
 
     Runs that are in the folder already are not trained again; interrupted ones go on where they stopped.
+
+    Example: lowcal reproduce table1 --scale tiny
     """
     from lowcal.console import Display
     from lowcal.experiments.assemble import find_device
@@ -126,10 +136,17 @@ def reproduce(
     results = Results(out, scale, settings=settings or [], data_dir=data_dir)
     where = find_device(device)
     if dry:
-        print(plan_text(*dry_run(name, results, seeds=seeds, cells=cells, device=where)))
+        plan, entries = dry_run(name, results, seeds=seeds, cells=cells, device=where)
+        if as_json:
+            print_json({"title": plan.title, "runs": [entry._asdict() for entry in entries]})
+        else:
+            print(plan_text(plan, entries))
         return
-    with resumable(context, out, []), Display(quiet=quiet) as display:
+    with notes_apart(as_json), resumable(context, out, []), Display(quiet=quiet) as display:
         table, files = run(name, results, seeds=seeds, cells=cells, device=where, watcher=display)
+    if as_json:
+        print(table.json(title=table.title, files=[str(file) for file in files]), end="")
+        return
     print(f"\n{table.text()}\n")
     print(f"written: {', '.join(map(str, files))}")
 
@@ -142,7 +159,7 @@ def sweep(
         typer.Option(metavar="KEY=...", help="Setting to search: low:high, low:high:log or a,b,c; can be repeated."),
     ] = None,
     recipe: RecipeOption = "digits",
-    method: Annotated[str, typer.Option(help="How to train.")] = "local",
+    method: MethodOption = "local",
     trials: Annotated[int | None, typer.Option(help="Trials, over all workers [a grid: all combinations].")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each trial, whose mean counts.")] = 1,
     objective: Annotated[
@@ -160,6 +177,7 @@ def sweep(
     ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Search the settings of a method by many trials.
@@ -167,6 +185,8 @@ def sweep(
     Each is evaluated on held-out training images.
 
     The same command with the same --out, here or on another machine, adds a worker or goes on.
+
+    Example: lowcal sweep --search local.lr=1e-3:1e-1:log --trials 20
     """
     from lowcal.console import Display
     from lowcal.experiments.recipe_text import as_dict, load_recipe
@@ -190,10 +210,14 @@ def sweep(
     )
     folder = out or free_folder(Path("runs") / f"sweep-{plan.recipe.name}-{method}")
     more = [] if out else ["--out", str(folder)]
-    with resumable(context, folder, more, plan.recipe.checkpoint.grace), Display(quiet=quiet) as display:
+    grace = plan.recipe.checkpoint.grace
+    with notes_apart(as_json), resumable(context, folder, more, grace), Display(quiet=quiet) as display:
         display.note(f"{title(as_dict(plan.recipe))}: {method}, {plan.trials} trials; in {folder}")
         from lowcal.experiments.assemble import find_device
 
         result = run(plan, folder, data_dir=data_dir, device=find_device(device), watcher=display)
+    if as_json:
+        print_json({**result.summary, "files": [str(file) for file in result.files]})
+        return
     print(f"\n{sweep_text(result.summary)}\n")
     print(f"results: {', '.join(str(file) for file in result.files)}")

@@ -145,7 +145,7 @@ class Dataset:
     when they are decoded. `augment`: whether worker processes, where there are any, change training images at random;
     `mixing`: how these are mixed in pairs. `skipped` names each file left out and why. `whole` is the number of
     training and test images before subsets and splits, as published where there is a publication; `folder` is the name
-    of an image-folder.
+    of an image-folder. `read_shape` is that of the images as they are read, before they are enlarged.
     """
 
     name: str
@@ -160,6 +160,7 @@ class Dataset:
     folder: str | None = None
     augment: bool = True
     mixing: Mixing | None = None
+    read_shape: tuple[int, int, int] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Datasets by name: bundled digits, synthetic images, CIFAR, and folders of image files."""
+"""Datasets by name: bundled digits, synthetic images, CIFAR, folders of image files, and a person's own function."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,11 +10,13 @@ from torch.nn.functional import interpolate
 
 from lowcal.data.augmenters import in_workers
 from lowcal.data.dataset import Augmentation, Dataset, Images, Source, split, subset
-from lowcal.data.folders import MEAN, cache_folder, class_folders, read_folders, read_imagenet
+from lowcal.data.folders import MEAN, Watcher, cache_folder, class_folders, read_folders, read_imagenet
 from lowcal.data.images import OnError, fit_cropped, fit_exact
 from lowcal.data.mixing import Mixing
+from lowcal.data.own import read_own
 from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError, nearest
+from lowcal.user_files import is_in_file
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -24,11 +26,13 @@ DATASETS = ("cifar10", "cifar100", "digits", "image-folder", "imagenet", "synthe
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "imagenet": (1_281_167, 50_000)}
 
+OWN = "FILE.py:FUNCTION"
+
 # The datasets that have a setting, and the message for the others.
 _OWNERS = {
     "data_dir": (("cifar10", "cifar100", "image-folder", "imagenet"),
                  "reads no folder: leave out --data-dir (found {!r})"),
-    "channels": (("digits",), "has images of 3 channels: leave out data.channels ({})"),
+    "channels": (("digits", OWN), "has images of 3 channels: leave out data.channels ({})"),
     "classes": (("image-folder", "imagenet", "synthetic"),
                 "brings its own classes: leave out data.classes (found {})"),
 }  # fmt: skip
@@ -61,18 +65,19 @@ def load(
     on_error: OnError = "stop",
     download: bool = True,
     workers: int | None = None,
+    watcher: Watcher | None = None,
 ) -> Dataset:
     """Load a dataset, into memory except for imagenet; the same arguments give the same images in the same order.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or `FILE.py:FUNCTION` for what a person's function loads (see `read_own`).
         data_dir: the folder of cifar10, cifar100, image-folder or imagenet.
         seed: decides subsets, the validation split, and the synthetic images.
         train_images: draw a stratified subset of this size, after the validation split.
         test_images: likewise.
         image_size: in pixels; digits and CIFAR are enlarged to it (default: their own size), image-folder needs it, the
             default of imagenet is 224, that of synthetic 32.
-        channels: 3 repeats the grey digits, for networks that take colour images.
+        channels: 3 repeats grey images of one channel, for networks that take colour images.
         augment: whether training images are cropped and flipped at random; "randaugment" and "trivial" also change
             their geometry and colours.
         ra_ops: operations of RandAugment on an image.
@@ -89,12 +94,13 @@ def load(
         download: whether CIFAR may be downloaded if it is not found.
         workers: processes that decode imagenet's files, or that augment beyond a crop and a flip (default: one per
             processor, at most 16).
+        watcher: is told how far the decoding of many files is.
 
     Raises:
         LowcalError: an unknown name, a setting that the dataset does not have, a folder with another number of
             classes, or unusable data.
     """
-    if name not in DATASETS:
+    if name not in DATASETS and not is_in_file(name):
         raise LowcalError(f"unknown data {name!r}{nearest(name, DATASETS)}")
     _check_settings(
         name,
@@ -127,17 +133,19 @@ def load(
             classes=classes or 10, image_size=image_size or 32,
             train=train_images or 2048, test=test_images or 512, seed=seed,
         )  # fmt: skip
+    elif is_in_file(name):
+        source = read_own(name)
     elif name in CIFAR:
-        source = read_cifar(name, data_dir, on_error, download)
+        source = read_cifar(name, data_dir, on_error, download, watcher)
     elif data_dir is None:
         folders = "train/ and val/" if name == "imagenet" else "train/ and test/"
         raise LowcalError(f"data {name!r} needs a folder with {folders}: give it with --data-dir")
     elif name == "imagenet":
-        source = read_imagenet(data_dir, image_size, on_error, workers, policy.erasing(MEAN))
+        source = read_imagenet(data_dir, image_size, on_error, workers, policy.erasing(MEAN), watcher)
     elif image_size is None:
         raise LowcalError("data 'image-folder' needs the images' side: --set data.image_size=64, for example")
     else:
-        source = read_folders(data_dir, image_size, on_error, fit_cropped)
+        source = read_folders(data_dir, image_size, on_error, fit_cropped, watcher)
     train, test = source.train, source.test
     whole = IMAGES.get(name, (len(train), len(test)))
     if evaluate == "validation":
@@ -149,27 +157,28 @@ def load(
     if test_images is not None:
         test = subset(test, test_images, seed, "data.test_images")
     augmentation = source.augmentation
-    if name in ("digits", *CIFAR) and isinstance(train, Images) and isinstance(test, Images):
+    if (name in ("digits", *CIFAR) or is_in_file(name)) and isinstance(train, Images) and isinstance(test, Images):
         scale = (image_size or train.shape[1]) / train.shape[1]
         if augmentation is not None:
             augmentation = replace(augmentation, pad=round(scale * augmentation.pad))
         train, test = (part.enlarged(image_size, channels) for part in (train, test))
     mean, std = train.statistics()
     folder = data_dir.resolve().name if data_dir is not None and name == "image-folder" else None
-    augmentation = augmentation if policy.crop else None
+    augmentation, shape = augmentation if policy.crop else None, source.train.shape
     if policy.needs_workers and isinstance(train, Images):
         train = in_workers(train, augmentation, policy.erasing(mean), mean, std, workers)
     mixing = Mixing(len(source.classes), mixup, cutmix) if mixup or cutmix else None
     return Dataset(
         name, source.classes, train, test, mean, std, augmentation, source.skipped, whole, folder, policy.is_random,
-        mixing,
+        mixing, shape,
     )  # fmt: skip
 
 
 def _check_settings(name: str, **settings: str | int | None) -> None:
+    kind = OWN if is_in_file(name) else name
     for setting, value in settings.items():
-        owners, message = _OWNERS.get(setting, (DATASETS, ""))
-        if value is not None and name not in owners:
+        owners, message = _OWNERS.get(setting, ((*DATASETS, OWN), ""))
+        if value is not None and kind not in owners:
             raise LowcalError(f"data {name!r} {message.format(value)}")
         if isinstance(value, int) and value < _LEAST[setting]:
             raise LowcalError(f"data.{setting} is {value}, but must be at least {_LEAST[setting]}")
@@ -257,7 +266,9 @@ CIFAR = {
 }
 
 
-def read_cifar(name: str, folder: Path | None, on_error: OnError, download: bool) -> Source:
+def read_cifar(
+    name: str, folder: Path | None, on_error: OnError, download: bool, watcher: Watcher | None = None
+) -> Source:
     """Read `cifar10` or `cifar100` (the fine classes), (N, 3, 32, 32): 50,000 images to train on, 10,000 to test on.
 
     `folder` holds cifar-10-batches-py or cifar-100-python, or train/<class>/* and test/<class>/*. Without a folder,
@@ -277,7 +288,7 @@ def read_cifar(name: str, folder: Path | None, on_error: OnError, download: bool
             f"{str(folder)!r} holds neither {archive.folder}/ nor train/ and test/: correct --data-dir, or leave it "
             f"out to have {archive.title} downloaded"
         )
-    return read_folders(folder, CIFAR_SIZE, on_error, fit_exact)
+    return read_folders(folder, CIFAR_SIZE, on_error, fit_exact, watcher)
 
 
 def _read_archive(archive: Archive, root: Path, download: bool, remedy: str) -> Source:

@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -18,29 +19,48 @@ from lowcal.data.dataset import Augmentation, Files, Images, Source
 from lowcal.data.images import Decoders, Decoding, OnError, decode_files, unreadable, unreadable_files
 from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError
-from lowcal.files import DamagedError, load_checked, save_checked
+from lowcal.files import DamagedError, load_checked, memory, save_checked
 
 NAMED = 5  # names that an error lists
+MANY = 1000  # files, which take a second or more
 # Those of torchvision's ImageFolder, and more of formats that Pillow reads.
 ENDINGS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
     ".gif", ".jfif", ".jpe", ".jp2", ".apng", ".pbm", ".pnm", ".tga", ".avif",
 )  # fmt: skip
+DECODED = "decoded"  # the folder within the cache
 SIZE = 224
 # Per channel over ImageNet's training images, as torchvision's pretrained networks have them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def read_folders(folder: Path, size: int, on_error: OnError, fit: Callable[[Image.Image, int], Image.Image]) -> Source:
+class Watcher(Protocol):
+    """Is told how far the decoding of files is."""
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """What takes time now, and how much of it is done; "" at its end."""
+
+
+def read_folders(
+    folder: Path,
+    size: int,
+    on_error: OnError,
+    fit: Callable[[Image.Image, int], Image.Image],
+    watcher: Watcher | None = None,
+) -> Source:
     """Decode train/ and test/ (or val/) below `folder`; `fit`, a named function, brings an image to size x size."""
     splits = list_splits(folder, ("test", "val"))
     _check_memory(sum(len(listing.files) for listing in splits), size, folder)
     parts, skipped = [], []
     for listing in splits:
         content = _cached(
-            f"{listing.folder.resolve()} {fit.__name__} {size}",
+            listing.folder,
+            f"{fit.__name__} {size}",
             listing.key(),
-            lambda listing=listing: _decode(listing, size, on_error, fit),  # type: ignore[misc]
+            lambda listing=listing: _decode(listing, size, on_error, fit, watcher),  # type: ignore[misc]
         )
         left_out = [f"{listing.folder / name}: {reason}" for name, reason in content["skipped"]]
         if left_out and on_error == "stop":  # cached by a run that skips
@@ -52,7 +72,12 @@ def read_folders(folder: Path, size: int, on_error: OnError, fit: Callable[[Imag
 
 
 def read_imagenet(
-    folder: Path, image_size: int | None, on_error: OnError, workers: int | None, policy: Policy
+    folder: Path,
+    image_size: int | None,
+    on_error: OnError,
+    workers: int | None,
+    policy: Policy,
+    watcher: Watcher | None = None,
 ) -> Source:
     """List train/ and val/ below `folder`; images are decoded when a batch needs them.
 
@@ -67,7 +92,12 @@ def read_imagenet(
     for listing in splits:
         bad: dict[str, str] = {}
         if on_error == "skip":
-            bad = _cached(f"{listing.folder.resolve()} readable", listing.key(), listing.unreadable_files)
+            bad = _cached(
+                listing.folder,
+                "readable",
+                listing.key(),
+                lambda listing=listing: _unreadable(listing, watcher),  # type: ignore[misc]
+            )
         kept = [position for position, file in enumerate(listing.files) if file not in bad]
         files = Files(tuple(listing.paths), torch.tensor(listing.labels), decoders, MEAN, STD)
         files = files.take(torch.tensor(kept, dtype=torch.int64)) if bad else files
@@ -106,10 +136,6 @@ class Listing:
                 state = "\0unreadable\n"  # for example a broken link; decoding it gives the error
             digest.update(os.fsencode(file) + state.encode())
         return digest.hexdigest()
-
-    def unreadable_files(self) -> dict[str, str]:
-        """The files that cannot be read, and why."""
-        return {self.files[position]: reason for position, reason in unreadable_files(self.paths).items()}
 
     def require_every_class(self, labels: Tensor) -> None:
         """Raise LowcalError unless each class is among `labels`, int64 (N,), of the readable images."""
@@ -186,10 +212,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
+def _unreadable(listing: Listing, watcher: Watcher | None) -> dict[str, Any]:
+    """The files that cannot be read, and why."""
+    with _watched(listing, "reading", watcher) as watch:
+        failures = unreadable_files(listing.paths, watch)
+    return {listing.files[position]: reason for position, reason in failures.items()}
+
+
 def _decode(
-    listing: Listing, size: int, on_error: OnError, fit: Callable[[Image.Image, int], Image.Image]
+    listing: Listing,
+    size: int,
+    on_error: OnError,
+    fit: Callable[[Image.Image, int], Image.Image],
+    watcher: Watcher | None,
 ) -> dict[str, Any]:
-    pixels, failures = decode_files(listing.paths, size, fit, on_error)
+    with _watched(listing, "decoding", watcher, 3 * size * size) as watch:
+        pixels, failures = decode_files(listing.paths, size, fit, on_error, watch)
     labels = torch.tensor(listing.labels)
     if failures:
         read = torch.ones(len(labels), dtype=torch.bool)
@@ -197,6 +235,30 @@ def _decode(
         pixels, labels = pixels[read], labels[read]
     skipped = [(listing.files[position], reason) for position, reason in failures.items()]
     return {"pixels": pixels, "labels": labels, "skipped": skipped}
+
+
+@contextmanager
+def _watched(
+    listing: Listing, verb: str, watcher: Watcher | None, size: int = 0
+) -> Iterator[Callable[[int], None] | None]:
+    """Tell the watcher of many files before they are read, and give what tells it how many have been.
+
+    Args:
+        size: bytes that an image takes in the cache.
+    """
+    count = len(listing.files)
+    if watcher is None or count < MANY:
+        yield None
+        return
+    takes = f" ({memory(count * size)})" if size else ""
+    watcher.note(
+        f"{verb} {count:,} images of {listing.folder}, once: the result is kept in {cache_folder()}{takes}; "
+        "lowcal cache lists and clears it"
+    )
+    try:
+        yield lambda done: watcher.stage(verb, done, count)
+    finally:
+        watcher.stage("")
 
 
 def _check_memory(images: int, size: int, folder: Path) -> None:
@@ -217,13 +279,15 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lowcal"
 
 
-def _cached(place: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned for `place` (a folder and its use) and `key` before; else call it and keep its result.
+def _cached(folder: Path, use: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned for this use of `folder` with this `key` before; else call it and keep its result.
 
     A cached file that is damaged or has another key is ignored. A full or read-only disk is no error: the next run
     calls `make` again.
     """
-    path = cache_folder() / "decoded" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.pt"
+    place = folder.resolve()
+    name = re.sub(r"\W+", "-", f"{place.parent.name}-{place.name}-{use}")  # for people; the digest tells places apart
+    path = cache_folder() / DECODED / f"{name}-{hashlib.sha256(f'{place} {use}'.encode()).hexdigest()[:8]}.pt"
     kind = f"decoded-1-{key}"
     try:
         return load_checked(path, kind)

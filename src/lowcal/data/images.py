@@ -45,7 +45,7 @@ def read_rgb(path: str, *, reduced: bool = False) -> Image.Image:
                 image.draft(image.mode, (1, 1))
             image.load()
             upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-            return _to_rgb(upright, image.format)
+            return to_rgb(upright, image.format)
     except LowcalError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -58,7 +58,8 @@ def read_rgb(path: str, *, reduced: bool = False) -> Image.Image:
         raise LowcalError(reason) from error
 
 
-def _to_rgb(image: Image.Image, image_format: str | None) -> Image.Image:
+def to_rgb(image: Image.Image, image_format: str | None) -> Image.Image:
+    """Return an image as 8-bit RGB, transparency over white; LowcalError if the scale of its pixels is unknown."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or (image.mode == "I" and image_format not in DEEP):
@@ -76,6 +77,15 @@ def _to_rgb(image: Image.Image, image_format: str | None) -> Image.Image:
 def fit_cropped(image: Image.Image, size: int) -> Image.Image:
     """Keep the largest square in the middle, scaled to size x size with antialiasing."""
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+
+
+def fit_evaluated(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to 256/224 of `size` and keep the middle, size x size, as tests on ImageNet do."""
+    from torchvision.transforms.v2 import functional  # imported late: it takes a second
+
+    resized = functional.resize(_middle(image), [round(RESIZED * size)])
+    cropped: Image.Image = functional.center_crop(resized, [size, size])
+    return cropped
 
 
 def fit_exact(image: Image.Image, size: int) -> Image.Image:
@@ -114,9 +124,15 @@ def _pillow_warnings() -> Iterator[None]:
 
 
 def decode_files(
-    paths: Sequence[str], size: int, fit: Callable[[Image.Image, int], Image.Image], on_error: OnError
+    paths: Sequence[str],
+    size: int,
+    fit: Callable[[Image.Image, int], Image.Image],
+    on_error: OnError,
+    watch: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode files into uint8 (N, 3, size, size); `fit` brings an image to size x size.
+
+    `watch` is called with the number of finished files from time to time.
 
     Returns:
         The pixels, zeros for files that cannot be read, and the reasons by these files' positions.
@@ -131,16 +147,16 @@ def decode_files(
         rows[position] = np.asarray(fit(image, size)).transpose(2, 0, 1)
 
     failures = {}
-    for position, reason in _read_in_threads(paths, use):
+    for position, reason in _read_in_threads(paths, use, watch=watch):
         if on_error == "stop":
             raise unreadable(f"{paths[position]}: {reason}")
         failures[position] = reason
     return pixels, failures
 
 
-def unreadable_files(paths: Sequence[str]) -> dict[int, str]:
+def unreadable_files(paths: Sequence[str], watch: Callable[[int], None] | None = None) -> dict[int, str]:
     """Read each file; return the reasons, by position, for those that cannot be read."""
-    return dict(_read_in_threads(paths, lambda position, image: None, reduced=True))
+    return dict(_read_in_threads(paths, lambda position, image: None, reduced=True, watch=watch))
 
 
 def unreadable(file_and_reason: str) -> LowcalError:
@@ -151,7 +167,11 @@ def unreadable(file_and_reason: str) -> LowcalError:
 
 
 def _read_in_threads(
-    paths: Sequence[str], use: Callable[[int, Image.Image], object], *, reduced: bool = False
+    paths: Sequence[str],
+    use: Callable[[int, Image.Image], object],
+    *,
+    reduced: bool = False,
+    watch: Callable[[int], None] | None = None,
 ) -> Iterator[Failure]:
     """As `_read_each`; the failures come in the order of the files, as soon as they are known."""
 
@@ -162,8 +182,11 @@ def _read_in_threads(
 
     with _pillow_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for failures in pool.map(read_chunk, range(0, len(paths), CHUNK)):
+            starts = range(0, len(paths), CHUNK)
+            for start, failures in zip(starts, pool.map(read_chunk, starts), strict=True):
                 yield from failures
+                if watch:
+                    watch(min(start + CHUNK, len(paths)))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -273,7 +296,6 @@ class Decoding(Dataset[Decoded]):
         self.size = size
         middle = [v2.Resize(round(RESIZED * size)), v2.CenterCrop(size)]
         self.train = policy.transform([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()], middle)
-        self.test = v2.Compose([*middle, v2.PILToTensor()])
 
     def __getitems__(self, tasks: Sequence[Task]) -> Decoded:
         """What torch's loader calls with a batch."""
@@ -285,7 +307,7 @@ class Decoding(Dataset[Decoded]):
         def use(position: int, image: Image.Image) -> None:
             seed = tasks[position].seed
             if seed is None:
-                pixels[position] = self.test(_middle(image))
+                pixels[position] = torch.from_numpy(np.array(fit_evaluated(image, self.size))).permute(2, 0, 1)
             else:
                 with seeded(seed):
                     pixels[position] = self.train(image)

@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def note(self, text: str) -> None:
         """A line for the user, such as that a run is resumed."""
 
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """What takes time before the epochs, and how much of it is done if `total` is known; "" at its end."""
+
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """The arms that now run in turn, and the finished epochs of each.
 

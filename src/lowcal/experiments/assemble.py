@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_loader
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError, nearest
+from lowcal.experiments.arms import Watcher
 from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.recipe import BatchSettings, CacheSettings, OptimizerSettings, Recipe, lr_at
 from lowcal.experiments.recipe_text import as_dict, dump_recipe
@@ -31,6 +32,7 @@ from lowcal.training.environment import gather_environment
 from lowcal.training.process import ALONE, Launch
 from lowcal.training.run import Run, RunOptions
 from lowcal.training.run_folder import RunFolder
+from lowcal.user_files import digests
 
 EVALUATION_BATCH = 256  # at least; evaluation keeps no activations, so it fits where training does
 
@@ -67,13 +69,16 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
     return torch.device(name)
 
 
-def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE) -> Dataset:
-    """The recipe's images; processes on one machine divide its processors among their workers."""
+def load_data(recipe: Recipe, data_dir: Path | None, launch: Launch = ALONE, watcher: Watcher | None = None) -> Dataset:
+    """The recipe's images; processes on one machine divide its processors among their workers.
+
+    The watcher is told how far the decoding of many files is.
+    """
     settings = as_dict(recipe.data)
     needs_workers = recipe.data.name == "imagenet" or recipe.data.augments_in_workers
     if launch.local_world > 1 and needs_workers and recipe.data.workers is None:
         settings["workers"] = max(1, available_workers() // launch.local_world)
-    return load(data_dir=data_dir, **settings)
+    return load(data_dir=data_dir, watcher=watcher, **settings)
 
 
 def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.device, out: Path = Path()) -> str | None:
@@ -98,7 +103,7 @@ def check(recipe: Recipe, methods: list[str], data: Dataset, device: torch.devic
     cpu = torch.device("cpu")
     for method in methods:
         with torch.random.fork_rng([]):
-            model, optimizer, attached, _, loaded = _parts(recipe, method, data, cpu)
+            model, optimizer, attached, _, loaded = build_parts(recipe, method, data, cpu)
         if recipe.ema.decay and attached.reshapes:
             remedy = f"--set ema=0, or leave {method} out"
             raise LowcalError(f"ema={recipe.ema.decay:g}: {method} removes channels whose mean is not zero; {remedy}")
@@ -138,6 +143,11 @@ def images_of(data: Dataset) -> dict[str, Any]:
     }
 
 
+def inputs_of(data: Dataset) -> dict[str, Any]:
+    """What must be known to give other images to the network of a run."""
+    return {"shape": data.read_shape, "mean": data.mean, "std": data.std, "classes": data.classes}
+
+
 def build_run(
     recipe: Recipe,
     *,
@@ -158,7 +168,7 @@ def build_run(
     """
     group = group or TrainingGroup()
     torch.manual_seed(recipe.seed)
-    model, optimizer, attached, sliced, loaded = _parts(recipe, method, data, device)
+    model, optimizer, attached, sliced, loaded = build_parts(recipe, method, data, device)
     if recipe.sync_batch_norm and group.world > 1:
         synchronise(model)
     if reopen or not group.is_main:
@@ -172,6 +182,8 @@ def build_run(
                 "ranks": group.world,
                 "sliced_layers": sliced,
                 "weights": loaded,
+                "files": digests(recipe.model.name, recipe.data.name),
+                "inputs": inputs_of(data),
             },
             identity={
                 "method": method,
@@ -212,13 +224,16 @@ def build_run(
     )
 
 
-def _parts(
+def build_parts(
     recipe: Recipe, method: str, data: Dataset, device: torch.device
 ) -> tuple[nn.Module, Optimizer, Method, list[str], str | None]:
     """The network, its optimizer, the method, the layers that `slice_inputs` changed, and which weights were loaded."""
     shape, settings = data.image_shape, recipe.model
-    model = build_model(settings.name, classes=len(data.classes), in_channels=shape[0], width=settings.width)
-    check_input(model, settings.name, shape)
+    classes = len(data.classes)
+    model = build_model(
+        settings.name, classes=classes, in_channels=shape[0], width=settings.width, image_size=shape[-1]
+    )
+    check_input(model, settings.name, shape, classes)
     loaded = load_weights(model, settings.name, settings.weights) if settings.weights else None
     model = model.to(device)
     if puts_channels_last(recipe.channels_last, device, recipe.precision):

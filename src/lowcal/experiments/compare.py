@@ -57,7 +57,7 @@ def compare(
     arms = [Arm(method, recipe.seed + number) for number in range(seeds) for method in methods]
     _refuse_strange(out, recipe)
     refuse_unwritable(out)
-    data = load_data(recipe, data_dir)
+    data = load_data(recipe, data_dir, watcher=watcher)
     note_skipped(data, watcher)
     if loaded := check(recipe, list(methods), data, device, out):
         watcher.note(loaded)
@@ -126,8 +126,7 @@ def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, ep
     watcher.begin(arms, [run.finished for run in runs], epochs, later=later)
     pairs = list(zip(arms, runs, strict=True))
     for arm, run in pairs:
-        for text in run.warm_up():
-            watcher.note(f"{arm.folder}: {text}")
+        warm_up(arm, run, watcher)
     for epoch in range(epochs):
         first = epoch % len(pairs)
         for arm, run in pairs[first:] + pairs[:first]:
@@ -135,6 +134,15 @@ def take_turns(arms: Sequence[Arm], runs: Sequence[Run], watcher: Watcher, *, ep
                 advance(arm, run, watcher)
     for run in runs:
         run.finish()
+
+
+def warm_up(arm: Arm, run: Run, watcher: Watcher) -> None:
+    """Warm a run up, and choose its step if the recipe leaves that to it."""
+    watcher.stage(f"{arm.folder}: warming up" + " and choosing the step" * (run.state.step_mode is None))
+    notes = run.warm_up()
+    watcher.stage("")
+    for text in notes:
+        watcher.note(f"{arm.folder}: {text}")
 
 
 def prepare(

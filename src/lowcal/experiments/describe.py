@@ -67,9 +67,9 @@ def describe(name: str, *, classes: int, channels: int, image_size: int, width: 
     Raises:
         LowcalError: the network is unknown, or it does not take such images.
     """
-    model = build_model(name, classes=classes, in_channels=channels, width=width)
+    model = build_model(name, classes=classes, in_channels=channels, width=width, image_size=image_size)
     shape = (channels, image_size, image_size)
-    check_input(model, name, shape)
+    check_input(model, name, shape, classes)
     order = trace(model, torch.zeros(1, *shape))
     outputs = _output_sizes(model, order.layers, shape)
     rows = []

@@ -13,6 +13,7 @@ from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import differences, parse_recipe
 from lowcal.training.environment import code_digest
 from lowcal.training.run_folder import RunFolder, code_of
+from lowcal.user_files import digests
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -66,6 +67,8 @@ def name_other_code(folders: Iterable[Path], watcher: Watcher) -> None:
 def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[str] = frozenset()) -> None:
     """Refuse a run that was started with other settings than `recipe`; the message names the first that differs.
 
+    So is a run whose network or images come from a file that has changed.
+
     Args:
         but_for: keys that may differ.
     """
@@ -76,3 +79,15 @@ def refuse_another_recipe(folder: Path, recipe: Recipe, *, but_for: frozenset[st
             f"{folder} was started with another recipe: {changed[0]}{more}; "
             "continue with that one or choose another --out"
         )
+    refuse_changed_files(folder, recipe)
+
+
+def refuse_changed_files(folder: Path, recipe: Recipe) -> None:
+    """Refuse a run whose network or images come from a file that has changed since it was started."""
+    before = RunFolder(folder).read_environment().get("files", {})
+    for name, now in digests(recipe.model.name, recipe.data.name).items():
+        if before.get(name, now) != now:
+            raise LowcalError(
+                f"{name.rpartition(':')[0]} has changed since {folder} was started (digest {before[name]} there, "
+                f"{now} here); restore the file or start a new run"
+            )

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from lowcal.errors import LowcalError
 from lowcal.method_settings import LocalSettings, PruneSettings, StochasticDepthSettings
-from lowcal.settings import Count, Fraction, Limits, NonNegative, Positive, Settings, Whole
+from lowcal.settings import Count, Fraction, Limits, NonNegative, Positive, Settings, Whole, Written
 
 Name = Annotated[str, Limits(least=1, unit=" character")]
 
@@ -48,7 +48,10 @@ class DataSettings(Settings):
     alpha of a Beta distribution, 0: off; with both, each image gets one of them.
     """
 
-    name: Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
+    name: (
+        Literal["digits", "cifar10", "cifar100", "image-folder", "imagenet", "synthetic"]
+        | Annotated[str, Written(r".+\.py:\w+", "my_data.py:load")]
+    )
     seed: Whole = 0
     train_images: Count | None = None
     test_images: Count | None = None

@@ -24,6 +24,7 @@ from lowcal.methods import find_method
 from lowcal.report.headline import title
 from lowcal.report.sweep import SweepReport, write_sweep
 from lowcal.training.run_folder import RunFolder
+from lowcal.user_files import digests
 
 OBJECTIVES = ("top1_error", "best_top1_error", "seconds", "flops")
 SAMPLERS = ("tpe", "random", "grid")
@@ -107,7 +108,13 @@ class Sweep:
             "start": [f"{key}={show_value(value)}" for key, value in (self.start or {}).items()],
             "seeds": self.seeds,
             "recipe": dump_recipe(self.recipe),
+            "files": [f"{name} ({found})" for name, found in digests(*self._names()).items()],
         }
+
+    def _names(self) -> list[str]:
+        """The networks and the data that it uses."""
+        searched = [str(v) for one in self.searches if one.key in ("model.name", "data.name") for v in one.points]
+        return [self.recipe.model.name, self.recipe.data.name, *searched]
 
 
 def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device, watcher: Watcher) -> SweepReport:
@@ -127,7 +134,7 @@ def sweep(plan: Sweep, out: Path, *, data_dir: Path | None, device: torch.device
 
     url = storage_url(plan.storage) if plan.storage else None
     _refuse_other_folder(out)
-    data = load_data(plan.recipe, data_dir)
+    data = load_data(plan.recipe, data_dir, watcher=watcher)
     note_skipped(data, watcher)
     check(plan.recipe, [plan.method], data, device)
     for setting, other in variants(plan.recipe, plan.searches):
@@ -185,7 +192,7 @@ def _refuse_other_sweep(definition: dict[str, Any] | None, plan: Sweep, *, is_ne
             return
         raise LowcalError(f"{where}, of an earlier version or another program; choose another --study or --out")
     for name, new in plan.definition().items():
-        old = definition[name]
+        old = definition.get(name, [])  # earlier versions had no files
         if name != "recipe" and old != new:
             old, new = (" ".join(value) if isinstance(value, list) else value for value in (old, new))
             raise LowcalError(f"{where}: its {name} is {old}, not {new}; {remedy}")

@@ -242,7 +242,7 @@ class Worker:
 
     def _load(self, recipe: Recipe) -> Dataset:
         if recipe.data != self.data_of:
-            self.data, self.data_of = load_data(recipe, self.data_dir), recipe.data
+            self.data, self.data_of = load_data(recipe, self.data_dir, watcher=self), recipe.data
         return self.data
 
     def _train(self, recipe: Recipe, arm: TrialArm, data: Dataset, later: int) -> None:
@@ -263,6 +263,10 @@ class Worker:
     def note(self, text: str) -> None:
         """As `Watcher`."""
         self.watcher.note(text)
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """As `Watcher`."""
+        self.watcher.stage(text, done, total)
 
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """As `Watcher`."""

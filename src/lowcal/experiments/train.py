@@ -9,7 +9,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.backends import cpu_threads, kernels_of
-from lowcal.experiments.compare import advance, note_skipped, prepare
+from lowcal.experiments.compare import advance, note_skipped, prepare, warm_up
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe, lr_at
 from lowcal.experiments.recipe_text import differences, dump_recipe, parse_recipe
@@ -75,7 +75,7 @@ def train(
         watcher.note(f"{folder} is finished already; {EXTEND} goes on for more epochs")
         return summary
     with group.local_main_first():  # data may have to be downloaded, or decoded and kept
-        data = load_data(recipe, data_dir, group.launch)
+        data = load_data(recipe, data_dir, group.launch, watcher)
     note_skipped(data, watcher)
     if loaded := group.from_main(lambda: check(recipe, [method], data, group.device, folder)):
         watcher.note(loaded)
@@ -89,8 +89,7 @@ def train(
             changed = what_changed(run, parse_recipe(before, str(folder / "recipe.yaml")), recipe)
             watcher.note(f"{arm.folder}: {changed}")
         watcher.begin([arm], [run.finished], recipe.epochs)
-        for text in run.warm_up():
-            watcher.note(f"{arm.folder}: {text}")
+        warm_up(arm, run, watcher)
         with deferred():  # between epochs too, where one process alone must not leave
             while not run.done:
                 advance(arm, run, watcher, way_out)

@@ -16,7 +16,7 @@ SAME_TIME = 0.95  # of a method's time, from which on a rival has been given the
 MOVING = ("local", "freeze", "refresh")  # the methods with a boundary
 # Settings of how images are read, not of which images.
 _READING = ("workers", "download", "on_error")
-_ORDER = ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune")
+METHODS = ("sgd", "local", "freeze", "refresh", "stochastic-depth", "prune")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def code_note(runs: Iterable[RunData]) -> str | None:
 
 def method_order(method: str) -> tuple[int, str]:
     """Sort key: the baseline first, then the known methods, then others by name."""
-    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
 
 
 def _expand(path: Path) -> list[RunData]:

@@ -110,8 +110,10 @@ class BenchSetup:
         shape = (3, settings.image_size, settings.image_size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            self.model = build_model(settings.model, classes=settings.classes, width=settings.width)
-            check_input(self.model, settings.model, shape)
+            self.model = build_model(
+                settings.model, classes=settings.classes, width=settings.width, image_size=settings.image_size
+            )
+            check_input(self.model, settings.model, shape, settings.classes)
             self.images = torch.randn(settings.batch, *shape).to(device)
             self.labels = torch.randint(settings.classes, (settings.batch,)).to(device)
         self.model = self.model.to(device).train()

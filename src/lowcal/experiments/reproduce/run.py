@@ -92,7 +92,7 @@ def train_missing(
     left = sum(epochs_left(results, cell, seed) for cell, seed in waiting)
     for name, group in groupby(waiting, key=lambda entry: entry[0].recipe):
         own = list(group)
-        data = load_data(results.base(name), results.images(name))
+        data = load_data(results.base(name), results.images(name), watcher=watcher)
         note_skipped(data, watcher)
         for cell in dict.fromkeys(cell for cell, _ in own):
             check(results.recipe(cell), [cell.method], data, device)

@@ -49,6 +49,10 @@ class LoggedWatcher:
         """See `Watcher`."""
         self._watcher.note(text)
 
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """See `Watcher`."""
+        self._watcher.stage(text, done, total)
+
     def begin(self, arms: Sequence[Arm], finished: Sequence[int], epochs: int, *, later: int = 0) -> None:
         """Open the logs of these arms, and close those of the arms before."""
         self._watcher.begin(arms, finished, epochs, later=later)

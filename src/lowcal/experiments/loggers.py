@@ -86,7 +86,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(subject.folder), purge_step=self.logged + 1)
         if is_new and subject.settings:
             for summary in hparams(dict(subject.settings), dict.fromkeys(("top1_error", "seconds"))):
-                self._writer.file_writer.add_summary(summary)
+                self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]  # annotated as None
 
     @staticmethod
     def _last_epoch(folder: Path) -> int:

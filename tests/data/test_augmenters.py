@@ -5,7 +5,9 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from lowcal.data import Batches, FileBatches, batches, load, make_loader
+from lowcal.data import Batches, FileBatches, Images, batches, load, make_loader
+from lowcal.data.augmenters import in_workers
+from lowcal.data.policy import Policy
 from lowcal.errors import LowcalError
 
 pytestmark = [
@@ -108,6 +110,12 @@ def test_a_plain_crop_stays_on_the_device_and_evaluation_is_as_ever():
     assert torch.equal(y, other_y)
     sample = loader(data).sample_input(3)
     torch.testing.assert_close(sample, loader(load(**COLOUR)).sample_input(3))
+
+
+def test_images_that_are_neither_grey_nor_in_colour_are_refused():
+    images = Images(torch.zeros(4, 2, 6, 6, dtype=torch.uint8), torch.arange(4))
+    with pytest.raises(LowcalError, match="images of 1 or 3 channels, these have 2; --set data"):
+        in_workers(images, None, Policy(name="trivial"), (0.5,) * 2, (0.5,) * 2, 0)
 
 
 def test_workers_without_work_for_them_are_refused():

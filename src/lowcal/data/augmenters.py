@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from lowcal.data.dataset import Augmentation, Files, Images
 from lowcal.data.images import Decoded, Decoders, Task, seeded
 from lowcal.data.policy import Policy
+from lowcal.errors import LowcalError
 
 
 def in_workers(
@@ -23,7 +24,15 @@ def in_workers(
 
     Args:
         augmentation: how the images are cropped and flipped, if the policy does.
+
+    Raises:
+        LowcalError: the images are neither grey nor in colour.
     """
+    if images.shape[0] not in (1, 3):
+        raise LowcalError(
+            "RandAugment, TrivialAugment and random erasing need images of 1 or 3 channels, these have "
+            f"{images.shape[0]}; --set data.augment=true --set data.random_erase=0"
+        )
     decoders = Decoders(images.shape, partial(_Augmenting, images, augmentation, policy), workers)
     return Files(range(len(images)), images.labels, decoders, mean, std)
 

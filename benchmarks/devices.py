@@ -8,6 +8,7 @@ Reads what `performance.py` wrote in the first folder and `gpu.py`, or `lowcal b
 - paper.md: the speed-up of whole runs under the published schedules, from step times and from FLOPs;
 - savings.md: what local updates save compared with freezing, and what no schedule can exceed;
 - goals.md: the project's goals for a GPU, met or missed;
+- streams.md: local updates in line and on a second stream, if both were measured;
 - course.md: the errors of a training run that was cut off, if its logs are in `COURSE`.
 """
 
@@ -196,17 +197,25 @@ def goals(folder: Path) -> list[Found]:
         return found if found and found["environment"]["device"].startswith("cuda") else None
 
     timed = {name: of_gpu(f"{name}-graphed") for name in RECIPES}
+    overlapped = {name: of_gpu(f"{name}-overlapped") for name in RECIPES}
     eager, first = of_gpu("resnet18-32-eager"), of_gpu("first-step")
     kinds = {name: of_gpu(f"kinds-{name}") for name in ("resnet18-32", "resnet50-224")}
     small, large = ("resnet18-32", "vgg13-32"), ("resnet50-224", "mobilenet_v2-224")
 
-    def each(names: Sequence[str], figure: Callable[[Found], list[float]]) -> list[float]:
-        return [value for name in names if (found := timed[name]) for value in figure(found)]
+    def each(
+        names: Sequence[str], figure: Callable[[Found], list[float]], files: Mapping[str, Found | None] = timed
+    ) -> list[float]:
+        return [value for name in names if (found := files[name]) for value in figure(found)]
 
     rows = [
         ("efficiency of local, graphed: ResNet18 and VGG13, 32x32", each(small, _efficiencies), ">=", 0.97),
+        (
+            "local / freeze, local updates on a second stream: ResNet18 and VGG13, 32x32",
+            each(small, _over_freeze, overlapped),
+            "<=",
+            1.10,
+        ),
         ("efficiency of local, graphed: ResNet50 and MobileNetV2, 224x224", each(large, _efficiencies), ">=", 0.98),
-        ("local / freeze, graphed: ResNet18 and VGG13, 32x32", each(small, _over_freeze), "<=", 1.10),
         ("local / sgd, eager: ResNet18, 32x32, half of the layers", _eager_ratio(eager), "<=", 0.95),
         ("sgd graphed / plain loop: ResNet18, 32x32", each(small[:1], _over_plain), "<=", 0.20),
         *(
@@ -276,6 +285,29 @@ def goals_table(rows: Sequence[Found]) -> Table:
     return Table(columns, rows)
 
 
+def streams(folder: Path) -> Table | None:
+    """Compare local updates in line with those on a second stream; None where not both were measured."""
+    rows: list[Found] = []
+    for name in RECIPES:
+        line, second = (load(folder / f"{name}-{kind}.json") for kind in ("graphed", "overlapped"))
+        for boundary in at(second, "local") if line and second else ():
+            row: Found = {"network": name, "boundary": f"{boundary} of {line['layers']}"}
+            for key, found in (("line", line), ("second", second)):
+                local, frozen = (at(found, method)[boundary] for method in METHODS)
+                row[f"{key}_ratio"] = local["step_ms"] / frozen["step_ms"]
+                row[f"{key}_memory"] = _memory(found, local)
+            rows.append(row)
+    columns = (
+        Column("network", "network"),
+        Column("boundary", "boundary"),
+        Column("line_ratio", "time of local / freeze: in line", ".2f"),
+        Column("second_ratio", "second stream", ".2f"),
+        Column("line_memory", "memory of local / sgd: in line", ".2f"),
+        Column("second_memory", "second stream", ".2f"),
+    )
+    return Table(columns, rows) if rows else None
+
+
 def course(folder: Path) -> Table:
     """Show the errors of a run's methods from epoch to epoch; each has a log METHOD.jsonl in `folder`."""
     methods = ("sgd", "local", "freeze", "refresh")
@@ -305,6 +337,8 @@ def main(cpu_folder: Path, gpu_folder: Path) -> None:
     gpu = {name: found for name in RECIPES if (found := load(gpu_folder / f"{name}-graphed.json"))}
     tables = {"speedups": speedups(cpu, gpu), "paper": whole_runs(cpu, gpu), "savings": savings(cpu, gpu)}
     tables["goals"] = goals_table(goals(gpu_folder))
+    if (compared := streams(gpu_folder)) is not None:
+        tables["streams"] = compared
     if (gpu_folder / COURSE).is_dir():
         tables["course"] = course(gpu_folder / COURSE)
     for name, table in tables.items():

@@ -10,9 +10,10 @@ its file, and the others still run. The limits grow and shrink with --minutes. `
 - smoke-METHOD: short runs in each precision and kind of step, with moves; a line each;
 - tests: those that are marked `gpu`;
 - NETWORK-graphed, NETWORK-eager: what `lowcal bench` gives for the five networks of the paper (bf16, channels last);
+- NETWORK-overlapped: the same with local updates on a second stream, for images of 32x32;
 - kinds-NETWORK: the kinds of step next to torch.compile;
 - first-step: seconds before the first step of a `compare` with three arms and step=auto;
-- smoke-compiled: as smoke, with compiled steps;
+- smoke-overlapped, smoke-compiled: as smoke, with local updates on a second stream, and with compiled steps;
 - training: ResNet18 on all CIFAR-10 images, for as many epochs as the time left allows.
 """
 
@@ -73,9 +74,14 @@ def all_pieces(*, small: bool, cuda: bool) -> dict[str, Piece]:
     kinds = {"resnet18-32": 100.0, "resnet50-224": 110.0}
     times = {"resnet18-32": 25.0, "vgg13-32": 25.0}
     found = {f"smoke-{method}": Piece(partial(smoke, [method], [recorded, "eager"]), 20.0) for method in METHODS}
+    if cuda:
+        found["smoke-overlapped"] = Piece(partial(smoke, ["local"], ["graphed-overlapped"]), 20.0)
     found["tests"] = Piece(gpu_tests, 120.0)
     for name, each in networks.items():
         found[f"{name}-{recorded}"] = Piece(partial(step_times, replace(each, step=recorded)), times.get(name, 75.0))
+        if cuda and each.image_size == 32:
+            settings = replace(each, step="graphed-overlapped", every=1)
+            found[f"{name}-overlapped"] = Piece(partial(step_times, settings), 25.0)
     found["resnet18-32-eager"] = Piece(partial(step_times, networks["resnet18-32"]), 30.0)
     for name, seconds in kinds.items():
         if name in networks:

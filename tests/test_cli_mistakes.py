@@ -34,7 +34,7 @@ WRONG = {
     ),
     "step that does not fit the method": (
         ["train", "--method", "sgd", "--device", "cpu", "--set", "step=compile"],
-        "step=compile: must be 'auto', 'eager', 'compiled', 'graphed' or 'graphed-compiled'",
+        "step=compile: must be 'auto', 'eager', 'compiled', 'graphed', 'graphed-compiled' or 'graphed-overlapped'",
     ),
     "method of train": (["train", "--method", "freese"], "did you mean 'freeze'"),
     "method twice": (["compare", "--methods", "sgd,sgd"], "twice"),

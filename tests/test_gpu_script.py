@@ -99,6 +99,8 @@ def test_the_pieces_for_a_gpu_cover_the_networks_and_the_kinds_of_step():
     names = list(found)
     assert {f"{name}-graphed" for name in devices.RECIPES} < set(names)
     assert {"resnet18-32-eager", "kinds-resnet18-32", "kinds-resnet50-224", "first-step", "smoke-compiled"} < set(names)
+    assert {"resnet18-32-overlapped", "vgg13-32-overlapped", "smoke-overlapped"} < set(names)
+    assert found["vgg13-32-overlapped"].run.args[0].step == "graphed-overlapped"
     assert names[0] == "smoke-sgd"
     assert names[-1] == "training"
     settings = found["resnet50-224-graphed"].run.args[0]
@@ -142,6 +144,7 @@ def test_goals_are_met_missed_or_not_measured(tmp_path):
     rival = {"step": "torch.compile, reduce-overhead", "method": "plain loop", "step_ms": 3.0}
     files = {
         "resnet18-32-graphed": step_rows(local=1.9, freeze=2.0),
+        "resnet18-32-overlapped": step_rows(local=1.95, freeze=2.0),
         "resnet50-224-graphed": {"status": "cut off"},
         "kinds-resnet18-32": {"rows": [*kinds["rows"], rival]},
         "kinds-resnet50-224": kinds,
@@ -150,7 +153,17 @@ def test_goals_are_met_missed_or_not_measured(tmp_path):
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"environment": {"device": "cuda"}} | content))
     unknown = "not measured on a GPU yet"
-    assert verdicts() == ["missed", unknown, "met", unknown, "missed", "met", unknown, "missed"]
+    assert verdicts() == ["missed", "met", unknown, unknown, "missed", "met", unknown, "missed"]
+
+
+def test_local_updates_in_line_and_on_a_second_stream(tmp_path):
+    assert devices.streams(tmp_path) is None
+    for name, speedup in (("vgg13-32-graphed", 1.25), ("vgg13-32-overlapped", 1.6), ("resnet18-32-graphed", 1.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(step_rows(local=speedup, freeze=2.0)))
+    (row,) = devices.streams(tmp_path).rows
+    assert (row["network"], row["boundary"]) == ("vgg13-32", "5 of 10")
+    assert (row["line_ratio"], row["second_ratio"]) == (1.6, 1.25)
+    assert (row["line_memory"], row["second_memory"]) == (0.5, 0.5)
 
 
 def test_the_tables_of_the_documents_are_those_of_the_results(tmp_path):

@@ -19,7 +19,7 @@ LEVELS = [
     {"errors"},
     {"files", "settings"},
     {"activations", "layers", "program", "schedule", "strided", "supervision", "trainable"},
-    {"arguments", "fused", "method_settings", "products", "state"},
+    {"arguments", "fused", "method_settings", "overlap", "products", "state"},
     {"hooks", "rules", "transition"},
     {"discovery", "drop_path", "norms", "pending", "step_times"},
     {"updates"},

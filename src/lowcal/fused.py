@@ -31,9 +31,10 @@ def apply_updates(
 ) -> Tensor:
     """`lowcal.rules.apply_updates` for pairs of one device and one pair of types that `takes` accepts.
 
-    The kernels read from a table in device memory where the tensors are. Its values are arguments of the operator that
-    fills it, one launch for each 32 layers, so nothing is copied from the host. A CUDA graph records these arguments.
-    Its tensors keep their addresses, and so each replay fills the table with the same, right values.
+    The kernels read from a table in device memory where the tensors are. It is cleared, which is one launch. Its values
+    are arguments of the operator that fills it, one launch for each 32 layers, so nothing is copied from the host. A
+    CUDA graph records these arguments. Its tensors keep their addresses, and so each replay fills the table with the
+    same, right values.
     """
     weight, device = weights[0], weights[0].device
     updates = [_in_layout(update, like) for update, like in zip(updates, weights, strict=True)]

@@ -60,15 +60,15 @@ class TraceableHook(_OfOneModule):
 
 
 class UpdateHook(_OfOneModule):
-    """Computes the update of a local layer during the forward pass, from the input and output of its product.
+    """Makes the update of a local layer during the forward pass, from the input and output of its product.
 
-    A plain pass calls `keep` with the update. A compiled pass cannot, so its update is computed in the graph and stays
-    in `update` until it is collected. Updates of several passes add up.
+    A plain pass passes them to `learn`. A compiled pass cannot, so its update is computed in the graph and stays in
+    `update` until it is collected. Updates of several passes add up.
 
     Args:
         layer: the layer.
-        make: returns the update for the layer, its input and its output.
-        keep: called with the update.
+        make: returns the update for the layer, its input and its output; a compiler can trace it.
+        learn: called with the layer, its input and its output, without gradients.
 
     Attributes:
         due: whether a pass makes an update.
@@ -79,11 +79,11 @@ class UpdateHook(_OfOneModule):
         self,
         layer: nn.Module,
         make: Callable[[nn.Module, Tensor, Tensor], Tensor],
-        keep: Callable[[Tensor], None],
+        learn: Callable[[nn.Module, Tensor, Tensor], None],
     ) -> None:
         self.due = True
         self.update: Tensor | None = None
-        self._layer, self._make, self._keep = layer, make, keep
+        self._layer, self._make, self._learn = layer, make, learn
 
     def __call__(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
         """Makes the update of `module`, which is the layer or a plain one like it, if it is due."""
@@ -93,10 +93,11 @@ class UpdateHook(_OfOneModule):
         if not is_compiling and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing runs this pass a second time
         with torch.no_grad():
+            if not is_compiling:
+                self._learn(module, inputs.detach(), outputs.detach())
+                return
             update = self._make(module, inputs.detach(), outputs.detach())
-        if not is_compiling:
-            self._keep(update)
-        elif self.update is None:
+        if self.update is None:
             self.update = update
         else:
             self.update = at_least_single(self.update) + update

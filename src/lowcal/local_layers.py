@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from lowcal.errors import LowcalError
 from lowcal.hooks import Hook
 from lowcal.layers import Order, is_adapted, own_parameters, weight_layers, weights_of
 from lowcal.norms import RunningNorms
+from lowcal.overlap import Overlap
 from lowcal.rules import Rule
 from lowcal.trainable import TrainableParameters
 from lowcal.transition import TransitionChange
@@ -278,6 +280,10 @@ class LocalLayers:
         """Moves what a step depends on to `device`, so that a CUDA graph can replay it; then call `replayed`."""
         self.updates.make_replayable(device)
         self.change.make_replayable(device)
+
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`, where they can."""
+        return self.updates.overlapped(overlap)
 
     def replayed(self) -> None:
         """Does the part of a step that runs in Python alone, after the device has replayed the rest."""

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lowcal.discovery import runs_twice
 from lowcal.errors import LowcalError
 from lowcal.hooks import CaptureHook, Hook, LayerHook, UpdateHook
+from lowcal.overlap import Overlap
 from lowcal.pending import PendingUpdates
 from lowcal.products import ProductCapture, has_plain_forward
 from lowcal.rules import Rule
@@ -62,6 +63,7 @@ class LocalUpdates:
         self._ran: set[int] | None = None  # local layers that this forward pass has run; None outside of counted passes
         self._parameters: Sequence[nn.Parameter] = ()  # of the layers, the last layer's first
         self._pauses = 0
+        self._overlap: Overlap | None = None
         self._step: float | Tensor = 0.0  # eta with its sign, for all layers or each; on the device for replayed steps
         self._skipped: Tensor = torch.zeros((), dtype=torch.int64)
 
@@ -89,7 +91,7 @@ class LocalUpdates:
         """Makes the next layer in order local."""
         if not self._rule.collects:
             return
-        hook = UpdateHook(module, self._rule.update, Hook(self._keep, index))
+        hook = UpdateHook(module, self._rule.update, Hook(self._learn, index))
         if has_plain_forward(module):
             self.handles.append(module.register_forward_hook(LayerHook(hook), with_kwargs=True))
         else:
@@ -172,6 +174,15 @@ class LocalUpdates:
             self._pauses -= 1
             self._set_due()
 
+    @contextmanager
+    def overlapped(self, overlap: Overlap) -> Iterator[None]:
+        """Inside it, products run by `overlap`, where they can."""
+        self._overlap = overlap
+        try:
+            yield
+        finally:
+            self._overlap = None
+
     def _set_due(self) -> None:
         due = self.acts
         for _, _, hook in self._layers.values():
@@ -189,6 +200,15 @@ class LocalUpdates:
         else:  # nothing learns from this pass, as in a GAN's discriminator during the generator's turn
             for _, _, hook in self._layers.values():
                 hook.due = False
+
+    def _learn(self, index: int, module: nn.Module, a: Tensor, z: Tensor) -> None:
+        make, overlap = self._rule.update, self._overlap
+        # Exchanges read updates during the pass; an optimizer that trains local layers changes weights before the join.
+        if overlap is None or self._pending.exchange is not None or self._rule.opens:
+            update = make(module, a, z)
+        else:
+            update = overlap.run(self._layers[index].name, make, module, a, z)
+        self._keep(index, update)
 
     def _keep(self, index: int, update: Tensor) -> None:
         if self._ran is not None:
@@ -253,6 +273,8 @@ class LocalUpdates:
 
     def apply(self, optimizer: Optimizer) -> bool:
         """Applies the waiting updates after a step of `optimizer`; returns whether there were any."""
+        if self._overlap is not None:
+            self._overlap.join()
         weights = self._weights()
         updates = self._pending.take(weights)
         if not updates:

@@ -12,7 +12,8 @@ import yaml
 
 import lowcal
 from lowcal.cli import main
-from lowcal.experiments.recipe_text import load_recipe
+from lowcal.experiments.recipe_text import apply_settings, load_recipe
+from lowcal.steps.modes import STEPS
 
 NAMES = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text())
 SMALL = ["epochs=1", "batch=16", "model.width=4", "step=eager"]
@@ -58,6 +59,12 @@ def test_arguments_and_defaults(name):
 def test_settings(key, tmp_path, capsys):
     main(["compare", "--out", str(tmp_path / "out"), "--methods", "none", "--set", f"{key}=[]"])
     assert "unknown setting" not in capsys.readouterr().err  # the answer to an unknown key
+
+
+def test_kinds_of_step():
+    recipe = load_recipe("digits")
+    assert [apply_settings(recipe, [f"step={name}"]).step for name in NAMES["step"]] == NAMES["step"]
+    assert set(NAMES["step"]) == {"auto", *STEPS}
 
 
 @pytest.mark.parametrize("name", NAMES["recipes"])

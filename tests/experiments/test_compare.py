@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowcal import overlap
 from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm
 from lowcal.experiments.assemble import build_run, check, find_device, load_data
@@ -11,7 +12,11 @@ from lowcal.experiments.backends import puts_channels_last
 from lowcal.experiments.compare import compare, train_in_turn
 from lowcal.experiments.recipe import Recipe
 from lowcal.experiments.recipe_text import apply_settings, load_recipe
+from lowcal.steps import graphed
+from lowcal.training import step_builder
 from lowcal.training.run_folder import RunFolder
+
+from ..steps.software_graphs import LateStream, SoftwareGraphs
 
 CPU = torch.device("cpu")
 
@@ -58,6 +63,23 @@ def test_arms_take_turns_epoch_by_epoch_in_a_rotating_order_seed_by_seed(tmp_pat
     assert diary.begun[1] == ((Arm("sgd", 1), Arm("freeze", 1)), (0, 0), 2, 0)
     assert diary.begun[0][3] == 4
     assert {arm for arm, _ in diary.steps} == {Arm(m, s) for m in ("sgd", "freeze") for s in (0, 1)}
+
+
+def test_a_later_call_does_not_measure_the_steps_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphed, "GRAPHS", SoftwareGraphs)
+    monkeypatch.setattr(overlap, "STREAM", LateStream)
+    monkeypatch.setattr(step_builder, "candidates", lambda device: ("eager", "graphed"))
+    chosen = recipe("epochs=1", "step=auto")
+
+    def choose(modes, seconds):
+        return {mode: seconds(mode) for mode in sorted(modes, key=lambda mode: mode == "graphed")}
+
+    for methods, trials in ((["freeze"], choose), (["freeze", "sgd"], None)):
+        monkeypatch.setattr(step_builder, "_times", {})
+        monkeypatch.setattr(step_builder, "fastest", trials)
+        diary = Diary()
+        run_compare(tmp_path / "out", chosen, methods, diary=diary)
+    assert any(f"sgd-seed0: step=graphed, as measured before for {tmp_path / 'out'}:" in note for note in diary.notes)
 
 
 def test_the_report_holds_the_figures_of_the_run_folders(tmp_path):

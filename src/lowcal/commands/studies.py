@@ -46,7 +46,9 @@ def bench(
         bool | None,
         typer.Option("--channels-last/--channels-first", help="Memory format [default: the one with faster steps]."),
     ] = None,
-    step: Annotated[str, typer.Option(help="How a step runs: eager, compiled, graphed, graphed-compiled.")] = "eager",
+    step: Annotated[
+        str, typer.Option(help="How a step runs: eager, compiled, graphed, graphed-compiled, graphed-overlapped.")
+    ] = "eager",
     every: Annotated[int, typer.Option(help="Also with local updates in every n-th step; 1: not.")] = 4,
     epochs: Annotated[int, typer.Option(help="Of the whole run that is predicted.")] = 90,
     rounds: Annotated[int, typer.Option(help="Samples of each time.")] = 20,

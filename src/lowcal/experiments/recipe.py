@@ -214,7 +214,7 @@ class Recipe(Settings):
     seed: Whole = 0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     channels_last: bool | None = None
-    step: Literal["auto", "eager", "compiled", "graphed", "graphed-compiled"] = "auto"
+    step: Literal["auto", "eager", "compiled", "graphed", "graphed-compiled", "graphed-overlapped"] = "auto"
     threads: Count | None = None
     deterministic: bool = False
     tf32: bool | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from lowcal.cache import Cached, Inputs
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError
+from lowcal.overlap import Overlap
 from lowcal.settings import Settings
 
 Fact = float | int | None
@@ -80,6 +82,11 @@ class Method:
         if boundary != 0:
             raise LowcalError(f"{self.name} trains every layer, so its boundary cannot be {boundary}; leave it at 0")
 
+    @property
+    def middle(self) -> int:
+        """A boundary in the middle of those at which layers make local updates in this training; 0: none do."""
+        return 0
+
     def penalty(self, loss: Tensor) -> Tensor | None:
         """A 0-d tensor with graph to add to a mini-batch's mean loss `loss`, or None."""
         return None
@@ -106,6 +113,10 @@ class Method:
 
     def make_replayable(self, device: torch.device) -> None:
         """Keeps numbers that change from epoch to epoch on `device` from now on."""
+
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`, if there are any."""
+        return nullcontext()
 
     def replayed(self) -> None:
         """Does the part of a step that runs in Python alone, after the device has replayed one of this phase."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from lowcal.cache import Cached, Inputs
 from lowcal.local import LoCal
 from lowcal.method_settings import LocalSettings
 from lowcal.methods.base import Fact, Method
+from lowcal.overlap import Overlap
 from lowcal.parallel import DistributedLoCal
 from lowcal.rules import Frozen, Hebbian, Rule
 from lowcal.rules import Refresh as RefreshRule
@@ -59,6 +61,11 @@ class Local(Method):
         """Sets the boundary by hand; never backwards."""
         self._local.move_to(boundary)
 
+    @property
+    def middle(self) -> int:
+        """A boundary in the middle of those that training can reach from here on."""
+        return (self.boundary + reach(self._local.schedule, len(self.layers)) + 1) // 2
+
     def parallel(self, **ddp_options: Any) -> nn.Module:
         """The same module at every call: it follows the boundary by itself."""
         if self._parallel is None:
@@ -73,6 +80,10 @@ class Local(Method):
     def make_replayable(self, device: torch.device) -> None:
         """Keeps the length and sign of local steps on `device`."""
         self._layers.make_replayable(device)
+
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`."""
+        return self._layers.overlapped(overlap)
 
     def replayed(self) -> None:
         """Counts the step, and lets the layers before the boundary learn by SGD in the next one or not."""
@@ -117,6 +128,11 @@ class Freeze(Local):
 
     def _supervision(self) -> Supervision | None:
         return None
+
+    @property
+    def middle(self) -> int:
+        """0: frozen layers make no updates."""
+        return 0
 
     def cached(self, inputs: Inputs, **options: Any) -> Cached:
         """The network with the layers before the boundary computed once for each image."""

@@ -18,6 +18,7 @@ from lowcal.drop_path import check_computes_all
 from lowcal.errors import LowcalError
 from lowcal.steps.compiled import CompiledStep
 from lowcal.steps.optimizing import is_fused
+from lowcal.steps.overlapped import OverlappedStep
 from lowcal.steps.step import EagerStep, Learning, StepOptions, is_out_of_memory
 
 
@@ -231,6 +232,12 @@ class CompiledGraphedStep(GraphedStep):
     """The step with compiled blocks, recorded and replayed: compiling fuses what stands between the products."""
 
     kind = CompiledStep
+
+
+class OverlappedGraphedStep(GraphedStep):
+    """The step with the products of local updates on a second stream, recorded and replayed."""
+
+    kind = OverlappedStep
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from lowcal.arguments import bare_network, bare_optimizers, is_controlled
 from lowcal.errors import LowcalError, is_count, is_number, nearest
 from lowcal.local import LoCal
+from lowcal.overlap import Overlap
 from lowcal.parallel import DistributedLoCal
 from lowcal.steps.graphed import EAGER_STEPS
 from lowcal.steps.modes import STEPS, build_step, candidates, find_step
@@ -48,8 +50,9 @@ def make_step(
             (Adam and AdamW: or ``capturable=True``).
         loss_fn: the mean loss of a mini-batch, from the network's output and the targets.
         local: the controller of the network; None: plain training.
-        mode: "eager", "compiled" (blocks by `torch.compile`), "graphed" (a CUDA graph), "graphed-compiled", or "auto":
-            "graphed" where that is possible, else "eager".
+        mode: "eager", "compiled" (blocks by `torch.compile`), "graphed" (a CUDA graph), "graphed-compiled",
+            "graphed-overlapped" (a CUDA graph with local updates on a second stream), or "auto": "graphed" where that
+            is possible, else "eager".
         scaler: for float16.
         max_norm: gradients with a larger norm over all parameters are scaled down to it.
         accumulate: computes each mini-batch in so many parts, one after another, with less memory.
@@ -218,6 +221,10 @@ class _Controlled:
         """Keeps the length and sign of local steps on `device`."""
         if self._layers is not None:
             self._layers.make_replayable(device)
+
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`."""
+        return nullcontext() if self._layers is None else self._layers.overlapped(overlap)
 
     def replayed(self) -> None:
         """Counts the step."""

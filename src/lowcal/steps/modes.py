@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
 from lowcal.steps.compiled import CompiledStep
-from lowcal.steps.graphed import CompiledGraphedStep, GraphedStep
+from lowcal.steps.graphed import CompiledGraphedStep, GraphedStep, OverlappedGraphedStep
 from lowcal.steps.step import EagerStep, Learning, Step, StepOptions
 
 STEPS: dict[str, type[EagerStep | CompiledStep | GraphedStep]] = {
@@ -18,6 +18,7 @@ STEPS: dict[str, type[EagerStep | CompiledStep | GraphedStep]] = {
     "compiled": CompiledStep,
     "graphed": GraphedStep,
     "graphed-compiled": CompiledGraphedStep,
+    "graphed-overlapped": OverlappedGraphedStep,
 }
 
 

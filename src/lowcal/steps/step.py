@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol
@@ -14,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lowcal.errors import LowcalError, nearest
+from lowcal.overlap import Overlap
 from lowcal.steps.optimizing import OptimizerStep
 
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +116,10 @@ class Learning(Protocol):
 
     def make_replayable(self, device: torch.device) -> None:
         """Keeps numbers that change from epoch to epoch on `device` from now on."""
+
+    def overlapped(self, overlap: Overlap) -> AbstractContextManager[None]:
+        """Inside it, products of local updates run by `overlap`, if there are any."""
+        ...
 
     def replayed(self) -> None:
         """Does the part of a step that runs in Python alone, after the device has replayed one of this phase."""

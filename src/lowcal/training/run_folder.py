@@ -26,6 +26,7 @@ ENVIRONMENT = "environment.json"
 EPOCHS = "epochs.jsonl"
 SUMMARY = "summary.json"
 DIVERGED = "diverged.json"
+STEP = "step.json"
 CHECKPOINTS = "checkpoint*.pt"
 LOGS = "logs"  # a folder with what loggers write
 
@@ -34,8 +35,8 @@ class RunFolder:
     """The folder of one training run.
 
     `recipe.yaml` is the recipe's text, `environment.json` the environment and the identity of the run, `epochs.jsonl`
-    one JSON object per epoch, `summary.json` the results of a finished run. Checkpoints lie beside them, and
-    `diverged.json` says how a run diverged.
+    one JSON object per epoch, `summary.json` the results of a finished run. Checkpoints lie next to them. `step.json`
+    says what `step="auto"` chose, `diverged.json` how a run diverged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,9 +52,8 @@ class RunFolder:
     ) -> "RunFolder":
         """Make a run's folder; `path` must not exist, or be empty or half made. Missing parents are made.
 
-        `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed,
-        epochs (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if
-        the folder cannot be made.
+        `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed, epochs
+        (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if it cannot be made.
         """
         check_fields(identity, IDENTITY_FIELDS, path / ENVIRONMENT)
         _refuse_unless_free(path)
@@ -123,7 +123,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run. After a crash in between the folder still `may_be_replaced`, or is half made."""
-        patterns = (CHECKPOINTS, ".*.tmp", "*.safetensors", SUMMARY, DIVERGED, RECIPE, ENVIRONMENT, EPOCHS)
+        patterns = (CHECKPOINTS, ".*.tmp", "*.safetensors", SUMMARY, DIVERGED, STEP, RECIPE, ENVIRONMENT, EPOCHS)
         try:
             for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
                 path.unlink(missing_ok=True)

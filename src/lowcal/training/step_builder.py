@@ -23,6 +23,7 @@ from lowcal.steps.modes import build_step, candidates
 from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, keep_batch, now
 from lowcal.training.cached import CachedBatches, CachedStep
 from lowcal.training.distributed import TrainingGroup
+from lowcal.training.step_choice import keep, recall
 from lowcal.training.weight_mean import AveragedStep
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 MARGIN = 0.97  # a smaller gain is noise
 TRIAL_STEPS = EAGER_STEPS + 2  # the step after these is replayed
-TRIAL_SECONDS = 2.0  # for each mode
+TRIALS = 4  # of modes that need no compiling, at most: two, and two with local updates
+TRIAL_SECONDS = 4.0 / TRIALS
 LONG_RUN = 3600.0  # seconds of eager steps, from which on minutes of compiling are earned back
 
 
@@ -58,7 +60,7 @@ def fastest(modes: Sequence[str], seconds: Callable[[str], float]) -> dict[str, 
     return {**times, best: least}
 
 
-_chosen: dict[Hashable, str] = {}  # in this process, for all runs of an experiment
+_times: dict[Hashable, dict[str, float]] = {}  # what `fastest` said in this process, or kept in a run's folder
 
 
 class DistributedStep(EagerStep):
@@ -121,6 +123,7 @@ class StepBuilder:
         alone: bool = False,
         mode: str | None = None,
         seconds: float = 0.0,
+        boundary: int | None = None,
     ) -> float:
         """Trains copies of everything on the next mini-batch's first `images` images.
 
@@ -129,7 +132,9 @@ class StepBuilder:
             images: None for all of this process's images.
             alone: whether to leave out the other processes.
             mode: how the step runs; None: as in the run.
-            seconds: measured is the mean of as many steps as this time allows, an epoch at most; 0: of the last step.
+            seconds: measured is the mean of as many steps as this time allows, in all trials an epoch's at most; 0: of
+                the last step.
+            boundary: at which the copies are trained; None: as in the run.
 
         Returns:
             Seconds per step.
@@ -141,6 +146,8 @@ class StepBuilder:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             trial = state.train.copy(state.loader.sample_input(1))
             trial.model.train()
+            if boundary is not None:
+                trial.method.move_to(boundary)
             if alone:
                 separate(trial.model)
             try:
@@ -152,7 +159,7 @@ class StepBuilder:
                     start = now(device)
                     step(*batch)
                 taken = now(device) - start
-                if count := min(int(seconds / taken), len(state.loader)):
+                if count := min(int(seconds / taken), len(state.loader) // TRIALS):
                     start = now(device)
                     for _ in range(count):
                         step(*batch)
@@ -174,39 +181,62 @@ class StepBuilder:
     def choose_mode(self, images: int) -> str | None:
         """Decides "auto" for the whole run by the times of steps with `images` images.
 
-        Runs of one network with the same settings share the decision. Compiling is tried only in runs that take
-        longer than `LONG_RUN`.
+        Runs of one network with the same settings share the decision, also in later processes (`step_choice`).
+        Compiling is tried only in runs that take longer than `LONG_RUN`. A second stream is tried only for recorded
+        steps with local updates, at a boundary in the middle of the run.
 
         Returns:
             What was chosen and why, if modes were tried; `rebuild` must be called if the mode is not "eager".
         """
-        state, note = self._state, None
+        state = self._state
         if state.step_mode is not None:
             return None
-        options, method = state.options, state.train.method
-        modes = [mode for mode in candidates(options.device) if mode == "eager" or method.unreplayable is None]
+        options, method, device = state.options, state.train.method, state.options.device
+        modes = [mode for mode in candidates(device) if mode == "eager" or method.unreplayable is None]
+        if len(modes) == 1:
+            state.step_mode = modes[0]
+            return None
         compiled = [] if self._cache is not None else ["compiled", "graphed-compiled"]
-        shapes = tuple((p.shape, p.stride()) for p in state.train.model.parameters())
+        shapes = tuple((tuple(p.shape), p.stride()) for p in state.train.model.parameters())
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         key = (
-            *(shapes, state.loader.shape, images, options.device, options.precision, options.max_skips > 0),
+            *(shapes, state.loader.shape, images, name, torch.__version__, options.precision, options.max_skips > 0),
             *(self._cache is not None, *modes),
         )
-        if key not in _chosen and len(modes) == 1:
-            _chosen[key] = modes[0]
-        elif key not in _chosen:
-            begin = perf_counter()
 
-            def seconds(mode: str) -> float:
-                return self.try_steps(TRIAL_STEPS, images, mode=mode, seconds=TRIAL_SECONDS)
+        def seconds(mode: str, boundary: int | None = None) -> float:
+            return self.try_steps(TRIAL_STEPS, images, mode=mode, seconds=TRIAL_SECONDS, boundary=boundary)
 
+        times, note = self._decide(key, modes, seconds)
+        notes = [note]
+        if times["eager"] * len(state.loader) * options.epochs > LONG_RUN:
+            known, every = times, (*times, *compiled)
+            times, note = self._decide((key, every), every, lambda mode: known.get(mode) or seconds(mode))
+            notes.append(note)
+        if list(times)[-1] == "graphed" and (place := method.middle):
+            pair = ("graphed", "graphed-overlapped")
+            times, note = self._decide((key, place), pair, partial(seconds, boundary=place), f" at boundary {place}")
+            notes.append(note)
+        state.step_mode = list(times)[-1]
+        return "; ".join(filter(None, notes)) or None
+
+    def _decide(
+        self, key: Hashable, modes: Sequence[str], seconds: Callable[[str], float], where: str = ""
+    ) -> tuple[dict[str, float], str | None]:
+        """What `fastest` says, or said before for the same `key`; and what was chosen and why, if that is news."""
+        if key in _times:
+            return _times[key], None
+        folder, begin = self._state.folder.path, perf_counter()
+        if (times := recall(folder, key, modes)) is not None:
+            how = f"as measured before for {folder.parent}"
+        else:
             times = fastest(modes, seconds)
-            if times["eager"] * len(state.loader) * options.epochs > LONG_RUN:
-                times = fastest([*times, *compiled], lambda mode: times.get(mode) or seconds(mode))
-            *others, _chosen[key] = times
-            steps = ", ".join(f"{mode} {1000 * times[mode]:.3g} ms" for mode in (_chosen[key], *others))
-            note = f"step={_chosen[key]}, chosen in {perf_counter() - begin:.1f} s by the time of a step: {steps}"
-        state.step_mode = _chosen[key]
-        return note
+            keep(folder, key, times)
+            how = f"chosen in {perf_counter() - begin:.1f} s by the time of a step"
+        _times[key] = times
+        *others, mode = times
+        steps = ", ".join(f"{name} {1000 * times[name]:.3g} ms" for name in (mode, *others))
+        return times, f"step={mode}, {how}{where}: {steps}"
 
     def _build(self, train: TrainState, group: TrainingGroup, mode: str, cache: CachedBatches | None) -> Step:
         step = self._build_step(train, group, mode, cache)

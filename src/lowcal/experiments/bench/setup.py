@@ -45,7 +45,7 @@ class BenchSettings:
         precision: "float32", "bf16" or "fp16".
         tf32: whether float32 products on a GPU round their factors to 10 bits; None: torch's choice.
         channels_last: the memory format; None: the faster one (`puts_channels_last`).
-        step: how a step is run: "eager", "compiled", "graphed" or "graphed-compiled".
+        step: how a step is run, a mode of `steps.modes`.
         norm_stats: the statistics that normalisation before the boundary uses.
         every: adds a row with a local update every `every` steps; 1 adds none.
         rounds: samples of each time.

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 from lowcal.arguments import check_free, check_held, check_unsharded, claim, first_holder, holder, release
@@ -320,10 +319,10 @@ class LocalLayers:
         else:
             cause = (
                 "the training passes ran in evaluation mode, under no_grad (reentrant checkpointing), "
-                "within paused(), or not through the model; call model.train() and the model itself"
+                "within paused(), or not through the model; call model.train() and the model itself; "
+                # A compiled network does not always see hooks that are added later.
+                "for torch.compile set torch._dynamo.config.skip_nnmodule_hook_guards = False first"
             )
-            if TorchVersion(torch.__version__) < "2.13":  # a compiled network does not see hooks that are added later
-                cause += "; for torch.compile set torch._dynamo.config.skip_nnmodule_hook_guards = False first"
         raise LowcalError(
             f"end_epoch: the first {self.boundary} layers are local, but made no update in epoch {epoch}; {cause}"
         )

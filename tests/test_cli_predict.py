@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lowcal.cli import main
 from lowcal.data.datasets import read_digits
@@ -91,6 +92,25 @@ def test_an_unfinished_run_predicts_with_its_last_checkpoint(here, monkeypatch, 
     assert interrupted(arguments, 1, monkeypatch) == 130
     Image.new("RGB", (8, 8), "red").save(here / "a.png")
     assert len(predicted(["run", "a.png"], capsys)["rows"]) == 1
+
+
+def test_the_best_weights_are_those_of_their_file(here, capsys):
+    assert main(["train", *DIGITS, "--method", "sgd", "--out", "run"]) == 0
+    save_digits(here / "images")
+    last = predicted(["run", "images"], capsys)
+    refused(["predict", "run", "images", "--weights", "best"], "model-best.safetensors does not exist", capsys)
+    weights = load_file(here / "run" / "model.safetensors")
+    weights["head.weight"] = weights["head.weight"].flip(0)  # the scores of the classes in reverse
+    weights["head.bias"] = weights["head.bias"].flip(0)
+    save_file(weights, here / "run" / "model-best.safetensors")
+    best = predicted(["run", "images", "--weights", "best"], capsys)
+    assert best["weights"] == "best"
+    assert [row["label"] for row in best["rows"]] == [9 - row["label"] for row in last["rows"]]
+    (here / "run" / "model-best.safetensors").write_bytes(b"damaged")
+    refused(["predict", "run", "images", "--weights", "best"], "leave --weights best out", capsys)
+    weights["head.weight"] = weights["head.weight"][:, 1:].contiguous()
+    save_file(weights, here / "run" / "model-best.safetensors")
+    refused(["predict", "run", "images", "--weights", "best"], "does not fit the network", capsys)
 
 
 def test_mistakes(here, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from lowcal.errors import LowcalError
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    weights: Annotated[
+        Literal["last", "best"], typer.Option(help="Of the last epoch, or of that with the lowest test error.")
+    ] = "last",
     csv: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
     as_json: JsonOption = False,
     device: DeviceOption = "auto",
@@ -39,6 +42,7 @@ def predict(
         rows, failures = run_on(
             run,
             files,
+            best=weights == "best",
             device=find_device(device),
             watch=lambda done: display.stage("predicting", done, len(files)),
         )
@@ -47,7 +51,7 @@ def predict(
     if csv:
         table.write(csv.with_suffix(""), ["csv"])
     if as_json:
-        print(table.json(run=str(run), unreadable=failures), end="")
+        print(table.json(run=str(run), weights=weights, unreadable=failures), end="")
     elif rows:
         print(table.text())
     if failures:

@@ -18,10 +18,12 @@ from lowcal.experiments.assemble import EVALUATION_BATCH, build_parts
 from lowcal.experiments.backends import cpu_threads, kernels_of, puts_channels_last
 from lowcal.experiments.folders import recipe_in, refuse_changed_files
 from lowcal.experiments.recipe import Recipe
+from lowcal.files import first_line
 from lowcal.steps.step import autocast
 from lowcal.training.checkpoint import load_checkpoint
 from lowcal.training.run_folder import RunFolder
 
+BEST = "model-best.safetensors"  # the state_dict of the best epoch
 LUMA = (19595, 38470, 7471)  # of red, green and blue, in 65536ths, as Pillow weights them
 
 
@@ -46,12 +48,13 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def predict(
-    folder: Path, files: Sequence[Path], *, device: torch.device, watch: Callable[[int], None]
+    folder: Path, files: Sequence[Path], *, best: bool, device: torch.device, watch: Callable[[int], None]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Predict the class of each file.
 
     Args:
         folder: of the run, finished or not.
+        best: takes the weights of the epoch with the lowest error on the test images instead of the last ones.
         watch: called with the number of finished files.
 
     Returns:
@@ -68,7 +71,7 @@ def predict(
     refuse_changed_files(folder, recipe)
     rows, failures, done = [], [], 0
     with cpu_threads(recipe.threads), kernels_of(recipe):
-        model = _network(run, recipe, inputs, device)
+        model = _network(run, recipe, inputs, device, best=best)
         for start in range(0, len(files), EVALUATION_BATCH):
             names = [str(file) for file in files[start : start + EVALUATION_BATCH]]
             pixels, unreadable = decode_files(names, *_reading(recipe, inputs), on_error="skip")
@@ -87,8 +90,8 @@ def predict(
     return rows, failures
 
 
-def _network(run: RunFolder, recipe: Recipe, inputs: dict[str, Any], device: torch.device) -> nn.Module:
-    """The network of a run with the weights of its newest checkpoint, in evaluation mode."""
+def _network(run: RunFolder, recipe: Recipe, inputs: dict[str, Any], device: torch.device, *, best: bool) -> nn.Module:
+    """The network of a run with the weights of its newest checkpoint, or its best ones, in evaluation mode."""
     checkpoint = load_checkpoint(run.path)
     if checkpoint is None:
         raise LowcalError(f"{run.path} has saved no weights yet; wait for its first epoch")
@@ -101,7 +104,21 @@ def _network(run: RunFolder, recipe: Recipe, inputs: dict[str, Any], device: tor
     # With a mean of the weights, the mean is what the run evaluates.
     model.load_state_dict(state["model"] | state.get("mean", {"tensors": {}})["tensors"])
     method.detach()
+    if best:
+        _load_best(model, run.path / BEST)
     return model.eval()
+
+
+def _load_best(model: nn.Module, file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise LowcalError(f"{file} does not exist; leave --weights best out")
+    try:
+        model.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as error:  # damaged, or channels have been removed since
+        raise LowcalError(f"{file} does not fit the network ({first_line(error)}); leave --weights best out") from None
 
 
 def _reading(recipe: Recipe, inputs: dict[str, Any]) -> tuple[int, Any]:

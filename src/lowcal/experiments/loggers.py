@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,10 +158,10 @@ class MLflow:
     def __init__(self, subject: Subject) -> None:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_PATIENCE))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # it tells of each new database
         server = os.environ.get("MLFLOW_TRACKING_URI", "")
         self._client = MlflowClient(server or f"sqlite:///{subject.store.resolve() / 'mlflow.db'}")
         kept = subject.folder / "mlflow.json"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowcal.cli import main
+from lowcal.models import build_model
 
 from .commands import IMAGES, folders, lines, small
 
@@ -145,3 +146,11 @@ def test_no_line_of_the_help_is_cut_at_80_columns(monkeypatch, capsys):
     commands = capsys.readouterr().out.partition("Commands:")[2]
     assert "bench" in commands
     assert "..." not in commands
+
+
+def test_a_network_with_given_weights_is_compared_with_its_rival_by_default(here, capsys):
+    torch.save(build_model("resnet8", classes=4, width=4).state_dict(), here / "weights.pt")
+    settings = small("model.weights=weights.pt", "model.frozen=6", "epochs=1")
+    assert main(["compare", *settings, "--out", "out", "--quiet"]) == 0
+    rows = json.loads((here / "out" / "summary.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["sgd", "freeze", "sgd-compressed-1"]

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any] | Iterable[str]
 
+# The methods that are compared unless others are named.
+FROM_SCRATCH = ("sgd", "local", "freeze")
+FINE_TUNING = ("sgd", "freeze", "sgd-compressed")
+
 
 @contextmanager
 def _extra_named() -> Iterator[None]:
@@ -104,7 +108,7 @@ class Result:
 @_extra_named()
 def compare(
     recipe: str | Path | Recipe = "digits",
-    methods: str | Iterable[str] = ("sgd", "local", "freeze"),
+    methods: str | Iterable[str] | None = None,
     seeds: int = 1,
     *,
     settings: Settings = (),
@@ -120,7 +124,8 @@ def compare(
 
     Args:
         recipe: a recipe's name, or the path of a recipe file.
-        methods: names in a list, or in one text with commas.
+        methods: names in a list, or in one text with commas; None: sgd, local and freeze, or for a network with given
+            weights sgd, freeze and sgd-compressed.
         seeds: runs of each method, with seeds counted up.
         settings: changes of the recipe: ``{"epochs": 5}``, or as for `--set`, ``["epochs=5"]``.
         out: folder for the runs and the report; None: runs/RECIPE, or runs/RECIPE-2, ...
@@ -136,7 +141,6 @@ def compare(
         raise LowcalError("compare is for one process; start it without torchrun, which is for train")
     if not is_count(seeds):
         raise LowcalError(f"seeds={seeds!r}: must be a whole number of at least 1")
-    names = [name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
     from lowcal.console import Display, report_text
     from lowcal.experiments.loggers import find_loggers
     from lowcal.experiments.recipe_text import as_dict
@@ -144,6 +148,9 @@ def compare(
     from lowcal.report.headline import title
 
     chosen = configured(recipe, settings)
+    if methods is None:
+        methods = FINE_TUNING if chosen.model.weights else FROM_SCRATCH
+    names = [name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
     folder = Path(out) if out is not None else free_folder(Path("runs") / chosen.name)
     loggers = find_loggers(log)
     with Display(quiet=quiet) as display:

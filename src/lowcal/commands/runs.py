@@ -54,11 +54,13 @@ def compare(
     context: typer.Context,
     recipe: RecipeOption = "digits",
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Methods, separated by commas; sgd-compressed: SGD in their time.", autocompletion=complete.methods
+            help="Methods, separated by commas; sgd-compressed: SGD in their time [default: sgd,local,freeze; with "
+            "given weights sgd,freeze,sgd-compressed].",
+            autocompletion=complete.methods,
         ),
-    ] = "sgd,local,freeze",
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
     data_dir: DataDirOption = None,
     out: Annotated[

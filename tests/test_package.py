@@ -125,7 +125,7 @@ def test_metadata():
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert set(project["optional-dependencies"]) == {
         "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "mlflow", "wandb", "sweep", "finetune",
-        "dev",
+        "docs", "dev",
     }  # fmt: skip
     assert project["scripts"] == {"lowcal": "lowcal.cli:main"}
 

@@ -42,7 +42,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {
     "torchvision", "sklearn", "numpy", "PIL", "typer", "rich", "yaml", "matplotlib", "jinja2",
-    "lightning", "accelerate", "transformers", "timm", "tensorboard", "optuna", "scipy",
+    "lightning", "accelerate", "transformers", "timm", "tensorboard", "mlflow", "wandb", "optuna", "scipy",
     "safetensors",
 }  # fmt: skip
 
@@ -125,7 +125,8 @@ def test_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert set(project["optional-dependencies"]) == {
-        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "finetune", "docs", "dev",
+        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "mlflow", "wandb", "sweep", "finetune",
+        "docs", "dev",
     }  # fmt: skip
     assert project["scripts"] == {"lowcal": "lowcal.cli:main"}
 

@@ -57,6 +57,10 @@ BudgetOption = Annotated[
         help="1.5x: the latest moves that save this much time. '0.5 memory': steps with this part of the memory.",
     ),
 ]
+LogOption = Annotated[
+    str | None,
+    typer.Option("--log", metavar="LOGGERS", help="Also log to tensorboard, csv, mlflow, wandb; separated by commas."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document; notes go to standard error.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
 

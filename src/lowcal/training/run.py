@@ -14,6 +14,7 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.batch_growth import BatchGrowth
+from lowcal.training.best import BestWeights
 from lowcal.training.checkpoint import export_weights, settle
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.epoch import EpochLoop, Progress
@@ -144,6 +145,7 @@ class Run:
         """
         found = self.group.from_main(self.state.newest)
         if found is None:
+            self._settle_best()
             return ("no epoch had been finished; started from the first",)
         state, name, notes = found
         position = self.train.state_dict()
@@ -159,6 +161,7 @@ class Run:
             ) from error
         if self.group.is_main:
             settle(Path(name))
+        self._settle_best()
         return notes
 
     def finish(self) -> dict[str, Any]:
@@ -181,6 +184,10 @@ class Run:
             return self.folder.summarise(**self.method.results())  # last: its presence means that the run is finished
 
         return self.group.from_main(write)
+
+    def _settle_best(self) -> None:
+        if self.group.is_main:
+            BestWeights(self.folder).settle(self.finished)
 
     def _own(self, images: int) -> int:
         """How many of a mini-batch's `images` are this process's."""

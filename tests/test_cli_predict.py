@@ -98,6 +98,7 @@ def test_the_best_weights_are_those_of_their_file(here, capsys):
     assert main(["train", *DIGITS, "--method", "sgd", "--out", "run"]) == 0
     save_digits(here / "images")
     last = predicted(["run", "images"], capsys)
+    (here / "run" / "model-best.safetensors").unlink()
     refused(["predict", "run", "images", "--weights", "best"], "model-best.safetensors does not exist", capsys)
     weights = load_file(here / "run" / "model.safetensors")
     weights["head.weight"] = weights["head.weight"].flip(0)  # the scores of the classes in reverse

@@ -34,7 +34,7 @@ def read(folder):
 
 def test_each_piece_writes_its_file(script, tmp_path, capfd):
     for pattern in ("smoke-local", "tests", "*-32-eager", "kinds-*", "first-step", "training"):
-        assert script("--minutes", "6", "--only", pattern) == 0
+        assert script("--minutes", "30", "--only", pattern) == 0
     found = read(tmp_path)
     assert all(facts["status"] == "done" for name, facts in found.items() if name != "summary")
     assert all(found[name]["environment"]["torch"] == torch.__version__ for name in found if name != "summary")

@@ -240,6 +240,7 @@ class RunFolder:
         return self.write_summary(
             {
                 **self.read_identity(),
+                "epochs": len(records),  # those of the identity may be of an extension that a crash ended
                 "top1_error": last["top1_error"],
                 "best_top1_error": best["top1_error"],
                 "best_epoch": best["epoch"],

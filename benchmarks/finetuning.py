@@ -35,7 +35,6 @@ from lowcal.training.environment import gather_environment
 
 FOLDER = RESULTS / "finetune"
 WARMUP = 0.1  # of the steps
-SEEDS = (1, 2, 3)
 
 
 class Data(NamedTuple):
@@ -211,13 +210,13 @@ def best(task: Task, rows: list[dict[str, Any]], family: str, epochs: int) -> li
     return [Rate(row["optimizer"], row["lr"], row["head"]) for row in tried]
 
 
-def run(name: str, folder: Path, work: Path) -> None:
+def run(name: str, folder: Path, work: Path, seeds: list[int]) -> None:
     """Trains each family at each of its lengths at the best rate, for each seed; testing is not timed."""
     task, file = TASKS[name], FOLDER / f"{name}.json"
-    rates, rows = saved(FOLDER / f"{name}-rates.json"), saved(file)
+    rates = saved(FOLDER / f"{name}-rates.json")
     arms = [(family, epochs) for family, own in task.families.items() if own.timed for epochs in own.lengths]
-    for seed in SEEDS:
-        if any(row["seed"] == seed for row in rows):
+    for seed in seeds:
+        if any(row["seed"] == seed for row in saved(file)):
             continue
         data = read(task, folder, seed, validation=False)
         models, runs, found = {}, {}, {}
@@ -240,8 +239,7 @@ def run(name: str, folder: Path, work: Path) -> None:
                     runs.pop(arm).close()  # frees its cache
                     found[arm]["accuracy"] = accuracy(models.pop(arm), data.test_x, data.test_y)
                     print(found[arm], flush=True)
-        rows += found.values()
-        save(file, rows, task)
+        save(file, [*saved(file), *found.values()], task)  # another process may have added its seeds
 
 
 def main() -> None:
@@ -251,15 +249,17 @@ def main() -> None:
     parser.add_argument("network", nargs="?", choices=list(TASKS), default="efficientnet")
     parser.add_argument("--data-dir", type=Path, help="the CIFAR-10 images")
     parser.add_argument("--work", type=Path, default=Path(), help="where the weights of the ViT are")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the timed runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "report":
         finetuning_report.write_all(FOLDER, RESULTS.parent / "docs" / "images")
     elif arguments.part == "pretrain":
         pretrain(arguments.data_dir, arguments.work)
+    elif arguments.part == "tune":
+        tune(arguments.network, arguments.data_dir, arguments.work)
     else:
-        part = tune if arguments.part == "tune" else run
-        part(arguments.network, arguments.data_dir, arguments.work)
+        run(arguments.network, arguments.data_dir, arguments.work, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -41,14 +41,15 @@ def test_the_kernels_compile_and_read_16_bytes_at_a_time(capability, tmp_path, m
             kernel,
             {name: types.get(name, "constexpr") for name in kernel.arg_names},
             {(kernel.arg_names.index(name),): value for name, value in options.items()},
-            {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
+            {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("partials", "skipped")},
         )
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
 
     for relative, update in product((False, True), (tl.float32, tl.bfloat16)):
         options = {"WEIGHT": tl.float32, "UPDATE": update, "RELATIVE": relative, "ALIGNED": True}
-        options |= {"PARTS": fused.PARTS, "BLOCK": fused.BLOCK}
-        types = {"table": "*i64", "partials": "*fp32"}
+        options |= {"PARTS": fused.PARTS, "BLOCK": fused.BLOCK, "LAYERS": fused.LAYERS}
+        types = dict.fromkeys(["weight_at", "update_at", "sizes"], ("i64",) * fused.LAYERS)
+        types |= {"partials": "*fp32", "skipped": "*i64"}
         assert "ld.global.v4.b32" in ptx(fused._sum_squares, types, options)
         types["eta"] = "fp32"
         code = ptx(fused._add, {**types, "steps": "*fp64"}, {**options, "EACH": relative})

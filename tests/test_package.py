@@ -124,7 +124,7 @@ def test_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert set(project["optional-dependencies"]) == {
-        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "finetune", "dev",
+        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "finetune", "docs", "dev",
     }  # fmt: skip
     assert project["scripts"] == {"lowcal": "lowcal.cli:main"}
 

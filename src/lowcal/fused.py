@@ -13,6 +13,7 @@ from torch import Tensor
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PARTS = 64  # programs per layer at most, a power of two
 BLOCK = 4096  # elements that a program reads at a time
+LAYERS = 64  # per launch
 
 
 def takes(weight: Tensor, update: Tensor) -> bool:
@@ -31,34 +32,55 @@ def apply_updates(
 ) -> Tensor:
     """`lowcal.rules.apply_updates` for pairs of one device and one pair of types that `takes` accepts.
 
-    The kernels read from a table in device memory where the tensors are. It is cleared, which is one launch. Its values
-    are arguments of the operator that fills it, one launch for each 32 layers, so nothing is copied from the host. A
-    CUDA graph records these arguments. Its tensors keep their addresses, and so each replay fills the table with the
-    same, right values.
+    Two launches serve up to `LAYERS` layers. Where the tensors are is an argument of the kernels, so nothing is copied
+    from the host. A CUDA graph records the arguments, and its tensors keep their addresses.
     """
     weight, device = weights[0], weights[0].device
     updates = [_in_layout(update, like) for update, like in zip(updates, weights, strict=True)]
-    pointers = [tensor.data_ptr() for tensor in (*weights, *updates)]
-    sizes = [tensor.numel() for tensor in weights]
-    table = torch.zeros(3 * len(weights) + 1, dtype=torch.int64, device=device)  # the last value counts skipped layers
-    torch._foreach_add_(table.unbind()[:-1], pointers + sizes)
-    partials = torch.empty(1 + relative, len(weights), PARTS, dtype=torch.float32, device=device)
-    parts = min(PARTS, max(1, -(-max(sizes) // BLOCK)))
     eta, steps = (0.0, step.to(device)) if isinstance(step, Tensor) else (float(step), None)
+    skipped = torch.empty(-(-len(weights) // LAYERS), dtype=torch.int64, device=device)
+    with torch.cuda.device_of(weight):
+        for group, first in enumerate(range(0, len(weights), LAYERS)):
+            own = slice(first, first + LAYERS)
+            given = steps[own] if steps is not None and steps.dim() else steps
+            _launch(weights[own], updates[own], eta, given, skipped[group:], relative)
+    torch.autograd.graph.increment_version(weights)
+    return skipped[0] if len(skipped) == 1 else skipped.sum()
+
+
+def _launch(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    eta: float,
+    steps: Tensor | None,
+    skipped: Tensor,
+    relative: bool,
+) -> None:
+    """Launches both kernels for at most `LAYERS` layers; `skipped[0]` is how many of them were left as they are."""
+    count = len(weights)
+    # Triton compiles a kernel again for another number of arguments, for one that fits 32 bits, and for one that is no
+    # multiple of 16. So there are always `LAYERS` of each, the first one repeated, and sizes are multiplied.
+    columns = [
+        [tensor.data_ptr() for tensor in weights],
+        [tensor.data_ptr() for tensor in updates],
+        [16 * weight.numel() for weight in weights],
+    ]
+    weight_at, update_at, sizes = (tuple(column + column[:1] * (LAYERS - count)) for column in columns)
+    partials = torch.empty(1 + relative, count, PARTS, dtype=torch.float32, device=skipped.device)
+    parts = min(PARTS, max(1, -(-max(weight.numel() for weight in weights) // BLOCK)))
     options: dict[str, Any] = {
-        "WEIGHT": DTYPES[weight.dtype],
+        "WEIGHT": DTYPES[weights[0].dtype],
         "UPDATE": DTYPES[updates[0].dtype],
         "RELATIVE": relative,
-        "ALIGNED": all(number % 16 == 0 for number in pointers + sizes),
+        "ALIGNED": all(each % 16 == 0 for each in (*weight_at, *update_at, *(weight.numel() for weight in weights))),
         "PARTS": PARTS,
         "BLOCK": BLOCK,
+        "LAYERS": LAYERS,
         "num_warps": 8,
     }
-    with torch.cuda.device_of(weight):
-        _sum_squares[parts, len(weights)](table, partials, **options)
-        _add[parts, len(weights)](table, partials, eta, steps, EACH=steps is not None and steps.dim() > 0, **options)
-    torch.autograd.graph.increment_version(weights)
-    return table[-1]
+    layers = weight_at, update_at, sizes
+    _sum_squares[parts, count](*layers, partials, skipped, **options)
+    _add[parts, count](*layers, partials, skipped, eta, steps, EACH=steps is not None and steps.dim() > 0, **options)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -83,30 +105,42 @@ def _in_layout(update: Tensor, weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def _row(table: tl.tensor, row: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """The value in a row of the table for the layer of this program: addresses of weight and update, or their size."""
-    value = tl.load(table + row * tl.num_programs(1) + tl.program_id(1))
-    return tl.multiple_of(value, 16) if ALIGNED else value
+def _own(values: tl.tuple, LAYERS: tl.constexpr) -> tl.tensor:
+    """The value for the layer of this program, as int64."""
+    value = values[0]
+    for index in tl.static_range(1, LAYERS):
+        value = tl.where(tl.program_id(1) == index, values[index], value)
+    return value.to(tl.int64)
 
 
 @triton.jit
-def _pointer(table: tl.tensor, row: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """The same as a pointer. The hint has to follow the cast, or the loads are of one element each."""
-    pointer = _row(table, row, False).to(tl.pointer_type(DTYPE))
+def _size(sizes: tl.tuple, ALIGNED: tl.constexpr, LAYERS: tl.constexpr) -> tl.tensor:
+    """The number of elements of the layer of this program."""
+    size = _own(sizes, LAYERS) // 16
+    return tl.multiple_of(size, 16) if ALIGNED else size
+
+
+@triton.jit
+def _pointer(addresses: tl.tuple, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, LAYERS: tl.constexpr) -> tl.tensor:
+    """The pointer for the layer of this program. The hint has to follow the cast, or loads are of one element each."""
+    pointer = _own(addresses, LAYERS).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
 def _sum_squares(
-    table: tl.tensor, partials: tl.tensor, WEIGHT: tl.constexpr, UPDATE: tl.constexpr, RELATIVE: tl.constexpr,
-    ALIGNED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    weight_at: tl.tuple, update_at: tl.tuple, sizes: tl.tuple, partials: tl.tensor, skipped: tl.tensor,
+    WEIGHT: tl.constexpr, UPDATE: tl.constexpr, RELATIVE: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, LAYERS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The sum of squares of each part of each layer: of dW, and with RELATIVE of W. No atomics, so runs are alike."""
     part, parts = tl.program_id(0), tl.num_programs(0)
     layer, layers = tl.program_id(1), tl.num_programs(1)
-    size = _row(table, 2, ALIGNED)
-    update = _pointer(table, 1, UPDATE, ALIGNED)
-    weight = _pointer(table, 0, WEIGHT, ALIGNED)
+    if part + layer == 0:
+        tl.store(skipped, 0)
+    size = _size(sizes, ALIGNED, LAYERS)
+    update = _pointer(update_at, UPDATE, ALIGNED, LAYERS)
+    weight = _pointer(weight_at, WEIGHT, ALIGNED, LAYERS)
     lanes = tl.arange(0, BLOCK)
     updates = tl.zeros([BLOCK], tl.float32)
     weights = tl.zeros([BLOCK], tl.float32)
@@ -124,8 +158,9 @@ def _sum_squares(
 
 @triton.jit
 def _add(
-    table: tl.tensor, partials: tl.tensor, eta: tl.tensor, steps: tl.tensor, WEIGHT: tl.constexpr, UPDATE: tl.constexpr,
-    RELATIVE: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    weight_at: tl.tuple, update_at: tl.tuple, sizes: tl.tuple, partials: tl.tensor, skipped: tl.tensor, eta: tl.tensor,
+    steps: tl.tensor, WEIGHT: tl.constexpr, UPDATE: tl.constexpr, RELATIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, LAYERS: tl.constexpr, EACH: tl.constexpr,
 ) -> None:  # fmt: skip
     """W += step * dW / ||dW||. The step is `steps[layer]` with EACH, else `steps[0]`, or `eta` if `steps` is None."""
     part, parts = tl.program_id(0), tl.num_programs(0)
@@ -144,11 +179,11 @@ def _add(
         factor *= tl.load(steps).to(tl.float32)
     usable = (norm > 0) & (norm < float("inf"))
     if part == 0:
-        tl.atomic_add(table + 3 * layers, (usable == 0).to(tl.int64))
+        tl.atomic_add(skipped, (usable == 0).to(tl.int64))
     if usable & (tl.abs(factor) < float("inf")):
-        size = _row(table, 2, ALIGNED)
-        update = _pointer(table, 1, UPDATE, ALIGNED)
-        weight = _pointer(table, 0, WEIGHT, ALIGNED)
+        size = _size(sizes, ALIGNED, LAYERS)
+        update = _pointer(update_at, UPDATE, ALIGNED, LAYERS)
+        weight = _pointer(weight_at, WEIGHT, ALIGNED, LAYERS)
         lanes = tl.arange(0, BLOCK)
         for start in range(part * BLOCK, size, parts * BLOCK):
             index = start + lanes

@@ -246,7 +246,7 @@ def apply_updates(
 ) -> Tensor:
     """W <- W + step * dW / ||dW|| for each layer, in place and without reading from the device (Eq. 4).
 
-    On a GPU with Triton four launches serve up to 32 layers, and one more each further 32 (`lowcal.fused`).
+    On a GPU with Triton two launches serve up to 64 layers (`lowcal.fused`).
 
     Args:
         weights: the layers' weights.

@@ -5,6 +5,8 @@ from lowcal.training.run_folder import RunFolder
 MACHINE = {
     "device": "cpu",
     "device_name": "Some, Processor",
+    "processor": "Some, Processor",
+    "cores": 4,
     "torch": "2.15.0",
     "torchvision": "0.30.0",
     "lowcal": "0.1.0",

@@ -1,7 +1,7 @@
 import pytest
 
 from lowcal.report.comparison import make_rows
-from lowcal.report.headline import common_title, comparison_notes, headline, title
+from lowcal.report.headline import common_title, comparison_notes, findings, headline, title
 from lowcal.report.runs import read_runs
 
 from .synthetic import write_run
@@ -78,6 +78,17 @@ def test_headline_says_what_came_out(tmp_path):
     )
 
 
+def test_findings_are_the_headline_in_sentences(tmp_path):
+    write_run(tmp_path, "sgd", 0, error=10.0, seconds=12.3)
+    write_run(tmp_path, "freeze", 0, error=10.4, seconds=10.0, boundary=4)
+    write_run(tmp_path, "local", 0, error=9.96, seconds=15.0)
+    assert findings(rows_of(tmp_path)) == [
+        "freeze trained 1.23× faster than SGD at +0.4 points of top-1 error.",
+        "The boundary of local never moved, so that it trained as SGD does.",
+        "With one seed, small differences may be chance.",
+    ]
+
+
 def test_headline_says_when_the_seeds_spread_hides_a_difference(tmp_path):
     for seed, shift in enumerate((0.0, 1.0)):
         write_run(tmp_path, "sgd", seed, error=10 + shift, seconds=12.0)
@@ -96,6 +107,9 @@ def test_headline_without_a_comparison(tmp_path):
     )
     write_run(tmp_path / "b", "sgd", done=1)
     assert headline(rows_of(tmp_path / "b")).startswith("No run is finished yet")
+    assert findings(rows_of(tmp_path / "a")) == [
+        "freeze reached 10.00 % top-1 error in 12.0 s of training.", "No sgd run to compare with.",
+    ]  # fmt: skip
 
 
 def test_a_boundary_that_never_moved_is_said_in_the_place_of_a_comparison(tmp_path):

@@ -2,7 +2,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lowcal.training.environment import PACKAGE, code_digest, gather_environment
+import pytest
+
+from lowcal.training.environment import PACKAGE, code_digest, gather_environment, training_command
 
 
 def package(path):
@@ -42,8 +44,8 @@ def test_environment_says_what_ran():
     assert environment["device"] == "cpu"
     assert environment["threads"] >= 1
     assert set(environment) == {
-        "device", "device_name", "torch", "torchvision", "lowcal", "python", "platform", "threads", "code", "commit",
-        "started",
+        "device", "device_name", "processor", "cores", "torch", "torchvision", "lowcal", "python", "platform",
+        "threads", "code", "commit", "started",
     }  # fmt: skip
     head = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
@@ -53,3 +55,19 @@ def test_environment_says_what_ran():
     )
     if head.returncode == 0 and environment["commit"]:
         assert environment["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/usr/bin/lowcal", "compare", "--set", "label=two words"], "lowcal compare --set 'label=two words'"),
+        (["/x/lowcal/__main__.py", "train"], "lowcal train"),
+        (["/x/other/__main__.py", "train"], None),
+        (["lowcal", "sweep", "--storage", "postgresql://user:secret@host"], None),
+        (["mine.py", "compare", "--token", "secret"], None),
+        (["lowcal"], None),
+    ],
+)
+def test_the_command_is_kept_if_it_trains_or_compares(monkeypatch, arguments, command):
+    monkeypatch.setattr("sys.argv", arguments)
+    assert training_command() == command

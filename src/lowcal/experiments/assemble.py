@@ -28,7 +28,7 @@ from lowcal.strided import slice_inputs
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.cached import CachedBatches, CacheOptions
 from lowcal.training.distributed import TrainingGroup
-from lowcal.training.environment import gather_environment
+from lowcal.training.environment import gather_environment, training_command
 from lowcal.training.process import ALONE, Launch
 from lowcal.training.run import Run, RunOptions
 from lowcal.training.run_folder import RunFolder
@@ -179,6 +179,7 @@ def build_run(
             recipe=dump_recipe(recipe),
             environment={
                 **gather_environment(str(device)),
+                "command": training_command(),
                 "ranks": group.world,
                 "sliced_layers": sliced,
                 "weights": loaded,

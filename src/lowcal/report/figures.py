@@ -3,12 +3,10 @@
 Each function takes runs (of `runs.read_runs`) and returns a matplotlib Figure; `save` writes it to a file.
 """
 
-import html
 import io
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -36,10 +34,19 @@ _COLOURS = {
     "prune": ("#a8487f", "#e79cc6"),
 }
 _OTHERS = (("#6a3fb5", "#b79cf0"), ("#7a6a00", "#cfc04a"), ("#8c2d2d", "#f08a8a"))
-# Gaps in the later of two lines keep an earlier, equal line visible.
-_DASHES: dict[str, Any] = {"freeze": (0, (4, 2)), "refresh": (0, (1, 1.5)), "prune": (0, (6, 2, 1, 2))}
+# Gaps in the later of two lines keep an earlier, equal line visible; so does a line's width, which falls.
+_DASHES: dict[str, Any] = {
+    "local": (0, (7, 2)),
+    "freeze": (0, (3, 2.5)),
+    "refresh": (0, (1, 1.5)),
+    "stochastic-depth": (0, (5, 1, 1, 1)),
+    "prune": (0, (6, 2, 1, 2)),
+}
+_RING: dict[str, Any] = {"linestyle": "none", "marker": "o", "markerfacecolor": "none", "label": "_move"}
+_WIDTHS = (3.4, 2.6, 2.0)
+MEAN = "-mean"  # ends the id of a line of means, which starts with "series-" and the method's number
 
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _STYLE: dict[Any, Any] = {
     "figure.figsize": (4.9, 3.6),
     "figure.dpi": 72,
@@ -61,12 +68,6 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.hashsalt": "lowcal",
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
-
-_LEFT_OUT = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", re.DOTALL)
-_NAMESPACES = re.compile(r' (?:xmlns(?::\w+)?|version)="[^"]*"')
-_SIZE = re.compile(r' (?:width|height)="[^"]*"')
-_FONT = re.compile(r"font: (?:(bold|[0-9]+) )?([0-9.]+px) [^;\"]*")
-_FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 
 _LEGEND: dict[str, Any] = {
     "loc": "lower left",
@@ -101,6 +102,7 @@ def error_against_time(runs: Sequence[RunData]) -> Figure:
         x_label=f"training time, {unit}",
         logarithmic=True,
         end_marked=True,
+        moves_marked=True,
     )
     axes = figure.axes[0]
     axes.set_xlim(0, 1.04 * longest / scale or 1)
@@ -130,9 +132,12 @@ def _rival_line(runs: Sequence[RunData], scale: float) -> Line:
 
 
 def boundary(runs: Sequence[RunData]) -> Figure:
-    """Draw the boundary in each epoch: the leading layers that did not back-propagate (the paper's Figure 3)."""
+    """Draw the boundary in each epoch: the leading layers that did not back-propagate (the paper's Figure 3).
+
+    Methods without a boundary have no line.
+    """
     layers = max(run.results["layers"] for run in runs)
-    figure = _epoch_figure(runs, "boundary", f"Boundary, of {layers} layers", steps=True)
+    figure = _epoch_figure(runs, "boundary", f"Boundary, of {layers} layers", steps=True, only_boundaries=True)
     axes = figure.axes[0]
     axes.set_ylim(-0.02 * layers, 1.02 * layers)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -141,7 +146,7 @@ def boundary(runs: Sequence[RunData]) -> Figure:
 
 def step_time(runs: Sequence[RunData]) -> Figure:
     """Draw the time of a training step (ms) in each epoch (the paper's Figure 4)."""
-    return _epoch_figure(runs, "step_ms", "Time of a training step, ms", from_zero=True)
+    return _epoch_figure(runs, "step_ms", "Time of a training step, ms", from_zero=True, moves_marked=True)
 
 
 def peak_memory(runs: Sequence[RunData]) -> Figure:
@@ -183,33 +188,10 @@ def save(figure: Figure, path: Path) -> None:
 def picture(figure: Figure, kind: str) -> bytes:
     """Return a figure on white as the content of a file; `kind` is svg or png."""
     stream = io.BytesIO()
-    options: dict[str, Any] = {"metadata": _NO_METADATA} if kind == "svg" else {"dpi": 200}
+    options: dict[str, Any] = {"metadata": NO_METADATA} if kind == "svg" else {"dpi": 200}
     with style():
         figure.savefig(stream, format=kind, facecolor="white", **options)
     return stream.getvalue()
-
-
-def inline_svg(figure: Figure, name: str, colours: Sequence[str], label: str) -> str:
-    """Return a figure as an <svg> element; `label` is read out, `name` keeps its ids apart from others'.
-
-    What is drawn in the i-th of `colours` (#rrggbb) gets the colour `var(--series-i)`, which the page
-    defines; axes and text get the page's text colour, and the text its font.
-    """
-    stream = io.StringIO()
-    with style(), mpl.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
-    whole = stream.getvalue()
-    opening, rest = whole[whole.index("<svg") :].split(">", 1)
-    opening = _SIZE.sub("", _NAMESPACES.sub("", opening))
-    rest = _LEFT_OUT.sub("", rest).replace("xlink:href", "href")
-    rest = re.sub(r'\bid="', f'id="{name}-', rest)
-    rest = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", rest)
-    rest = _FONT.sub(lambda found: f"font-weight: {found[1] or 400}; font-size: {found[2]}", rest)
-    rest = _FAMILY.sub("", rest)
-    for index, colour in enumerate(colours):
-        if colour != INK:
-            rest = rest.replace(colour, f"var(--series-{index})")
-    return f'{opening} role="img" aria-label="{html.escape(label)}">{rest.replace(INK, "currentColor")}'
 
 
 def style() -> AbstractContextManager[None]:
@@ -237,32 +219,56 @@ def _figure(
     from_zero: bool = False,
     steps: bool = False,
     end_marked: bool = False,
+    moves_marked: bool = False,
+    only_boundaries: bool = False,
 ) -> Figure:
-    groups = by_method(run for run in runs if not run.is_rival)
+    groups = by_method(runs)
     with style():
         figure = Figure()
         axes = figure.add_subplot()
         figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold")
         drawn: Line = []
-        for method, (colour, _dark) in colours(groups).items():
+        rank = 0
+        for number, (method, (colour, _dark)) in enumerate(colours(groups).items()):
+            group = groups[method]
+            if group[0].is_rival or (only_boundaries and not any(run.has_boundary for run in group)):
+                continue
+            ids = (f"series-{number}-{part}" for part in itertools.count())
             look: dict[str, Any] = {"color": colour, "drawstyle": "steps-mid" if steps else "default"}
-            lines = [_points(run, point) for run in groups[method]]
+            lines = [_points(run, point) for run in group]
             drawn += itertools.chain(*lines)
             if len(lines) > 1:
                 for line in lines:
-                    axes.plot(*_columns(line), **look, linewidth=0.9, alpha=0.45, label="_seed")
-            finished = [line for line, run in zip(lines, groups[method], strict=True) if run.finished]
+                    axes.plot(*_columns(line), **look, linewidth=0.9, alpha=0.45, label="_seed", gid=next(ids))
+            if moves_marked:
+                moved = [line[epoch] for line, run in zip(lines, group, strict=True) for epoch in run.moves]
+                size = 9 if len(lines) == 1 else 5
+                axes.plot(*_columns(moved), **_RING, markersize=size, color=colour, gid=next(ids))
+            finished = [line for line, run in zip(lines, group, strict=True) if run.finished]
             average = _average(finished or lines)
+            if end_marked and len(finished) > 1:
+                _bars(axes, average[-1], [line[-1] for line in finished], colour, ids)
             if len(average) <= 12:
                 look |= {"marker": "o", "markersize": 4}
             elif end_marked:
                 look |= {"marker": "o", "markersize": 7, "markevery": [-1]}
-            axes.plot(*_columns(average), **look, linestyle=_DASHES.get(method, "-"), label=method)
+            look |= {"linestyle": _DASHES.get(method, "-"), "linewidth": _WIDTHS[min(rank, len(_WIDTHS) - 1)]}
+            axes.plot(*_columns(average), **look, label=method, gid=f"series-{number}{MEAN}")
+            rank += 1
         axes.set_xlabel(x_label)
         axes.margins(x=0.02)
         _set_range(axes, drawn, logarithmic=logarithmic, from_zero=from_zero)
-        axes.legend(**_LEGEND)
+        if drawn:
+            axes.legend(**_LEGEND)
     return figure
+
+
+def _bars(axes: Axes, centre: tuple[float, float], ends: Line, colour: str, ids: Iterator[str]) -> None:
+    """Draw bars through `centre` from the lowest to the highest seed, in x and in y."""
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "markersize": 8, "label": "_bar"}
+    (x, y), (xs, ys) = centre, _columns(ends)
+    axes.plot([min(xs), max(xs)], [y, y], marker="|", gid=next(ids), **look)
+    axes.plot([x, x], [min(ys), max(ys)], marker="_", gid=next(ids), **look)
 
 
 def _points(run: RunData, point: Callable[[dict[str, Any]], tuple[float, float | None]]) -> Line:

@@ -105,21 +105,39 @@ def _number(value: Any) -> str:
 
 def headline(rows: Sequence[Row]) -> str:
     """Return one sentence on the time and error of the finished methods, against sgd if there is an sgd run."""
+    return _told(rows, whole=False)[0]
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """Return what `headline` says as sentences, one for each method."""
+    return _told(rows, whole=True)
+
+
+def _told(rows: Sequence[Row], *, whole: bool) -> list[str]:
+    """Return sentences for each method if `whole`, else one text."""
     finished = {row.method: row for row in rows if row.finished}
     baseline = finished.pop("sgd", None)
     others = [row for row in finished.values() if not row.is_rival]
     compared = [row for row in others if row.speedup is not None and not row.never_moved]
     still = [row for row in others if row.speedup is not None and row.never_moved]
     if baseline is not None and (compared or still):
-        parts = [_against(row, baseline, full=index == 0) for index, row in enumerate(compared)]
-        parts += [_never_moved(still)] if still else []
-        parts += [_alone(row) for row in others if row.speedup is None and row.top1_error is not None]
+        parts = [_against(row, baseline, full=whole or index == 0) for index, row in enumerate(compared)]
         rivals = [_against_rival(row, rows) for row in compared]
-        return f"{'; '.join(parts)}.{''.join(rivals)}{_on_seeds(rows) if compared else ''}"
+        rest = [_never_moved(still, capital=whole)] if still else []
+        rest += [_alone(row) for row in others if row.speedup is None and row.top1_error is not None]
+        chance = _on_seeds(rows) if compared else ""
+        if whole:
+            told = [f"{part}.{rival}" for part, rival in zip(parts, rivals, strict=True)]
+            return [*told, *(f"{part}." for part in rest), *([chance.strip()] if chance else [])]
+        return [f"{'; '.join([*parts, *rest])}.{''.join(rivals)}{chance}"]
     known = [row for row in (baseline, *others) if row is not None and row.top1_error is not None]
     if not known:
-        return "No run is finished yet; the figures show the epochs so far."
-    return f"{'; '.join(_alone(row) for row in known)}.{'' if baseline else ' No sgd run to compare with.'}"
+        return ["No run is finished yet; the figures show the epochs so far."]
+    parts = [_alone(row) for row in known]
+    missing = "" if baseline else "No sgd run to compare with."
+    if whole:
+        return [*(f"{part}." for part in parts), *([missing] if missing else [])]
+    return [f"{'; '.join(parts)}.{missing and f' {missing}'}"]
 
 
 def comparison_notes(runs: Sequence[RunData], rows: Sequence[Row]) -> list[str]:

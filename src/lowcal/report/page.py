@@ -1,10 +1,15 @@
 """The report of one or several runs: summary.json, .csv, .md and one self-contained HTML page."""
 
+import json
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
+from os.path import relpath
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -12,24 +17,37 @@ from markupsafe import Markup
 from lowcal.errors import LowcalError
 from lowcal.files import FORMAT, atomic_write, read_json
 from lowcal.report.comparison import Row, comparison_table, make_rows
-from lowcal.report.figures import FIGURES, colours, inline_svg
-from lowcal.report.headline import batch_changes, common_title, comparison_notes, headline
+from lowcal.report.figures import FIGURES, colours
+from lowcal.report.headline import batch_changes, common_title, comparison_notes, findings, headline
+from lowcal.report.inline import inline_svg, plot_data
 from lowcal.report.runs import RunData, by_method, code_note, read_runs
 from lowcal.report.table import Table, spread_notes
 from lowcal.training.run_folder import RunFolder
 
 _CAPTIONS = {
-    "error-against-time": "Lower and further left is better. A line ends with its last epoch.",
+    "error-against-time": "Lower and further left is better. A line ends with its last epoch. Rings mark moves.",
     "boundary": "How many leading layers did not back-propagate in each epoch.",
-    "step-time": "Each time the boundary moves, a step should get shorter.",
+    "step-time": "Each time the boundary moves (a ring), a step should get shorter.",
     "peak-memory": "Layers that do not back-propagate keep no activations.",
     "train-loss": "Mean over each epoch's training images.",
     "test-loss": "On the test images, after each epoch.",
 }
+_WORDS = {
+    "boundary": "so many leading layers do not back-propagate; it starts at 0 and moves on from epoch to epoch",
+    "sgd": "all layers learn by SGD",
+    "local": "layers before the boundary learn by local (Hebbian) updates, made in the forward pass",
+    "freeze": "layers before the boundary keep their weights",
+    "refresh": "layers before the boundary are frozen, but for every few steps with a true gradient",
+    "stochastic-depth": "residual blocks are left out of a step at random",
+    "prune": "channels that reach zero are removed",
+    "sgd-compressed": "SGD whose schedule takes no longer than another method",
+}
 # The names in environment.json and the page's words for them.
 _ENVIRONMENT = {
     "device": "device",
-    "device_name": "processor",
+    "device_name": "device name",
+    "processor": "processor",
+    "cores": "cores",
     "threads": "threads",
     "platform": "platform",
     "python": "Python",
@@ -79,7 +97,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Report
     summary = _summary(data)
     notes = _notes(data, rows, summary)
     table = comparison_table(rows, headline(rows), lead=[f"{summary['title']}."], notes=[*_origin(summary), *notes])
-    page = _render(data, table, summary)
+    page = _render(data, rows, table, summary, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,28 +159,56 @@ def _notes(runs: Sequence[RunData], rows: Sequence[Row], summary: dict[str, Any]
     return notes
 
 
-def _render(runs: Sequence[RunData], table: Table, summary: dict[str, Any]) -> str:
+def _render(runs: Sequence[RunData], rows: Sequence[Row], table: Table, summary: dict[str, Any], out: Path) -> str:
     methods = colours(by_method(runs))
     lights = [light for light, _dark in methods.values()]
-    figures = [
-        {"svg": Markup(inline_svg(draw(runs), name, lights, _spoken(name))), "caption": _CAPTIONS[name]}
-        for name, draw in FIGURES.items()
-    ]
+    figures = []
+    for name, draw in FIGURES.items():
+        if name == "boundary" and not any(run.has_boundary for run in runs):
+            continue
+        figure = draw(runs)
+        svg = Markup(inline_svg(figure, name, lights, _spoken(name)))
+        figures.append({"svg": svg, "caption": _CAPTIONS[name], "plot": json.dumps(plot_data(figure))})
+    script = (files(__package__) / "page.js").read_text(encoding="utf-8")
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((files(__package__) / "template.html").read_text(encoding="utf-8"))
     return template.render(
         subject=summary["title"],
-        headline=table.title,
+        findings=findings(rows),
         columns=[column.heading for column in table.shown],
-        lines=table.cells(),
+        lines=[
+            list(zip(cells, [number, *(row[column.name] for column in table.shown[1:])], strict=True))
+            for number, (cells, row) in enumerate(zip(table.cells(), table.rows, strict=True))
+        ],
         notes=table.notes,
+        words={word: meaning for word, meaning in _WORDS.items() if _is_used(word, runs)},
         colours=list(methods.values()),
         figures=figures,
         several=any(len(group) > 1 for group in by_method(runs).values()),
-        facts=[(word, summary["environment"][name]) for name, word in _ENVIRONMENT.items()],
+        commands=list(dict.fromkeys(filter(None, (run.environment.get("command") for run in runs)))),
+        links=[(run.name, quote(Path(relpath(run.path, out)).as_posix())) for run in runs],
+        facts=_facts(summary["environment"]),
         recipes=_recipes(runs),
+        script=Markup(script),
+        digest=b64encode(sha256(script.encode()).digest()).decode(),
     )
+
+
+def _facts(environment: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return where it ran, with the page's words; on a processor its name once."""
+    known = {name: environment[name] for name in _ENVIRONMENT if environment[name] is not None}
+    if known.get("device_name") == known.get("processor"):
+        known.pop("device_name", None)
+    return [(_ENVIRONMENT[name], value) for name, value in known.items()]
+
+
+def _is_used(word: str, runs: Sequence[RunData]) -> bool:
+    """Whether one of the runs needs this word."""
+    if word == "boundary":
+        return any(run.has_boundary for run in runs)
+    known = {max((each for each in _WORDS if run.method.startswith(each)), key=len, default="") for run in runs}
+    return word in known
 
 
 def _spoken(name: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ class RunData:
     def is_rival(self) -> bool:
         """Whether this is SGD with its schedule compressed to the time of another method."""
         return self.method.startswith(COMPRESSED)
+
+    @property
+    def has_boundary(self) -> bool:
+        """Whether the method has a boundary."""
+        return self.method in MOVING or any(record["boundary"] for record in self.records)
+
+    @property
+    def moves(self) -> list[int]:
+        """The epochs, counted from 0, before which the boundary moved."""
+        boundaries = [record["boundary"] for record in self.records]
+        return [epoch for epoch, (before, now) in enumerate(pairwise(boundaries), 1) if now > before]
 
     @property
     def machine(self) -> tuple[Any, ...]:

@@ -1,8 +1,11 @@
 """The environment of a measurement: the device, the versions, the code."""
 
 import hashlib
+import os
 import platform
+import shlex
 import subprocess
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -14,7 +17,7 @@ import torch
 
 import lowcal
 
-__all__ = ["code_digest", "gather_environment"]
+__all__ = ["code_digest", "gather_environment", "training_command"]
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -32,11 +35,13 @@ def code_digest(package: Path = PACKAGE) -> str:
 
 
 def gather_environment(device: str) -> dict[str, Any]:
-    """Return the device and its name, the versions, the threads, the code, the commit, and the present time (UTC)."""
+    """Return the device, the processor, the versions, the threads, the code, the commit, and the present time (UTC)."""
     is_cuda = device.startswith("cuda")
     return {
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if is_cuda else _processor_name(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
         "torch": str(torch.__version__),
         "torchvision": _version("torchvision"),
         "lowcal": lowcal.__version__,
@@ -47,6 +52,13 @@ def gather_environment(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def training_command() -> str | None:
+    """Return the command line of `lowcal compare` or `train`; None in another program, whose arguments are its own."""
+    program, *arguments = sys.argv
+    is_ours = Path(program).name == "lowcal" or Path(program).parts[-2:] == ("lowcal", "__main__.py")
+    return shlex.join(["lowcal", *arguments]) if is_ours and arguments[:1] in (["compare"], ["train"]) else None
 
 
 def _processor_name() -> str:

@@ -142,9 +142,9 @@ def saved(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
-def save(file: Path, rows: list[dict[str, Any]], task: Task) -> None:
+def save(file: Path, rows: list[dict[str, Any]], task: Task | None = None) -> None:
     """Writes rows with what holds for all of them."""
-    facts = {"images": task.images, "tests": task.tests, "size": task.size, "batch": task.batch}
+    facts = {key: getattr(task, key) for key in ("images", "tests", "size", "batch")} if task else {}
     content = {**facts, "environment": gather_environment("cpu"), "rows": rows}
     atomic_write(file, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -176,7 +176,7 @@ def pretrain(folder: Path, work: Path, *, images: int = 10_000, epochs: int = 6,
     work.mkdir(parents=True, exist_ok=True)
     torch.save(weights, work / WEIGHTS)
     facts["sha256"] = hashlib.sha256((work / WEIGHTS).read_bytes()).hexdigest()
-    save(FOLDER / "vit-pretraining.json", [facts], TASKS["vit"])
+    save(FOLDER / "vit-pretraining.json", [facts])
     print(facts)
 
 

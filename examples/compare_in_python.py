@@ -9,7 +9,7 @@ def main(out):
     result = lowcal.compare(
         recipe="digits",
         methods=["sgd", "local", "freeze"],
-        settings={"epochs": 4, "local.schedule": {"name": "fixed", "epochs": {1: 3, 2: 6}}},
+        settings={"epochs": 3, "model.width": 8, "local.schedule": {"name": "fixed", "epochs": {1: 3, 2: 6}}},
         out=out,
     )
     print(result)  # a notebook shows a table and a figure

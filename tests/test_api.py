@@ -158,7 +158,7 @@ def test_the_example(here, capsys):
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "compare_in_python.py"))
     example["main"]("out")
     printed = capsys.readouterr().out
-    assert "epoch 4: boundary 6 of 10" in printed
+    assert "epoch 3: boundary 6 of 10" in printed
     assert "sgd: error" in printed
 
 

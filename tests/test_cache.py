@@ -229,6 +229,55 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def views_of(images):
+    """Images that differ from epoch to epoch, and the epochs that were asked for."""
+    asked = []
+
+    def at(epoch):
+        asked.append(epoch)
+        return images.roll(epoch, dims=-1) + epoch
+
+    return at, asked
+
+
+def test_views_are_stored_once_and_taken_in_turn(tmp_path):
+    """Two at boundary 3 from epoch 0 on, and one at 5, for which one epoch is left."""
+    model = convolutions()
+    images, _ = images_of()
+    at, asked = views_of(images)
+    local = controller(model, images, {0: 3, 4: 5}, epochs=5)
+    for folder in (None, tmp_path):
+        cached, index = Cached(local, at, folder=folder, views=2), torch.arange(11)
+        for epoch, view in enumerate([0, 1, 0, 1]):
+            local.epoch = epoch
+            assert torch.equal(cached(index), model(at(view)[index]))
+        assert len(cached._store._tensors[0]) == 2 * COUNT
+        local.epoch = 0
+    asked.clear()
+    local.epoch = 3
+    Cached(local, at, folder=tmp_path, views=2).gather(index)  # the same file again
+    assert set(asked) == {3, 0, 1}
+    with pytest.raises(LowcalError, match="other images, weights or settings"):
+        Cached(local, at, folder=tmp_path, views=3).gather(index)
+    with pytest.raises(LowcalError, match="other images, weights or settings"):
+        Cached(local, lambda epoch: at(epoch + 1), folder=tmp_path, views=2).gather(index)
+
+
+def test_views_are_limited_beforehand(monkeypatch):
+    model = convolutions()
+    images, _ = images_of()
+    local = controller(model, images)
+    needed = COUNT * sum(tensor.nbytes for tensor in Cached(local, images).gather(torch.arange(1)))
+    at, _ = views_of(images)
+    Cached(local, at, views=3, limit=3 * needed).check()
+    with pytest.raises(LowcalError, match=r"22 images in 3 views, but .* are allowed .* store fewer views") as error:
+        Cached(local, at, views=3, limit=3 * needed - 1).check()
+    assert "\n" not in str(error.value)
+    for wrong in ((at, 0), (at, None), (images, 2)):
+        with pytest.raises(LowcalError, match="views"):
+            Cached(local, wrong[0], views=wrong[1])
+
+
 class Mixing(Net):
     def forward(self, x):
         a = self.first(x)

@@ -19,9 +19,10 @@ LEVELS = [
     {"errors"},
     {"files", "settings"},
     {"activations", "layers", "program", "schedule", "strided", "supervision", "trainable"},
-    {"arguments", "fused", "method_settings", "overlap", "products", "state"},
-    {"hooks", "rules", "transition"},
-    {"discovery", "drop_path", "norms", "pending", "step_times"},
+    {"budget", "fused", "overlap", "products", "state"},
+    {"method_settings"},
+    {"arguments", "hooks", "rules", "transition"},
+    {"discovery", "drop_path", "dry_run", "norms", "pending", "step_times"},
     {"updates"},
     {"local_layers"},
     {"local"},
@@ -41,7 +42,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 OPTIONAL = {
     "torchvision", "sklearn", "numpy", "PIL", "typer", "rich", "yaml", "matplotlib", "jinja2",
-    "lightning", "accelerate", "transformers", "timm", "tensorboard", "optuna", "scipy",
+    "lightning", "accelerate", "transformers", "timm", "tensorboard", "mlflow", "wandb", "optuna", "scipy",
     "safetensors",
 }  # fmt: skip
 
@@ -124,7 +125,8 @@ def test_metadata():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert [requirement.partition(">")[0] for requirement in project["dependencies"]] == ["torch"]
     assert set(project["optional-dependencies"]) == {
-        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "sweep", "finetune", "docs", "dev",
+        "cli", "lightning", "accelerate", "transformers", "timm", "tensorboard", "mlflow", "wandb", "sweep", "finetune",
+        "docs", "dev",
     }  # fmt: skip
     assert project["scripts"] == {"lowcal": "lowcal.cli:main"}
 

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowcal.api import compare, train
+    from lowcal.budget import Budget
     from lowcal.cache import Cached
     from lowcal.drop_path import save_drop_path
     from lowcal.errors import LowcalError
     from lowcal.local import LoCal
     from lowcal.parallel import DistributedLoCal
     from lowcal.rules import Frozen, Hebbian, Refresh, hebbian_update
-    from lowcal.schedule import Budget, Fixed, NormTrend, Quadratic
+    from lowcal.schedule import Fixed, NormTrend, Quadratic
     from lowcal.steps.make import make_step
     from lowcal.supervision import LossTrend
 
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "schedule",
+    "Budget": "budget",
     "Cached": "cache",
     "DistributedLoCal": "parallel",
     "Fixed": "schedule",

@@ -21,6 +21,7 @@ from lowcal.training.process import Launch
 if TYPE_CHECKING:
     import torch
 
+    from lowcal.experiments.loggers import Logger
     from lowcal.experiments.recipe import Recipe
     from lowcal.report.runs import RunData
     from lowcal.training.distributed import TrainingGroup
@@ -114,6 +115,7 @@ def compare(
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
     device: str | torch.device = "auto",
+    log: str | Iterable[str] = (),
     quiet: bool = False,
 ) -> Result:
     """Train a network by several methods in turn, and report, as the command `lowcal compare` does.
@@ -129,6 +131,7 @@ def compare(
         out: folder for the runs and the report; None: runs/RECIPE, or runs/RECIPE-2, ...
         data_dir: folder of the images; None: ~/.cache/lowcal.
         device: auto, cpu, cuda or cuda:N.
+        log: loggers, in a list or in one text with commas: tensorboard, csv, mlflow, wandb.
         quiet: prints no progress.
 
     Raises:
@@ -139,7 +142,9 @@ def compare(
     if not is_count(seeds):
         raise LowcalError(f"seeds={seeds!r}: must be a whole number of at least 1")
     from lowcal.console import Display, report_text
+    from lowcal.experiments.loggers import find_loggers
     from lowcal.experiments.recipe_text import as_dict
+    from lowcal.report.comparison import comparison_table
     from lowcal.report.headline import title
 
     chosen = configured(recipe, settings)
@@ -147,21 +152,25 @@ def compare(
         methods = FINE_TUNING if chosen.model.weights else FROM_SCRATCH
     names = [name.strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
     folder = Path(out) if out is not None else free_folder(Path("runs") / chosen.name)
+    loggers = find_loggers(log)
     with Display(quiet=quiet) as display:
         many = f"{seeds} seed{'s' * (seeds > 1)} each"
         display.note(f"{title(as_dict(chosen))}: {', '.join(names)}, {many}; in {folder}")
         from lowcal.experiments.assemble import find_device  # these take seconds, so the line above comes first
         from lowcal.experiments.compare import compare as run
+        from lowcal.experiments.logged import LoggedWatcher
 
-        report = run(
-            chosen,
-            names,
-            seeds,
-            folder,
-            data_dir=None if data_dir is None else Path(data_dir),
-            device=find_device(str(device)),
-            watcher=display,
-        )
+        with LoggedWatcher(loggers, folder, display) as watcher:
+            report = run(
+                chosen,
+                names,
+                seeds,
+                folder,
+                data_dir=None if data_dir is None else Path(data_dir),
+                device=find_device(str(device)),
+                watcher=watcher,
+            )
+            watcher.end(comparison_table(report.rows), report.page)
     return Result(report_text(report), report.folders, report.page)
 
 
@@ -175,17 +184,25 @@ class Training:
     group: TrainingGroup
     resume: bool
     extend: bool
+    loggers: Mapping[str, type[Logger]]
 
     def run(self, *, data_dir: str | Path | None, quiet: bool) -> Result:
         """Train to the last epoch."""
         from lowcal.console import Display, run_text
+        from lowcal.experiments.logged import LoggedWatcher
         from lowcal.experiments.recipe_text import as_dict
         from lowcal.experiments.train import train
+        from lowcal.report.comparison import comparison_table, make_rows
         from lowcal.report.headline import title
+        from lowcal.report.runs import read_runs
 
-        with Display(quiet=quiet or not self.group.is_main) as display:
+        is_main = self.group.is_main
+        with (
+            Display(quiet=quiet or not is_main) as display,
+            LoggedWatcher(self.loggers if is_main else {}, self.folder, display) as watcher,
+        ):
             among = f" by {self.group.world} processes" if self.group.world > 1 else ""
-            display.note(f"{title(as_dict(self.recipe))}: {self.method}{among}; in {self.folder}")
+            watcher.note(f"{title(as_dict(self.recipe))}: {self.method}{among}; in {self.folder}")
             summary = train(
                 self.recipe,
                 self.method,
@@ -194,8 +211,10 @@ class Training:
                 extend=self.extend,
                 data_dir=None if data_dir is None else Path(data_dir),
                 group=self.group,
-                watcher=display,
+                watcher=watcher,
             )
+            if is_main:
+                watcher.end(comparison_table(make_rows(read_runs([self.folder]))))
         return Result(run_text(summary, self.folder), [self.folder])
 
 
@@ -210,6 +229,7 @@ def train(
     extend: bool = False,
     data_dir: str | Path | None = None,
     device: str | torch.device = "auto",
+    log: str | Iterable[str] = (),
     quiet: bool = False,
 ) -> Result:
     """Train one network by one method, as the command `lowcal train` does.
@@ -225,12 +245,15 @@ def train(
         extend: with `resume`, for more epochs; the setting `epochs` is the number of all epochs.
         data_dir: as for `compare`.
         device: as for `compare`; of several processes each takes its own GPU.
+        log: as for `compare`; one of several processes logs.
         quiet: prints no progress.
 
     Raises:
         LowcalError: as `compare` does; also if the run in `out` is another one, or its checkpoints cannot be used.
     """
-    with planned(recipe, method, settings=settings, out=out, resume=resume, extend=extend, device=device) as training:
+    with planned(
+        recipe, method, settings=settings, out=out, resume=resume, extend=extend, device=device, log=log
+    ) as training:
         return training.run(data_dir=data_dir, quiet=quiet)
 
 
@@ -244,6 +267,7 @@ def planned(
     resume: bool,
     extend: bool,
     device: str | torch.device,
+    log: str | Iterable[str],
 ) -> Iterator[Training]:
     """The run that `train` with these arguments trains; its processes are joined within the context."""
     launch, place = Launch.read(), None if out is None else Path(out)
@@ -252,8 +276,10 @@ def planned(
     if place is None and (resume or launch.may_restart):
         why = "--resume needs" if resume else "torchrun --max-restarts needs"
         raise LowcalError(f"{why} the run's folder: give it with --out")
+    from lowcal.experiments.loggers import find_loggers
     from lowcal.experiments.recipe_text import load_recipe
 
+    loggers = find_loggers(log)
     chosen = load_recipe("digits")
     if recipe is not None or not resume:
         chosen = configured(recipe or "digits", settings)
@@ -269,7 +295,7 @@ def planned(
         method = method or "local"
         find_method(method)  # refuses an unknown one before anything is said of the run
         folder = place or Path(group.from_main(lambda: str(free_folder(Path("runs") / f"{chosen.name}-{method}"))))
-        yield Training(chosen, method, folder, group, resume, extend)
+        yield Training(chosen, method, folder, group, resume, extend, loggers)
 
 
 def configured(recipe: str | Path | Recipe, settings: Settings) -> Recipe:

@@ -1,21 +1,47 @@
-"""Checks the networks and optimizers that a user passes; each layer has at most one controller."""
+"""Checks the networks, optimizers and settings that a user passes; each layer has at most one controller."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count
 from lowcal.layers import is_adapted, weights_of
+from lowcal.rules import Rule
 
 # The controller of each layer that has one. Weak references keep neither alive.
 _controllers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = weakref.WeakKeyDictionary()
+
+
+def check_settings(
+    epochs: int, norm_stats: str, rule: object, schedule: object, supervision: object
+) -> Literal["epoch", "step"]:
+    """Checks settings of `LoCal`; returns how ||dW_E|| is measured.
+
+    Raises:
+        LowcalError: one is of another kind, or out of range.
+    """
+    if not is_count(epochs):
+        raise LowcalError(f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1")
+    if norm_stats not in ("batch", "running"):
+        raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
+    for name, value, examples in (
+        ("rule", rule, "lowcal.Hebbian(), Frozen(), Refresh()"),
+        ("schedule", schedule, "lowcal.NormTrend(), Quadratic(c1, c2), Fixed({epoch: layers})"),
+        ("supervision", supervision, "lowcal.LossTrend(), None"),
+    ):
+        if isinstance(value, type) or (name == "rule" and not isinstance(value, Rule)):
+            raise LowcalError(f"LoCal: {name} is {value!r}; give an object, such as {examples} or one like them")
+    measure: Literal["epoch", "step"] = getattr(schedule, "measure", "epoch")
+    if measure not in ("epoch", "step"):
+        raise LowcalError(f"LoCal: the schedule's measure is {measure!r}; choose 'epoch' or 'step'")
+    return measure
 
 
 def bare_network(given: Any) -> nn.Module:

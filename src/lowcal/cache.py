@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lowcal.activations import FILE, FileStore, Layout, MemoryStore, free_bytes
-from lowcal.errors import LowcalError
+from lowcal.errors import LowcalError, is_count
 from lowcal.files import memory
 from lowcal.layers import unchanged
 from lowcal.local import LoCal
-from lowcal.program import Program, record
+from lowcal.program import Program, Suffix, record
 
 _SAME = 1e-2  # two computations of one thing differ by less, in any precision
 
@@ -41,17 +42,22 @@ class Cached:
     Later calls take that and run the other layers only. When the boundary has moved, or the weights before it have
     changed, the next call fills the store again. In evaluation mode, or without a boundary, the whole network runs.
 
+    With `views` the images may change from epoch to epoch, as augmentation does. The first `views` epochs behind a
+    boundary have images of their own, which are all stored by the first call; the later epochs use them again in turn.
+
     In single precision the results are those of the network itself, bit for bit, where its products do not depend on
     the place of an image in the mini-batch.
 
     Args:
         local: the controller, with ``rule=Frozen()``; ``norm_stats="running"`` if there is batch normalisation.
         inputs: the images as the network gets them, without augmentation: a tensor (N, C, H, W); a dataset of torch,
-            whose items are images or tuples that begin with one; or any object like `Inputs`.
+            whose items are images or tuples that begin with one; or any object like `Inputs`. With `views`: a function
+            of the epoch that returns its augmented images as one of these, the same ones in each call.
         folder: where to store on disk, in a memory-mapped file of safetensors; None: in the memory of the network's
             device. A later process with the same images and weights uses the file again.
         limit: the most bytes to store; None: those that are free. Nothing is computed or written beyond it.
         half: whether single precision is stored as float16, which rounds it.
+        views: how many epochs' augmented images are stored at each boundary; None: the images never change.
 
     Raises:
         LowcalError: the rule changes layers before the boundary. Calls raise it if these layers cannot be cached (batch
@@ -72,19 +78,34 @@ class Cached:
     def __init__(
         self,
         local: LoCal,
-        inputs: Inputs | Dataset[Any],
+        inputs: Inputs | Dataset[Any] | Callable[[int], Inputs | Dataset[Any]],
         *,
         folder: Path | str | None = None,
         limit: int | None = None,
         half: bool = False,
+        views: int | None = None,
     ) -> None:
         if local.rule.collects or local.rule.opens:
             raise LowcalError(
                 f"Cached: {local.rule} changes the layers before the boundary, so that their outputs cannot be kept; "
                 "give LoCal rule=lowcal.Frozen()"
             )
+        if views is not None and not is_count(views):
+            raise LowcalError(f"Cached: views is {views!r}; give a whole number, at least 1")
+        if callable(inputs) != (views is not None):
+            raise LowcalError(
+                "Cached: a function of the epoch as inputs and a number of views belong together; "
+                "give both, or images that never change"
+            )
         self.suffix = Suffix(local.model)
-        self._local, self._inputs = local, _Stacked(inputs) if isinstance(inputs, Dataset) else inputs
+        self._local, self._views = local, views or 1
+
+        @lru_cache(1)  # so that a function of the epoch is called once in an epoch
+        def images_of(epoch: int) -> Inputs:
+            found = inputs(epoch) if callable(inputs) else inputs
+            return _Stacked(found) if isinstance(found, Dataset) else found
+
+        self._images_of = images_of
         self._folder = None if folder is None else Path(folder)
         self._limit, self._half = limit, half
         self._layouts: list[Layout] = []
@@ -108,7 +129,8 @@ class Cached:
         if self._store is None:
             self._fill(len(index))
         assert self._store is not None
-        return self._store.read(index)
+        view = (self._local.epoch - self._epochs.start) % len(self._epochs)
+        return self._store.read(view * self._count + index)
 
     def check(self, device: torch.device | None = None) -> None:
         """Checks that the layers before the boundary can be cached and that all images fit; computes two of them.
@@ -119,33 +141,51 @@ class Cached:
         Raises:
             LowcalError: as a call would.
         """
-        self._record(torch.arange(min(2, len(self._inputs))))
+        self._record(torch.arange(min(2, self._count)))
         self._check_limit(device or self._device)
 
     def _check_limit(self, device: torch.device) -> None:
-        needed = len(self._inputs) * sum(layout.bytes_per_image for layout in self._layouts)
+        needed = self._rows * sum(layout.bytes_per_image for layout in self._layouts)
         remedies = [] if self._half else ["halve what is stored (half)"]
+        remedies += ["store fewer views"] if len(self._epochs) > 1 else []
         remedies += (
             ["take a later boundary"] if self._folder is not None else ["store it on disk", "take a later boundary"]
         )
+        views = f" in {len(self._epochs)} views" if len(self._epochs) > 1 else ""
         for most, what in ((self._limit, "are allowed (limit)"), (free_bytes(device, self._folder), "are free")):
             if most is not None and needed > most:
                 raise LowcalError(
-                    f"the cache at boundary {self._local.boundary} needs {memory(needed)} for {len(self._inputs)} "
-                    f"images, but {memory(most)} {what}; {', or '.join(remedies)}"
+                    f"the cache at boundary {self._local.boundary} needs {memory(needed)} for {self._count} "
+                    f"images{views}, but {memory(most)} {what}; {', or '.join(remedies)}"
                 )
 
     @property
     def _device(self) -> torch.device:
         return next(self._local.model.parameters()).device
 
+    @property
+    def _epochs(self) -> range:
+        """The epochs whose images are stored: the first ones at the present boundary."""
+        start = self._local.history[-1][0] if self._local.history else 0
+        return range(start, start + max(1, min(self._views, self._local.epochs - start)))
+
+    @cached_property
+    def _count(self) -> int:
+        """Number of images."""
+        return len(self._images_of(self._local.epoch))
+
+    @property
+    def _rows(self) -> int:
+        """Number of images in all views."""
+        return len(self._epochs) * self._count
+
     def _take(self, index: Tensor) -> Tensor:
-        return self._inputs[index.cpu()].to(self._device)
+        return self._images_of(self._local.epoch)[index.cpu()].to(self._device)
 
     def _situation(self) -> tuple[Any, ...]:
         """What recorded passes and stored tensors depend on."""
         versions = [tensor._version for program in self.suffix.programs.values() for tensor in program.prefix.tensors]
-        return self._local.boundary, _precision(self._device), versions
+        return self._local.boundary, self._epochs, _precision(self._device), versions
 
     def _record(self, index: Tensor) -> None:
         model, images = self._local.model, self._take(index)
@@ -213,29 +253,31 @@ class Cached:
     def _fill(self, size: int) -> None:
         """Stores what crosses the boundary for all images, or finds it in the folder."""
         self._check_limit(self._device)
-        count, device, folder = len(self._inputs), self._device, self._folder
+        device, folder = self._device, self._folder
         if folder is not None and (folder / FILE).exists() and not self._owns_file:
             digest = self._digest(self._batches(size))
-            self._store = FileStore.open(self._layouts, count, device, folder, digest)
+            self._store = FileStore.open(self._layouts, self._rows, device, folder, digest)
         else:
             self._store = self._filled(size)
         self._owns_file = True
 
     def _filled(self, size: int) -> MemoryStore:
-        count, device, folder = len(self._inputs), self._device, self._folder
+        device, folder = self._device, self._folder
         store = (
-            MemoryStore(self._layouts, count, device)
+            MemoryStore(self._layouts, self._rows, device)
             if folder is None
-            else FileStore(self._layouts, count, device, folder)
+            else FileStore(self._layouts, self._rows, device, folder)
         )
 
         def written() -> Iterator[Tensor]:
-            for start, images in zip(range(0, count, size), self._batches(size), strict=True):
+            row = 0
+            for images in self._batches(size):
                 if len(images) not in self.suffix.programs:
-                    self._record(torch.arange(start, start + len(images)))
+                    self._record(torch.arange(len(images)))
                 with torch.no_grad():
                     crossing = self.suffix.programs[len(images)].prefix({0: images.to(device)})
-                store.write(start, list(crossing.values()))
+                store.write(row, list(crossing.values()))
+                row += len(images)
                 yield images
 
         if folder is None:
@@ -246,8 +288,10 @@ class Cached:
         return store
 
     def _batches(self, size: int) -> Iterator[Tensor]:
-        for index in torch.arange(len(self._inputs)).split(size):
-            yield self._inputs[index]
+        for epoch in self._epochs:
+            images = self._images_of(epoch)
+            for index in torch.arange(len(images)).split(size):
+                yield images[index]
 
     def _digest(self, batches: Iterator[Tensor]) -> str:
         """What the stored tensors depend on, as text of 64 characters: images, weights, layers and types."""
@@ -257,28 +301,10 @@ class Cached:
         program = next(iter(self.suffix.programs.values()))
         for tensor in program.prefix.tensors:
             found.update(_bytes(tensor))
-        one = self._inputs[torch.zeros(1, dtype=torch.int64)]
+        one = self._take(torch.zeros(1, dtype=torch.int64))
         layers, precision = self._local.layers[: self._local.boundary], _precision(self._device)
-        found.update(repr((layers, precision, self._layouts, len(self._inputs), one.shape, one.dtype)).encode())
+        found.update(repr((layers, precision, self._layouts, self._rows, one.shape, one.dtype)).encode())
         return found.hexdigest()
-
-
-class Suffix(nn.Module):
-    """The layers behind the boundary, as a module: from what `Cached.gather` returns to the network's output.
-
-    Its parameters and buffers are those of the network.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.programs: dict[int, Program] = {}  # for each size of mini-batch
-
-    def forward(self, *crossing: Tensor) -> Tensor:
-        """The network's output."""
-        program = self.programs[len(crossing[0])]
-        (output,) = program.suffix(dict(zip(program.prefix.results, crossing, strict=True))).values()
-        return output
 
 
 class _Stacked:

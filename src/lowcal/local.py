@@ -11,7 +11,9 @@ from typing import Any, Literal, NoReturn, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowcal.arguments import bare_network, bare_optimizers
+from lowcal.arguments import bare_network, bare_optimizers, check_settings
+from lowcal.budget import Budget
+from lowcal.dry_run import held_boundary
 from lowcal.errors import LowcalError, is_count
 from lowcal.layers import block_ends, recurring_block
 from lowcal.local_layers import LocalLayers
@@ -42,7 +44,7 @@ class LoCal:
             the running ones as usual, or by the "running" statistics, which then stay the same.
         example_inputs: one input of the model: a tensor, a tuple of arguments or a dict of keyword arguments. With it
             the order of layers is known at once, otherwise after the first forward pass. A schedule with local layers
-            from the start needs it.
+            from the start needs it; ``Budget(memory=...)`` needs a whole mini-batch.
 
     Attributes:
         model: the network, without the wrapper that `torch.compile` puts around it.
@@ -79,22 +81,7 @@ class LoCal:
         norm_stats: Literal["batch", "running"] = "batch",
         example_inputs: Any = None,
     ) -> None:
-        if not is_count(epochs):
-            raise LowcalError(
-                f"LoCal: epochs is {epochs!r}; give the number of epochs of the whole training, at least 1"
-            )
-        if norm_stats not in ("batch", "running"):
-            raise LowcalError(f"LoCal: norm_stats is {norm_stats!r}; choose 'batch' or 'running'")
-        for name, value, examples in (
-            ("rule", rule, "lowcal.Hebbian(), Frozen(), Refresh()"),
-            ("schedule", schedule, "lowcal.NormTrend(), Quadratic(c1, c2), Fixed({epoch: layers})"),
-            ("supervision", supervision, "lowcal.LossTrend(), None"),
-        ):
-            if isinstance(value, type) or (name == "rule" and not isinstance(value, Rule)):
-                raise LowcalError(f"LoCal: {name} is {value!r}; give an object, such as {examples} or one like them")
-        measure: Literal["epoch", "step"] = getattr(schedule, "measure", "epoch")
-        if measure not in ("epoch", "step"):
-            raise LowcalError(f"LoCal: the schedule's measure is {measure!r}; choose 'epoch' or 'step'")
+        measure = check_settings(epochs, norm_stats, rule, schedule, supervision)
         self.model = bare_network(model)
         optimizers = bare_optimizers(optimizer)
         self.optimizer = optimizers[0]
@@ -127,6 +114,9 @@ class LoCal:
         self._set_step()
         self._local_layers.attach(example_inputs, self._times.see if self._times else None)
         if first := start(schedule, len(self.layers)):
+            if isinstance(schedule, Budget):
+                order = self._local_layers.discovery.order
+                first = held_boundary(schedule, self.model, optimizers, order, rule, example_inputs)
             self.move_to(first)
 
     @property
@@ -174,23 +164,13 @@ class LoCal:
                 "so lower the learning rate and go on from an earlier checkpoint"
             )
         changes = (*self._changes, change)
-        seconds = local.updates.clock.read()
         if self._times:
-            self._times.measure(self.model, local.discovery.order, self.rule, reach(self.schedule, len(self.layers)))
-            self._times.taken.append((self.boundary, seconds))
-        target = self.schedule(
-            Progress(
-                epoch=self.epoch + 1,
-                epochs=self.epochs,
-                layers=len(self.layers),
-                block=recurring_block(self.model, self.layers),
+            self._times.end_epoch(
+                *(self.model, local.discovery.order, self.rule, local.updates.clock, local.exchange),
                 boundary=self.boundary,
-                changes=changes,
-                ends=block_ends(self.model, self.layers),
-                earlier=self._earlier if self._remembers else None,
-                **(self._times.known() if self._times else {}),
+                most=reach(self.schedule, len(self.layers)),
             )
-        )
+        target = self.schedule(self._progress(self.epoch + 1, changes))
         self._check_target(target)
         self.epoch += 1
         local.updates.epoch_counts = [0, 0, 0]
@@ -299,6 +279,8 @@ class LoCal:
             f"{name}: boundary {self.boundary} of {depth} layers after {self.epoch} of {self.epochs} epochs; "
             f"the schedule can move it to {reach(self.schedule, depth)}"
         )
+        if hasattr(self.schedule, "describe"):
+            head = "\n".join([head, *self.schedule.describe(self._progress(self.epoch, self._changes))])
         return "\n".join([head, *self._local_layers.summary()])
 
     def detach(self) -> None:
@@ -320,6 +302,20 @@ class LoCal:
     def __repr__(self) -> str:
         where = f"boundary={self.boundary} of {len(self.layers)} layers, epoch={self.epoch} of {self.epochs}"
         return f"LoCal({where}, rule={self.rule})"
+
+    def _progress(self, epoch: int, changes: tuple[float, ...]) -> Progress:
+        """What the schedule knows before the coming `epoch`."""
+        return Progress(
+            epoch=epoch,
+            epochs=self.epochs,
+            layers=len(self.layers),
+            block=recurring_block(self.model, self.layers),
+            boundary=self.boundary,
+            changes=changes,
+            ends=block_ends(self.model, self.layers),
+            earlier=self._earlier if self._remembers else None,
+            **(self._times.known() if self._times else {}),
+        )
 
     def _set_step(self) -> None:
         """Sets eta with its sign for the coming steps: one for all local layers, or one for each."""

@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
+from lowcal.budget import Budget
 from lowcal.errors import LowcalError
-from lowcal.schedule import SCHEDULES, Schedule
+from lowcal.schedule import Fixed, NormTrend, Quadratic, Schedule
 from lowcal.settings import Count, Fraction, Limits, Positive, Settings, annotations_of
 from lowcal.supervision import Sign
 
+SCHEDULES: dict[str, type[NormTrend | Quadratic | Fixed | Budget]] = {
+    "norm-trend": NormTrend,
+    "quadratic": Quadratic,
+    "fixed": Fixed,
+    "budget": Budget,
+}
+"""The schedules by their names in recipes."""
+
 _KEYS = {"boundaries": "epochs"}  # fields that a recipe calls otherwise
+_BUDGETS = ("speedup", "memory")  # of which the schedule 'budget' needs one
 
 
 def _schedule_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -46,6 +56,12 @@ class ScheduleSettings(_ScheduleFields):  # type: ignore[misc]
                     )
                 if not is_given and owner == self.name:
                     raise LowcalError(f"local.schedule.{key} is missing: the schedule '{owner}' needs it")
+        given = [key for key in _BUDGETS if getattr(self, key) is not None]
+        if given and self.name != "budget":
+            raise LowcalError(
+                f"local.schedule.{given[0]} belongs to the schedule 'budget', not to '{self.name}': "
+                "set local.schedule.name=budget or leave it out"
+            )
         self.build()
 
     def build(self) -> Schedule:

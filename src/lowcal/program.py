@@ -150,6 +150,24 @@ def record(model: nn.Module, images: Tensor) -> Program:
     return Program(Part(prefix, sorted(later.needs)), later, recorder.reads)
 
 
+class Suffix(nn.Module):
+    """The layers behind the boundary, as a module: from what `Cached.gather` returns to the network's output.
+
+    Its parameters and buffers are those of the network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.programs: dict[int, Program] = {}  # for each size of mini-batch
+
+    def forward(self, *crossing: Tensor) -> Tensor:
+        """The network's output."""
+        program = self.programs[len(crossing[0])]
+        (output,) = program.suffix(dict(zip(program.prefix.results, crossing, strict=True))).values()
+        return output
+
+
 def _cut(operations: Sequence[_Operation], output: int) -> tuple[list[_Operation], list[_Operation]]:
     """The operations of the prefix and of the suffix.
 

@@ -6,13 +6,12 @@ A schedule is a pure function of `Progress`; the controller keeps the state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 from lowcal.errors import LowcalError
-from lowcal.settings import Count, Fraction, Limits, NonNegative, Settings
+from lowcal.settings import Count, Fraction, NonNegative, Settings
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,10 @@ class Schedule(Protocol):
     def reach(self, layers: int) -> int:
         """The largest boundary that this schedule can set in a network of `layers` layers."""
         return layers - 1
+
+    def describe(self, progress: Progress) -> list[str]:
+        """Lines on what is planned or was reached, for `LoCal.summary`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -216,83 +219,6 @@ class Fixed(Settings, Schedule):
                 )
 
 
-@dataclass(frozen=True)
-class Budget(Settings, Schedule):
-    """The latest moves with which the whole training takes 1 / `speedup` of its time without moves. Ours.
-
-    The boundary stays at 0 for as many epochs as the budget allows, and then goes to floor(max_fraction L). Step times
-    at a few boundaries are measured on a copy of the model at the end of the first epoch. After each epoch the rest is
-    planned again by the time that its steps really took.
-
-    Args:
-        speedup: the time of the training at boundary 0 over its time with moves.
-        max_fraction: the boundary never exceeds floor(max_fraction L).
-
-    Raises:
-        LowcalError: at the end of the first epoch, if no path of the boundary meets the budget.
-    """
-
-    speedup: Annotated[float, Limits(above=1)]
-    max_fraction: Fraction = 0.75
-
-    @property
-    def measures(self) -> bool:
-        """Yes."""
-        return True
-
-    def __call__(self, progress: Progress) -> int:
-        """The least boundary with which the budget can still be met."""
-        most = cap(progress.layers, self.max_fraction)
-        cost = _costs(progress)
-        least = cost(most)
-        if progress.epoch == 1:
-            possible = progress.epochs / (1 + (progress.epochs - 1) * least)
-            if self.speedup > 1.02 * possible:  # within the noise of the measurement
-                raise LowcalError(
-                    f"Budget: a speed-up of {self.speedup:g} is out of reach: with {most} of {progress.layers} layers "
-                    f"from the second epoch on it is {possible:.2f}; give less, or a larger max_fraction"
-                )
-        spent = sum(cost(boundary, seconds) for boundary, seconds in progress.taken)
-        later = progress.epochs - progress.epoch - 1  # epochs after the coming one
-        left = progress.epochs / self.speedup - spent - later * least
-        boundaries = range(progress.boundary, most + 1)
-        return next(
-            (boundary for boundary in boundaries if cost(boundary) <= left + 1e-9), max(most, progress.boundary)
-        )
-
-    def reach(self, layers: int) -> int:
-        """floor(max_fraction L)."""
-        return cap(layers, self.max_fraction)
-
-
-def _costs(progress: Progress) -> Callable[..., float]:
-    """The time of an epoch in units of one at boundary 0: as measured on a copy, or as epochs really took."""
-    known: dict[int, list[float]] = {}
-    for boundary, seconds in progress.taken:
-        if seconds is not None:
-            known.setdefault(boundary, []).append(seconds)
-    plain = sum(known[0]) / len(known[0]) if 0 in known else None
-
-    def cost(boundary: int, seconds: float | None = None) -> float:
-        if plain is not None and seconds is not None:
-            return seconds / plain
-        if plain is not None and boundary in known:
-            return sum(known[boundary]) / len(known[boundary]) / plain
-        return interpolated(progress.times, boundary) / progress.times[0]
-
-    return cost
-
-
-def interpolated(times: Mapping[int, float], boundary: int) -> float:
-    """The time at `boundary`, on straight lines between those of `times`."""
-    if boundary in times:
-        return times[boundary]
-    for (low, before), (high, after) in pairwise(sorted(times.items())):
-        if low < boundary < high:
-            return before + (after - before) * (boundary - low) / (high - low)
-    return times[max(times) if boundary > max(times) else min(times)]
-
-
 def reach(schedule: Schedule, layers: int) -> int:
     """The largest boundary that `schedule` can set; if it has no `reach`, all layers but the last."""
     own = getattr(schedule, "reach", None)
@@ -318,12 +244,3 @@ def interval(layers: int, shift: int, epochs: int, max_fraction: float) -> int:
 def cap(layers: int, max_fraction: float) -> int:
     """The largest number of local layers: floor(L_max L), and never the last layer."""
     return min(math.floor(max_fraction * layers + 1e-9), layers - 1)  # 1e-9: 0.29 * 100 is 28.999...
-
-
-SCHEDULES: dict[str, type[NormTrend | Quadratic | Fixed | Budget]] = {
-    "norm-trend": NormTrend,
-    "quadratic": Quadratic,
-    "fixed": Fixed,
-    "budget": Budget,
-}
-"""The schedules by their names in recipes."""

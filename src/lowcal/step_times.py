@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from contextlib import nullcontext
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,27 +18,53 @@ from lowcal.errors import LowcalError
 from lowcal.layers import Order, own_parameters, weight_of
 from lowcal.rules import Rule
 
+if TYPE_CHECKING:
+    from lowcal.parallel import Exchange
+
 FEWEST = 4  # steps at each boundary, after one that does not count
 SECONDS = 2.0  # for all of them, if they are so short
+MOST = 4096  # steps of an epoch, the last ones, whose times are kept
+
+Key = TypeVar("Key")
+
+
+def usual(seconds: Sequence[float]) -> float:
+    """The lower quartile: other work on the machine makes some steps longer and none shorter."""
+    return sorted(seconds)[len(seconds) // 4]
+
+
+def time_in_turn(works: Mapping[Key, Callable[[], float]]) -> dict[Key, float]:
+    """The usual seconds of each of `works`, which return theirs; in turn, so that a drift affects all equally."""
+    samples: dict[Key, list[float]] = {key: [] for key in works}
+    end = perf_counter() + SECONDS
+    while len(next(iter(samples.values()))) <= FEWEST or perf_counter() < end:
+        for key, work in works.items():
+            samples[key].append(work())
+    return {key: usual(values[1:]) for key, values in samples.items()}  # the first step chooses kernels
 
 
 class StepClock:
-    """The mean time of an epoch's steps, without what comes before the first one and after the last one."""
+    """The usual time of an epoch's steps, without what comes before the first one and after the last one."""
 
     def __init__(self) -> None:
-        self._count, self._first, self._last = 0, 0.0, 0.0
+        self._ticks: deque[float] = deque(maxlen=MOST)
 
     def tick(self) -> None:
         """Counts a step that has ended."""
-        self._last = perf_counter()
-        self._first = self._first if self._count else self._last
-        self._count += 1
+        self._ticks.append(perf_counter())
 
-    def read(self) -> float | None:
-        """Seconds per step since the last call; None for fewer than two steps."""
-        steps, seconds = self._count - 1, self._last - self._first
-        self._count = 0
-        return seconds / steps if steps > 0 and seconds > 0 else None
+    def read(self, period: int = 1, *, is_queued: bool = False) -> float | None:
+        """Seconds per step since the last call; None for too few steps.
+
+        Args:
+            period: after so many steps the kinds of step repeat.
+            is_queued: whether the host runs ahead of the device, so that only the mean says how long a step takes.
+        """
+        ticks, spans = list(self._ticks), 0
+        self._ticks.clear()
+        spans = len(ticks) - 1 if is_queued else period
+        seconds = [(end - start) / spans for start, end in zip(ticks, ticks[spans:], strict=False)] if spans > 0 else []
+        return usual(seconds) if seconds and usual(seconds) > 0 else None
 
 
 class StepTimes:
@@ -65,19 +93,43 @@ class StepTimes:
         is_cast = torch.is_autocast_enabled(device)
         self._seen = args, kwargs, torch.get_autocast_dtype(device) if is_cast else None
 
-    def measure(self, model: nn.Module, order: Order, rule: Rule, most: int) -> None:
-        """Measures steps at boundaries from 0 to `most`, unless they are measured already.
+    def end_epoch(
+        self,
+        model: nn.Module,
+        order: Order,
+        rule: Rule,
+        clock: StepClock,
+        exchange: Exchange | None,
+        *,
+        boundary: int,
+        most: int,
+    ) -> None:
+        """Adds an epoch at `boundary`, and measures steps at boundaries from 0 to `most` unless that is done.
+
+        What a step takes beyond a pass of the copy (the optimizer, the loader) counts as the same at each boundary.
 
         Raises:
-            LowcalError: no training pass of the model has been seen.
+            LowcalError: no training pass of the model has been seen; or several processes do not exchange their times.
         """
+        if exchange is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise LowcalError(
+                "a budget of time needs the same step times in all processes; call lowcal.DistributedLoCal(model, "
+                "local) instead of DDP"
+            )
+        seconds = clock.read(rule.every, is_queued=next(model.parameters()).device.type != "cpu")
+        if exchange is not None and seconds is not None:
+            (seconds,) = exchange.mean(seconds)
+        self.taken.append((boundary, seconds))
         if self.measured:
             return
         if self._seen is None:
             raise LowcalError("a budget needs a training pass to measure steps; call the model itself in training mode")
         args, kwargs, dtype = self._seen
-        boundaries = sorted({round(part * most) for part in (0.0, 1 / 3, 2 / 3, 1.0)})
-        self.measured = measure_steps(model, order, rule, boundaries, args, kwargs, dtype)
+        measured = measure_steps(model, order, rule, spread(most), args, kwargs, dtype)
+        if exchange is not None:
+            measured = dict(zip(measured, exchange.mean(*measured.values()), strict=True))
+        rest = max(0.0, seconds - measured[boundary]) if seconds is not None and boundary in measured else 0.0
+        self.measured = {each: rest + value for each, value in measured.items()}
         self._seen = None
 
     def known(self) -> dict[str, Any]:
@@ -92,6 +144,53 @@ class StepTimes:
         """Loads what `state_dict` returned."""
         self.measured = {int(boundary): float(seconds) for boundary, seconds in state["measured"]}
         self.taken = [(boundary, seconds) for boundary, seconds in state["taken"]]
+
+
+def spread(most: int) -> list[int]:
+    """The boundaries at which steps are measured: up to four, from 0 to `most`."""
+    return sorted({round(part * most) for part in (0.0, 1 / 3, 2 / 3, 1.0)})
+
+
+class Trial:
+    """Forward and backward passes of a copy of a network, with the work of a rule, at any boundary.
+
+    Args:
+        model: the copy, in training mode from now on.
+    """
+
+    def __init__(self, model: nn.Module, order: Order, rule: Rule) -> None:
+        self._model, self._order, self._rule = model.train(), order, rule
+        own = own_parameters(order, model)
+        self._learning = [[parameter for parameter in own[name] if parameter.requires_grad] for name in order.layers]
+        self._local: set[str] = set()
+        self._updates: list[Tensor] = []  # which a step keeps until its end
+        for name in order.layers:
+            if weight_of(layer := model.get_submodule(name)) is not None:
+                layer.register_forward_hook(self._update(name))
+
+    def move_to(self, boundary: int, *, acts: bool = True) -> None:
+        """Sets the boundary for the next passes, and whether the rule acts in them."""
+        self._local = set(self._order.layers[:boundary] if self._rule.collects and acts else ())
+        for index, parameters in enumerate(self._learning):
+            for parameter in parameters:
+                parameter.requires_grad_(index >= boundary or (self._rule.opens and acts))
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+        """Passes forward and backward; `dtype` is that of autocast, None without it."""
+        self._updates.clear()
+        self._model.zero_grad(set_to_none=True)
+        device = next(self._model.parameters()).device.type
+        with nullcontext() if dtype is None else torch.autocast(device, dtype):
+            outputs = self._model(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.stack([leaf.float().mean() for leaf in leaves]).sum().backward()
+
+    def _update(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            if name in self._local:
+                self._updates.append(self._rule.update(module, inputs[0].detach(), outputs.detach()))
+
+        return hook
 
 
 def measure_steps(
@@ -109,51 +208,24 @@ def measure_steps(
         args: of the model's forward, with `kwargs`: a mini-batch.
         dtype: of autocast; None: it is off.
     """
-    trial = copy.deepcopy(model).train()
-    own = own_parameters(order, trial)
-    learning = [[parameter for parameter in own[name] if parameter.requires_grad] for name in order.layers]
-    local: set[str] = set()
+    trial = Trial(copy.deepcopy(model), order, rule)
+    device = next(model.parameters()).device
 
-    def update(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-            if name in local:
-                rule.update(module, inputs[0].detach(), outputs.detach())
+    def work(boundary: int, acts: bool) -> Callable[[], float]:
+        def seconds() -> float:
+            trial.move_to(boundary, acts=acts)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = perf_counter()
+            trial(args, kwargs, dtype)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return perf_counter() - start
 
-        return hook
+        return seconds
 
-    for name in order.layers:
-        layer = trial.get_submodule(name)
-        if weight_of(layer) is not None:
-            layer.register_forward_hook(update(name))
-    device = next(trial.parameters()).device
-    phases = [True] if rule.every == 1 else [True, False]  # whether the rule acts
-    samples: dict[tuple[int, bool], list[float]] = {(boundary, acts): [] for boundary in boundaries for acts in phases}
-    end = perf_counter() + SECONDS
+    parts = {True: 1 / rule.every, False: 1 - 1 / rule.every}  # of the steps: those in which the rule acts, the others
+    phases = [acts for acts, part in parts.items() if part]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        while len(samples[boundaries[0], True]) <= FEWEST or perf_counter() < end:
-            for (boundary, acts), own_samples in samples.items():
-                local.clear()
-                local.update(order.layers[:boundary] if rule.collects and acts else ())
-                for index, parameters in enumerate(learning):
-                    for parameter in parameters:
-                        parameter.requires_grad_(index >= boundary or (rule.opens and acts))
-                own_samples.append(_step_seconds(trial, args, kwargs, dtype, device))
-    middle = {key: median(values[1:]) for key, values in samples.items()}  # the first step chooses kernels
-    weights = {True: 1 / rule.every, False: 1 - 1 / rule.every}
-    return {boundary: sum(weights[acts] * middle[boundary, acts] for acts in phases) for boundary in boundaries}
-
-
-def _step_seconds(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device
-) -> float:
-    model.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = perf_counter()
-    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        outputs = model(*args, **kwargs)
-    losses = [leaf.float().mean() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    torch.stack(losses).sum().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter() - start
+        found = time_in_turn({(each, acts): work(each, acts) for each in boundaries for acts in phases})
+    return {each: sum(parts[acts] * found[each, acts] for acts in phases) for each in boundaries}

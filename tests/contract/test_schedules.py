@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from lowcal import Fixed, NormTrend, Quadratic
+from lowcal import Budget, Fixed, NormTrend, Quadratic
 from lowcal.schedule import Progress, Schedule
 
 from . import properties
@@ -19,6 +19,7 @@ SCHEDULES = [
     Quadratic(c1=2.5, c2=0.0, max_fraction=1.0),
     Fixed({2: 1, 4: 3}),
     Fixed({}),
+    Budget(memory=0.9),
 ]
 NORMS = [(1.0,), (1.0, 0.5), (0.5, 1.0), (1.0, 0.9, 0.8, 0.0), (0.0,) * 9]
 

@@ -39,7 +39,8 @@ def test_a_run_of_a_recipe_uses_it(tmp_path, data, cache):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.augment=true"], "--set data.augment=false"),
+        (["data.augment=true"], "--set cache.views=4, or data.augment=false"),
+        (["data.augment=true", "cache.views=2", "cache.limit=60KiB"], "needs 100 KiB for 40 images in 2 views, but"),
         (["local.norm_stats=batch"], "set norm_stats to 'running'"),
         (["step=compiled"], "step=compiled: does not go with a cache"),
         (["cache.limit=20KiB"], "needs 50.0 KiB for 40 images, but 20.0 KiB are allowed"),
@@ -62,3 +63,7 @@ def test_wrong_settings_are_refused():
         recipe("cache=ram")
     with pytest.raises(LowcalError, match=r"cache\.limit=many: must be a number of bytes"):
         recipe("cache.limit=many")
+    with pytest.raises(LowcalError, match=r"cache\.views=0: must be a whole number, at least 1"):
+        recipe("cache=memory", "cache.views=0")
+    with pytest.raises(LowcalError, match=r"cache\.views=2: there is no cache; --set cache=memory"):
+        recipe("cache.views=2")

@@ -149,7 +149,7 @@ WRONG = {
     "local.scedule.alpha=1": "unknown setting 'local.scedule.alpha'; did you mean 'local.schedule.alpha'?",
     "optimizer.rl=1": "unknown setting 'optimizer.rl'; did you mean 'optimizer.lr'?",
     "local.schedule={alfa: 1}": "unknown setting 'local.schedule.alfa'; did you mean 'local.schedule.alpha'?",
-    "epochs.more=3": "unknown setting 'epochs.more'; did you mean 'epochs'?",
+    "epochs.extra=3": "unknown setting 'epochs.extra'; did you mean 'epochs'?",
     "zzz=1": "unknown setting 'zzz'; choose from ",
     "epochs": "--set epochs: must read key=value",
     "=5": "--set =5: must read key=value",

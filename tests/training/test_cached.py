@@ -18,9 +18,10 @@ MOVES = {1: 1, 3: 2}  # both before the dropout
 COSTS = ("flops", "peak_memory_bytes")
 
 
-def cached_run(path, cache="memory", **options):
+def cached_run(path, cache="memory", views=None, **options):
     options = {"augment": False, "local": settings(MOVES, norm_stats="running"), **options}
-    return make_run(path, "freeze", cache=None if cache is None else CacheOptions(cache == "disk"), **options)
+    cache = None if cache is None else CacheOptions(cache == "disk", views=views)
+    return make_run(path, "freeze", cache=cache, **options)
 
 
 def results(run):
@@ -79,6 +80,46 @@ def test_a_run_killed_inside_an_epoch_goes_on(tmp_path, plain, cache):
     assert same(results(run_on(run)), plain)
 
 
+@pytest.fixture(scope="module")
+def augmented(tmp_path_factory):
+    """Runs without a cache: one as usual, and one whose epoch 5 has the crops and flips of epoch 3."""
+    runs = {}
+    for name, source in (("plain", 5), ("again", 3)):
+        run = cached_run(tmp_path_factory.mktemp(name) / "run", None, augment=True, fused=True)
+        rows = run.train.rows_in(source)
+        run_on(run, 5)
+        draw = run.train._draw
+
+        def drawn(draw=draw, rows=rows):
+            (found,) = draw()
+            return [torch.cat((found[:, :1], rows[found[:, 0], 1:]), dim=1)]
+
+        run.train._draw = drawn
+        runs[name] = results(run_on(run))
+    return runs
+
+
+@pytest.mark.parametrize(("views", "same_as"), [(3, "plain"), (2, "again")])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("killed_after", [None, 2, 5])
+def test_views_are_those_of_the_first_epochs_at_a_boundary(tmp_path, augmented, cache, views, same_as, killed_after):
+    """Moves to epochs 1 and 3 of 6: with two views epoch 5 is the first without images of its own."""
+    options = {"views": views, "augment": True, "fused": True}
+    run = cached_run(tmp_path / "run", cache, **options)
+    if killed_after is not None:
+        run_on(run, killed_after)
+        torch.manual_seed(99)
+        run = cached_run(tmp_path / "run", cache, **options)
+        assert run.resume() == ()
+    run.warm_up()
+    assert same(results(run_on(run)), augmented[same_as])
+
+
+def test_views_that_are_all_the_same_are_refused(tmp_path):
+    with pytest.raises(LowcalError, match=r"cache.views=2: without augmentation all views are the same"):
+        cached_run(tmp_path / "run", views=2)
+
+
 def test_the_work_that_is_saved_is_counted(tmp_path):
     """Full steps at boundary 0; behind it the rest of the network, and in the first epoch the prefix once."""
     runs = [run_on(cached_run(tmp_path / str(cache), cache)) for cache in (None, "memory")]
@@ -91,10 +132,12 @@ def test_the_work_that_is_saved_is_counted(tmp_path):
     assert cached[4:] == [suffix, suffix]
     assert cached[3] == prefix + suffix == plain[3]
     assert cached[1] > cached[2]
+    views = run_on(cached_run(tmp_path / "views", views=2, augment=True)).folder.read_epochs()
+    assert [record["flops"] for record in views[3:]] == [2 * prefix + suffix, suffix, suffix]
 
 
 def test_random_images_are_refused(tmp_path):
-    with pytest.raises(LowcalError, match=r"--set data.augment=false"):
+    with pytest.raises(LowcalError, match=r"--set cache.views=4, or data.augment=false"):
         cached_run(tmp_path / "run", augment=True)
 
 

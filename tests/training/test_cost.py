@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowcal import dry_run
 from lowcal.method_settings import LocalSettings, ScheduleSettings
 from lowcal.methods import METHODS, build_method
 from lowcal.models import build_model
 from lowcal.steps.modes import build_step
 from lowcal.steps.step import StepOptions
-from lowcal.training import cost as cost_module
 from lowcal.training.cost import dry_cost, flop_counter, held_bytes
 
 from ..networks import convnet
@@ -146,11 +146,11 @@ def test_shortcuts_give_the_shapes_and_types_of_the_real_operations(batch_norm, 
     weight, bias = (ones, zeros) if affine else (None, None)
     arguments = (images, weight, bias, zeros, ones, is_training, 0.1, 1e-5)
     outputs = batch_norm.default(*arguments)
-    assert form(cost_module._SHORTCUTS[batch_norm.default](*arguments)) == form(outputs)
+    assert form(dry_run._SHORTCUTS[batch_norm.default](*arguments)) == form(outputs)
     backward = torch.ops.aten.native_batch_norm_backward.default
     mask = [True, affine, False]
     arguments = (images, images, weight, zeros, ones, *outputs[1:], is_training, 1e-5, mask)
-    given = form(cost_module._SHORTCUTS[backward](*arguments))
+    given = form(dry_run._SHORTCUTS[backward](*arguments))
     real = form(backward(*arguments))
     assert given[: 1 + affine] == real[: 1 + affine]
 

@@ -51,7 +51,15 @@ DeterministicOption = Annotated[
 ]
 BudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", metavar="SPEEDUP", help="As in 1.5x: the latest moves that save this much time."),
+    typer.Option(
+        "--budget",
+        metavar="BUDGET",
+        help="1.5x: the latest moves that save this much time. '0.5 memory': steps with this part of the memory.",
+    ),
+]
+LogOption = Annotated[
+    str | None,
+    typer.Option("--log", metavar="LOGGERS", help="Also log to tensorboard, csv, mlflow, wandb; separated by commas."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document; notes go to standard error.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone.")]
@@ -119,11 +127,15 @@ def _program() -> str:
 
 
 def budget_settings(budget: str | None) -> list[str]:
-    """Return the settings of `--budget 1.5x`."""
+    """Return the settings of `--budget 1.5x` or `--budget "0.5 memory"`."""
     if budget is None:
         return []
+    key = "memory" if budget.endswith("memory") else "speedup"
     try:
-        speedup = float(budget.removesuffix("x"))
+        number = float(budget.removesuffix("memory" if key == "memory" else "x"))
     except ValueError:
-        raise LowcalError(f"--budget {budget}: is no speed-up; write it as in --budget 1.5x") from None
-    return [f"local.schedule={{name: budget, speedup: {speedup}}}"]
+        raise LowcalError(
+            f"--budget {budget}: is neither a speed-up nor a part of the memory; write it as in --budget 1.5x or "
+            "--budget '0.5 memory'"
+        ) from None
+    return [f"local.schedule={{name: budget, {key}: {number}}}"]

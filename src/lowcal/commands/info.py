@@ -22,6 +22,9 @@ _EXTRAS = {
     "lightning": "lightning",
     "accelerate": "accelerate",
     "transformers": "transformers",
+    "tensorboard": "tensorboard",
+    "mlflow-skinny": "mlflow",
+    "wandb": "wandb",
 }
 
 

@@ -14,6 +14,7 @@ from lowcal.commands.common import (
     DeterministicOption,
     DeviceOption,
     JsonOption,
+    LogOption,
     ModelOption,
     QuietOption,
     RecipeOption,
@@ -69,6 +70,7 @@ def compare(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
+    log: LogOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,7 +87,9 @@ def compare(
     folder = out or free_folder(Path("runs") / chosen.name)
     more = [] if out else ["--out", str(folder)]
     with notes_apart(as_json), resumable(context, folder, more, chosen.checkpoint.grace):
-        result = api.compare(chosen, methods, seeds, out=folder, data_dir=data_dir, device=device, quiet=quiet)
+        result = api.compare(
+            chosen, methods, seeds, out=folder, data_dir=data_dir, device=device, log=log or (), quiet=quiet
+        )
     if as_json:
         print_json({"report": str(result.report), **read_json(folder / "summary.json")})
     else:
@@ -119,6 +123,7 @@ def train(
     budget: BudgetOption = None,
     device: DeviceOption = "auto",
     deterministic: DeterministicOption = False,
+    log: LogOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -133,7 +138,9 @@ def train(
     changes = [*budget_settings(budget), *(settings or []), *(["deterministic=true"] * deterministic)]
     with (
         notes_apart(as_json),
-        api.planned(recipe, method, settings=changes, out=out, resume=resume, extend=extend, device=device) as training,
+        api.planned(
+            recipe, method, settings=changes, out=out, resume=resume, extend=extend, device=device, log=log or ()
+        ) as training,
     ):
         more = ([] if resume else ["--resume"]) + ([] if out else ["--out", str(training.folder)])
         with resumable(context, training.folder, more, training.recipe.checkpoint.grace):

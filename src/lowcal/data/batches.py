@@ -64,6 +64,15 @@ class Batches(Loader):
         """x, without augmentation, of the images at the positions `index`, int64 (n,)."""
         return self._normalise(self.images.pixels_at(index.to(self.device)))
 
+    def rows_in(self, epoch: int) -> Tensor:
+        """The raw mini-batches of `epoch`, counted from 0, as one, in the order of the images; drawn again."""
+        before = self._random.get_state()
+        self._random.manual_seed(self.seed)
+        for _ in range(epoch + 1):
+            rows, *_ = self._draw()
+        self._random.set_state(before)
+        return rows[rows[:, 0].argsort()].to(self.device)
+
     def sample_input(self, count: int) -> Tensor:
         """As `Loader`."""
         return self.inputs_at(torch.arange(min(count, self.count)))

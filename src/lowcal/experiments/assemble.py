@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from lowcal.budget import Budget
 from lowcal.data import Dataset, Loader, Shard, available_workers, load, make_loader
 from lowcal.discovery import trace
 from lowcal.errors import LowcalError, nearest
@@ -27,6 +29,7 @@ from lowcal.steps.step import StepOptions, autocast
 from lowcal.strided import slice_inputs
 from lowcal.training.batch_growth import BatchGrowth
 from lowcal.training.cached import CachedBatches, CacheOptions
+from lowcal.training.cost import dry_cost
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.environment import gather_environment, training_command
 from lowcal.training.process import ALONE, Launch
@@ -168,7 +171,7 @@ def build_run(
     """
     group = group or TrainingGroup()
     torch.manual_seed(recipe.seed)
-    model, optimizer, attached, sliced, loaded = build_parts(recipe, method, data, device)
+    model, optimizer, attached, sliced, loaded = build_parts(recipe, method, data, device, group.world)
     if recipe.sync_batch_norm and group.world > 1:
         synchronise(model)
     if reopen or not group.is_main:
@@ -225,8 +228,30 @@ def build_run(
     )
 
 
+_held: dict[Hashable, tuple[int, int, int]] = {}  # in this process, for all runs of an experiment
+
+
+def memory_budget(recipe: Recipe, method: Local, data: Dataset, world: int = 1) -> tuple[int, int, int]:
+    """The boundary that keeps to the recipe's budget of memory, and the bytes of a step at it and at boundary 0.
+
+    Raises:
+        LowcalError: the budget is out of reach.
+    """
+    shape = (-(-recipe.batch.size // world), *data.image_shape)
+    key = (method.name, dump_recipe(replace(recipe, seed=0)), len(data.classes), *shape)
+    if key not in _held:
+        cached = recipe.cache.where != "none" and method.caches
+
+        def bytes_of(boundary: int) -> int:
+            return dry_cost(method, shape, precision=recipe.precision, cached=cached, boundary=boundary).peak_bytes
+
+        boundary = cast(Budget, recipe.local.schedule.build()).held(len(method.layers), bytes_of)
+        _held[key] = boundary, bytes_of(boundary), bytes_of(0)
+    return _held[key]
+
+
 def build_parts(
-    recipe: Recipe, method: str, data: Dataset, device: torch.device
+    recipe: Recipe, method: str, data: Dataset, device: torch.device, world: int = 1
 ) -> tuple[nn.Module, Optimizer, Method, list[str], str | None]:
     """The network, its optimizer, the method, the layers that `slice_inputs` changed, and which weights were loaded."""
     shape, settings = data.image_shape, recipe.model
@@ -251,6 +276,8 @@ def build_parts(
         example_inputs=example,
         seed=recipe.seed,
     )
+    if recipe.local.schedule.memory is not None and isinstance(attached, Local):
+        attached.move_to(memory_budget(recipe, attached, data, world)[0])
     if settings.frozen is not None and isinstance(attached, Local):
         attached.move_to(max(attached.boundary, _first_boundary(settings.frozen, attached.layers)))
     return model, optimizer, attached, sliced, loaded
@@ -288,7 +315,7 @@ def _first_boundary(frozen: int | float | str, layers: Sequence[str]) -> int:
 def _cache(settings: CacheSettings) -> CacheOptions | None:
     if settings.where == "none":
         return None
-    return CacheOptions(settings.where == "disk", settings.limit, settings.half)
+    return CacheOptions(settings.where == "disk", settings.limit, settings.half, settings.views)
 
 
 def _growth(batch: BatchSettings, images: int) -> BatchGrowth:

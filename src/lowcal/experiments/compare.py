@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import build_run, check, load_data
 from lowcal.experiments.backends import cpu_threads, kernels_of
+from lowcal.experiments.budget import met, plan_budget
 from lowcal.experiments.folders import (
     name_other_code,
     recipe_in,
@@ -24,6 +26,7 @@ from lowcal.experiments.folders import (
 )
 from lowcal.experiments.recipe import Recipe
 from lowcal.methods import METHODS, find_method
+from lowcal.methods.boundary import Local
 from lowcal.report.page import Report, write_report
 from lowcal.report.runs import COMPRESSED, SAME_TIME
 from lowcal.training.distributed import TrainingGroup
@@ -65,11 +68,16 @@ def compare(
     if len(waiting) < len(arms):
         watcher.note(f"{out}: {len(arms) - len(waiting)} of {len(arms)} runs are finished already")
         name_other_code([out / arm.folder for arm in arms if arm not in waiting], watcher)
+    begun = {arm.method for arm in waiting if not RunFolder.holds_run(out / arm.folder)}
+    times = plan_budget(recipe, [method for method in methods if method in begun], data, device, watcher)
     for number in range(seeds):
         in_turn = [arm for arm in waiting if arm.seed == recipe.seed + number]
         later = recipe.epochs * sum(arm.seed > recipe.seed + number for arm in waiting)
         if in_turn:
-            train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher, later=later)
+            train_in_turn(recipe, in_turn, out, data=data, device=device, watcher=watcher, later=later, times=times)
+        for arm in in_turn:
+            if line := met(recipe, _summary(out / arm.folder) or {}, _summary(out / f"sgd-seed{arm.seed}")):
+                watcher.note(f"{arm.folder}: {line}")
     for rival in _rivals(recipe, methods, arms, out) if has_rival else []:
         variant = f"{COMPRESSED.partition('-')[2]}-{rival.epochs}"
         own = [Arm("sgd", recipe.seed + number, variant, rival.epochs) for number in range(seeds)]
@@ -87,7 +95,7 @@ def _rivals(recipe: Recipe, methods: Sequence[str], arms: Sequence[Arm], out: Pa
     """
     taken = dict.fromkeys(methods, 0.0)
     for arm in arms:
-        taken[arm.method] += (RunFolder(out / arm.folder).read_summary() or {})["seconds"]
+        taken[arm.method] += (_summary(out / arm.folder) or {})["seconds"]
     parts = [seconds / taken["sgd"] for method, seconds in taken.items() if method != "sgd"]
     lengths = {min(recipe.epochs, max(1, math.ceil(SAME_TIME * part * recipe.epochs))) for part in parts}
     return [compressed(recipe, epochs) for epochs in sorted(lengths)]
@@ -110,14 +118,19 @@ def train_in_turn(
     device: torch.device,
     watcher: Watcher,
     later: int = 0,
+    times: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """Train the arms to their ends, one epoch each in turn; the order rotates, so that none is always first.
 
-    `later` is the number of epochs of other arms that follow; the watcher shows it.
+    `later` is the number of epochs of other arms that follow; the watcher shows it. `times` are step times by method,
+    with which a budget plans.
     """
     with cpu_threads(recipe.threads), kernels_of(recipe):
         data = data.to(device)  # once for all arms
-        runs = [prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher) for arm in arms]
+        runs = [
+            prepare(recipe, arm, out / arm.folder, data=data, device=device, watcher=watcher, times=times)
+            for arm in arms
+        ]
         take_turns(arms, runs, watcher, epochs=recipe.epochs, later=later)
 
 
@@ -155,6 +168,7 @@ def prepare(
     watcher: Watcher,
     group: TrainingGroup | None = None,
     start_over: bool = False,
+    times: Mapping[str, Mapping[int, float]] | None = None,
 ) -> Run:
     """The run of an arm: a new one, or the one in `folder`, resumed from its newest checkpoint.
 
@@ -186,6 +200,8 @@ def prepare(
             watcher.note(f"{arm.folder}: goes on after step {run.finished_steps} of epoch {run.finished + 1}")
         elif run.finished:
             watcher.note(f"{arm.folder}: goes on after epoch {run.finished} of {run.epochs}")
+    if not reopen and times and isinstance(run.method, Local) and arm.method in times:
+        run.method.plan(times[arm.method])
     return run
 
 
@@ -263,4 +279,9 @@ def _refuse_strange(out: Path, recipe: Recipe) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    return RunFolder.holds_run(folder) and RunFolder(folder).read_summary() is not None
+    return _summary(folder) is not None
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if there is none."""
+    return RunFolder(folder).read_summary() if RunFolder.holds_run(folder) else None

@@ -101,8 +101,10 @@ class BatchSettings(Settings):
 class CacheSettings(Settings):
     """Whether methods with frozen layers compute them once for each image, and `where` the results are stored.
 
-    It needs images that are the same in each epoch (data.augment=false). `limit` is the most bytes, or text such as
-    8GiB (None: those that are free). `half` stores single precision in half of the bytes, rounded.
+    It needs images that are the same in each epoch (data.augment=false), or `views`: so many epochs at each boundary
+    have augmented images of their own, which are stored, and later epochs use them again in turn. `limit` is the most
+    bytes, or text such as 8GiB (None: those that are free). `half` stores single precision in half of the bytes,
+    rounded.
     """
 
     short: ClassVar[str] = "where"
@@ -110,11 +112,14 @@ class CacheSettings(Settings):
     where: Literal["none", "memory", "disk"] = "none"
     limit: Count | None = None
     half: bool = False
+    views: Count | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):
             object.__setattr__(self, "limit", _in_bytes("cache.limit", self.limit))
         super().__post_init__()
+        if self.views is not None and self.where == "none":
+            raise LowcalError(f"cache.views={self.views}: there is no cache; --set cache=memory, or leave it out")
 
 
 def _in_bytes(key: str, text: str) -> int:
@@ -239,6 +244,10 @@ class Recipe(Settings):
             raise LowcalError(f"lr_schedule.warmup_epochs={warmup:g}: must be below epochs, which is {self.epochs}")
         if planned is not None and planned < self.epochs:
             raise LowcalError(f"lr_schedule.epochs={planned}: must be at least epochs, which is {self.epochs}")
+        if self.model.frozen is not None and self.local.schedule.name == "budget":
+            raise LowcalError(
+                f"model.frozen={self.model.frozen}: a budget decides the boundary by itself; --set model.frozen=null"
+            )
 
 
 def lr_at(recipe: Recipe) -> Callable[[int], float]:

@@ -181,6 +181,14 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key} ({_show(there)} there, {_show(here)} here)" for key, (there, here) in changes.items()]
 
 
+def plain_settings(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """The value of every setting by its dotted key; null, a list or a mapping as YAML text."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else show_value(value)
+        for key, value in _flat(recipe).items()
+    }
+
+
 def setting_types(key: str) -> frozenset[type]:
     """The plain types that the value of the setting `key` may have, such as {int, NoneType}; a section has none.
 

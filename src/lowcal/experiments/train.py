@@ -9,6 +9,7 @@ from lowcal.errors import LowcalError
 from lowcal.experiments.arms import Arm, Watcher
 from lowcal.experiments.assemble import check, load_data
 from lowcal.experiments.backends import cpu_threads, kernels_of
+from lowcal.experiments.budget import met, plan_budget
 from lowcal.experiments.compare import advance, note_skipped, prepare, warm_up
 from lowcal.experiments.folders import recipe_in, refuse_another_recipe, refuse_unwritable, refuse_used
 from lowcal.experiments.recipe import Recipe, lr_at
@@ -79,11 +80,24 @@ def train(
     note_skipped(data, watcher)
     if loaded := group.from_main(lambda: check(recipe, [method], data, group.device, folder)):
         watcher.note(loaded)
+    times = (
+        {}
+        if goes_on
+        else group.from_main(lambda: plan_budget(recipe, [method], data, group.device, watcher, group.world))
+    )
     arm = Arm(method, recipe.seed)
     with cpu_threads(recipe.threads), kernels_of(recipe):
         before = group.from_main(lambda: change(folder, recipe) if goes_on else None)
         run = prepare(
-            recipe, arm, folder, data=data, device=group.device, watcher=watcher, group=group, start_over=not goes_on
+            recipe,
+            arm,
+            folder,
+            data=data,
+            device=group.device,
+            watcher=watcher,
+            group=group,
+            start_over=not goes_on,
+            times=times,
         )
         if before is not None:
             changed = what_changed(run, parse_recipe(before, str(folder / "recipe.yaml")), recipe)
@@ -93,7 +107,10 @@ def train(
         with deferred():  # between epochs too, where one process alone must not leave
             while not run.done:
                 advance(arm, run, watcher, way_out)
-        return run.finish()
+        summary = run.finish()
+        if line := met(recipe, summary, None):
+            watcher.note(f"{arm.folder}: {line}")
+        return summary
 
 
 def _refuse_for_many(recipe: Recipe, world: int) -> None:

@@ -99,7 +99,7 @@ class Method:
         """
         return DistributedDataParallel(self.model, **ddp_options)
 
-    def cached(self, inputs: Inputs, **options: Any) -> Cached:
+    def cached(self, inputs: Inputs | Callable[[int], Inputs], **options: Any) -> Cached:
         """The network with its frozen layers computed once for each image, if the method `caches`.
 
         The options are those of `lowcal.Cached`.
@@ -137,6 +137,10 @@ class Method:
     def facts(self) -> dict[str, Fact]:
         """The method's fields in the run's log for the last epoch."""
         return {"local_lr": None, "sign": None, "transition_change": None, "skipped_updates": 0}
+
+    def results(self) -> dict[str, Fact]:
+        """The method's fields in the summary of a finished run."""
+        return {}
 
     def twin(self, model: nn.Module, optimizer: Optimizer, example_inputs: Tensor) -> Self:
         """The same method at the same boundary on a copy of the network, for dry runs and warm-up.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lowcal.budget import Budget
 from lowcal.cache import Cached, Inputs
 from lowcal.local import LoCal
 from lowcal.method_settings import LocalSettings
@@ -29,14 +30,16 @@ class Local(Method):
     settings: LocalSettings
 
     def _attach(self, example_inputs: Tensor) -> tuple[str, ...]:
-        rule = self._rule()
+        rule, schedule = self._rule(), self.settings.schedule.build()
         self.period = rule.every
+        if isinstance(schedule, Budget) and schedule.memory is not None:
+            schedule = Fixed({})  # what builds a run knows its mini-batch, and moves the boundary
         self._local = LoCal(
             self.model,
             self.optimizer,
             epochs=self.epochs,
             rule=rule,
-            schedule=self.settings.schedule.build(),
+            schedule=schedule,
             supervision=self._supervision(),
             norm_stats=self.settings.norm_stats,
             example_inputs=example_inputs,
@@ -100,6 +103,28 @@ class Local(Method):
         }
         return moved
 
+    def plan(self, times: Mapping[int, float]) -> tuple[str, float]:
+        """Takes step times by boundary, measured before the run; returns a line on the path and its speed-up.
+
+        Raises:
+            LowcalError: the budget of time is out of reach.
+        """
+        budget, steps = self._local.schedule, self._local._times
+        assert isinstance(budget, Budget)
+        assert steps is not None
+        steps.measured = dict(times)
+        progress = self._local._progress(0, ())
+        budget.check_times(progress)
+        return budget.describe(progress)[0], budget.reached(progress)
+
+    def results(self) -> dict[str, Fact]:
+        """The speed-up that a budget of time asked for, and the one reached, by step times."""
+        budget = self._local.schedule
+        if not isinstance(budget, Budget):
+            return {}
+        reached = budget.reached(self._local._progress(self._local.epoch, ()))
+        return {"asked_speedup": budget.speedup, "measured_speedup": reached}
+
     def facts(self) -> dict[str, Fact]:
         """The local step's length and sign, the transition layer's change, and the updates skipped so far."""
         return dict(self._facts)
@@ -134,7 +159,7 @@ class Freeze(Local):
         """0: frozen layers make no updates."""
         return 0
 
-    def cached(self, inputs: Inputs, **options: Any) -> Cached:
+    def cached(self, inputs: Inputs | Callable[[int], Inputs], **options: Any) -> Cached:
         """The network with the layers before the boundary computed once for each image."""
         return Cached(self._local, inputs, **options)
 

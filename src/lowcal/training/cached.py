@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -24,11 +25,13 @@ class CacheOptions:
         on_disk: whether in the run's folder, else in the memory of the device.
         limit: the most bytes; None: those that are free.
         half: whether single precision is stored as float16.
+        views: how many epochs' augmented images are stored at each boundary; None: the images are not augmented.
     """
 
     on_disk: bool = False
     limit: int | None = None
     half: bool = False
+    views: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class CachedBatches:
         """All images of `loader`.
 
         Raises:
-            LowcalError: the images are not the same in each epoch.
+            LowcalError: the images are not the same in each epoch and no views are stored, or the other way round.
         """
         if not isinstance(loader, Batches):
             raise LowcalError(
@@ -57,10 +60,16 @@ class CachedBatches:
             )
         if loader.mixing is not None:
             raise LowcalError("cache: mixed images cannot be cached; --set data.mixup=0 --set data.cutmix=0")
-        if loader.augmentation is not None:
-            raise LowcalError("cache: images that change at random cannot be cached; --set data.augment=false")
+        if loader.augmentation is not None and options.views is None:
+            raise LowcalError(
+                "cache: images that change at random are cached only in a number of views; "
+                "--set cache.views=4, or data.augment=false"
+            )
+        if loader.augmentation is None and options.views is not None:
+            raise LowcalError(f"cache.views={options.views}: without augmentation all views are the same; leave it out")
+        images = _ImagesOf(loader) if options.views is None else partial(_ImagesOf, loader)
         where = folder if options.on_disk else None
-        network = method.cached(_ImagesOf(loader), folder=where, limit=options.limit, half=options.half)
+        network = method.cached(images, folder=where, limit=options.limit, half=options.half, views=options.views)
         return cls(network, loader.images.labels)
 
     @classmethod
@@ -70,16 +79,17 @@ class CachedBatches:
 
 
 class _ImagesOf:
-    """The images of a loader by position."""
+    """The images of a loader by position: as they are, or augmented as in `epoch`."""
 
-    def __init__(self, loader: Batches) -> None:
+    def __init__(self, loader: Batches, epoch: int | None = None) -> None:
         self._loader = loader
+        self._rows = None if epoch is None else loader.rows_in(epoch)
 
     def __len__(self) -> int:
         return self._loader.count
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        return self._loader.inputs_at(index)
+        return self._loader.inputs_at(index) if self._rows is None else self._loader.collate(self._rows[index])[0]
 
 
 class CachedStep:
@@ -100,7 +110,7 @@ class CachedStep:
         return self.step.skipped
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        """Trains on one mini-batch, given by the positions of its images in the first column, (n, 1)."""
+        """Trains on one mini-batch, given by the positions of its images in the first column, (n, columns)."""
         (rows,) = batch
         index = rows[:, 0]
         with autocast(self._options.device, self._options.precision):

@@ -120,15 +120,27 @@ def export_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         LowcalError: the system refuses; no part of a file is left.
     """
-    weights = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in model.state_dict().items()
-    }
     buffer = io.BytesIO()
-    torch.save(weights, buffer)
+    torch.save(_weights(model), buffer)
     atomic_write(folder / WEIGHTS, buffer.getbuffer())
+    write_safetensors(model, folder / SAFE_WEIGHTS)
+
+
+def write_safetensors(model: nn.Module, path: Path, **metadata: str) -> None:
+    """Writes the `state_dict` as safetensors with `metadata`; without that library nothing is written.
+
+    Raises:
+        LowcalError: the system refuses; no part of a file is left.
+    """
     try:
         from safetensors.torch import save
     except ImportError:
         return
-    atomic_write(folder / SAFE_WEIGHTS, save(weights, metadata={"format": "pt"}))
+    atomic_write(path, save(_weights(model), metadata={"format": "pt", **metadata}))
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowcal.cache import Suffix
 from lowcal.data import Shard
+from lowcal.dry_run import LiveBytes, empty_copies, make_state
 from lowcal.methods import Method
-from lowcal.program import record
+from lowcal.program import Suffix, record
 from lowcal.steps.step import PRECISIONS, EagerStep, StepOptions, autocast
 
 
@@ -41,27 +38,37 @@ class Cost:
     cached_flops: int = 0
 
 
-def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32", cached: bool = False) -> Cost:
-    """The cost of one training step of `method` at its present boundary, from a copy of its network without data.
+def dry_cost(
+    method: Method,
+    shape: Sequence[int],
+    *,
+    precision: str = "float32",
+    cached: bool = False,
+    boundary: int | None = None,
+) -> Cost:
+    """The cost of one training step of `method`, from a copy of its network without data.
 
     Args:
         method: attached to a network; neither changes.
         shape: of the mini-batch's images, (N, C, H, W).
         precision: "float32", "bf16" or "fp16".
         cached: whether the layers before the boundary are computed once for each image.
+        boundary: at which the step is; None: the present one.
     """
     # Autocast ignores meta tensors but converts fake ones, which are slower. Only what is made here may be fake: a
     # method still draws real numbers.
     is_mixed = PRECISIONS[precision] is not None
     device = torch.device("cpu" if is_mixed else "meta")
-    with torch.random.fork_rng([]), _LiveBytes() as live:
+    with torch.random.fork_rng([]), LiveBytes() as live:
         with FakeTensorMode(allow_non_fake_inputs=True) if is_mixed else nullcontext():
-            model, optimizer = _empty_copies(method.model, method.optimizer, device)
+            model, (optimizer,) = empty_copies(method.model, [method.optimizer], device)
             images = torch.empty(*shape, device=device)
             labels = torch.zeros(shape[0], dtype=torch.int64, device=device)
         twin = method.twin(model, optimizer, images)
+        if boundary is not None:
+            twin.move_to(boundary)
         model.train()
-        _make_state(optimizer)
+        make_state(optimizer)
         network, inputs, cached_flops = model, [images], 0
         if cached and twin.boundary:
             network = suffix = Suffix(model)
@@ -73,16 +80,6 @@ def dry_cost(method: Method, shape: Sequence[int], *, precision: str = "float32"
         flops = round(twin.expected_flops(lambda: step(*inputs, labels), _count))
         twin.detach()
         return Cost(flops, live.peak, cached_flops)
-
-
-def _make_state(optimizer: Optimizer) -> None:
-    """Takes an optimizer step without a forward pass, so that the optimizer has all of its state."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _count(work: Callable[[], Any]) -> int:
@@ -133,85 +130,6 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, *, gradients: bool = True
         if isinstance(tensor, Tensor) and tensor.device == parameters[0].device
     }
     return sum(storages.values())
-
-
-def _empty_copies(model: nn.Module, optimizer: Optimizer, device: torch.device) -> tuple[nn.Module, Optimizer]:
-    """Copies on `device` with the shapes, strides and types of the originals, but no values."""
-    empties: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        empties[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    groups = [
-        {**_portable(group), "params": [empties[id(parameter)] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    copied = copy.deepcopy(model, dict(empties))
-    return copied, type(optimizer)(groups)  # type: ignore[call-arg]
-
-
-def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's settings without those that select kernels of a device."""
-    return {name: value for name, value in group.items() if name not in ("params", "fused", "foreach")}
-
-
-def _batch_norm(images: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes of native_batch_norm: the output, and each channel's mean and deviation if the batch gives them."""
-    is_training = next(value for value in rest if isinstance(value, bool))
-    kept = images.shape[1] if is_training else 0
-    dtype = torch.float32 if images.dtype in (torch.float16, torch.bfloat16) else images.dtype
-    return torch.empty_like(images), images.new_empty(kept, dtype=dtype), images.new_empty(kept, dtype=dtype)
-
-
-def _batch_norm_backward(
-    gradient: Tensor, images: Tensor, weight: Tensor | None, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    """The shapes of native_batch_norm_backward: the gradients that its last argument asks for."""
-    channels = images.shape[1]
-    of_images, of_weight, of_bias = rest[-1]
-    dtype = images.dtype if weight is None else weight.dtype
-    return (
-        torch.empty_like(images) if of_images else None,
-        images.new_empty(channels, dtype=dtype) if of_weight else None,
-        images.new_empty(channels, dtype=dtype) if of_bias else None,
-    )
-
-
-# Without values torch (2.15) decomposes these into dozens of operations in Python, most of the time of a dry run.
-_SHORTCUTS: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.aten.native_batch_norm.default: _batch_norm,
-    torch.ops.aten._native_batch_norm_legit.default: _batch_norm,
-    torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
-}
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages of all tensors that were created while it is entered and are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = _SHORTCUTS.get(func, func)(*args, **(kwargs or {}))
-        for leaf in tree_leaves(outputs):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return outputs
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()  # the object lives as long as the storage does
-        if key in self._storages:
-            return
-
-        def forget(_: Any) -> None:
-            del self._storages[key]
-            self.now -= size
-
-        self._storages[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 class CostMeter:
@@ -267,13 +185,13 @@ class CostMeter:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
         return self._peak
 
-    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int, *, fills: bool = False) -> tuple[int, int]:
+    def count(self, shapes: Mapping[tuple[int, ...], int], peak: int, *, fills: int = 0) -> tuple[int, int]:
         """The FLOPs of steps, and the most bytes that one of them takes on a device.
 
         Args:
             shapes: how many steps there were for each shape of images, over all processes.
             peak: the bytes if the device counted them, else 0.
-            fills: whether these are the first steps at this boundary, which fill the cache.
+            fills: how often the cache is filled for all images in these steps: once for each view.
         """
         costs = [(self._cost(shape), count) for shape, count in shapes.items()]
         flops = sum((cost.flops + fills * cost.cached_flops) * count for cost, count in costs)

@@ -15,6 +15,7 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.steps.step import is_out_of_memory, now
 from lowcal.training.batch_growth import release_memory
+from lowcal.training.best import BestWeights
 from lowcal.training.cost import CostMeter
 from lowcal.training.epoch_state import DivergedError, EpochState
 from lowcal.training.evaluation import evaluate
@@ -84,6 +85,8 @@ class EpochLoop:
         minutes = self._options.checkpoint_minutes if self._options.checkpoint else None
         self._save_every = math.inf if minutes is None else 60.0 * minutes
         self._last_save = 0.0
+        self._best = BestWeights(state.folder)
+        self._keeps_best = self._group.is_main and self._options.checkpoint
         self._signal = 0  # that the processes have agreed on
 
     @property
@@ -263,6 +266,8 @@ class EpochLoop:
                     precision=options.precision,
                     add_up=self._group.sum,
                 )
+                if self._keeps_best and math.isfinite(test_loss):
+                    self._best.offer(self._model, self._state.finished, top1_error)
         if not math.isfinite(test_loss):
             raise self._diverged(f"the test loss is {test_loss}", epoch.steps)
         return {
@@ -284,10 +289,11 @@ class EpochLoop:
 
     def _counted(self, peak: int) -> tuple[int, int]:
         """The epoch's FLOPs, and the most bytes of a step."""
-        fills = False
-        if self._options.cache is not None:
+        fills, cache = 0, self._options.cache
+        if cache is not None:
             records = self._state.folder.read_epochs()
-            fills = not records or records[-1]["boundary"] != self._method.boundary
+            if not records or records[-1]["boundary"] != self._method.boundary:
+                fills = min(cache.views or 1, self._options.epochs - self._state.finished)
         return self._meter.count(Counter(self._epoch.shapes), peak, fills=fills)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -315,6 +321,8 @@ class EpochLoop:
         if self._group.is_main:
             state.folder.append(record)
         state.save()
+        if self._keeps_best:
+            self._best.settle(state.finished)
         state.is_broken = False
 
     @property

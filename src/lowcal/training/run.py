@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lowcal.data import Loader
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.training.batch_growth import BatchGrowth
+from lowcal.training.best import BestWeights
 from lowcal.training.checkpoint import export_weights, settle
 from lowcal.training.distributed import TrainingGroup
 from lowcal.training.epoch import EpochLoop, Progress
@@ -108,6 +109,10 @@ class Run:
             self._steps.try_steps(steps, last)
         return (note,) if note else ()
 
+    def step_times(self, boundaries: Sequence[int]) -> dict[int, float]:
+        """Seconds of a step at each boundary, on copies of everything; call `warm_up` before."""
+        return self._steps.step_times(boundaries, self._own(self._growth.proven))
+
     def run_epoch(self, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and saves; returns the epoch's record as in `epochs.jsonl`.
 
@@ -140,6 +145,7 @@ class Run:
         """
         found = self.group.from_main(self.state.newest)
         if found is None:
+            self._settle_best()
             return ("no epoch had been finished; started from the first",)
         state, name, notes = found
         position = self.train.state_dict()
@@ -155,6 +161,7 @@ class Run:
             ) from error
         if self.group.is_main:
             settle(Path(name))
+        self._settle_best()
         return notes
 
     def finish(self) -> dict[str, Any]:
@@ -174,9 +181,13 @@ class Run:
             with self.state.train.averaged():
                 export_weights(self.model, self.folder.path)
             (self.folder.path / FILE).unlink(missing_ok=True)
-            return self.folder.summarise()  # last: its presence means that the run is finished
+            return self.folder.summarise(**self.method.results())  # last: its presence means that the run is finished
 
         return self.group.from_main(write)
+
+    def _settle_best(self) -> None:
+        if self.group.is_main:
+            BestWeights(self.folder).settle(self.finished)
 
     def _own(self, images: int) -> int:
         """How many of a mini-batch's `images` are this process's."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 from lowcal.errors import LowcalError
 from lowcal.files import FORMAT, atomic_write, finite, first_line, read_json, refused, temporary, write_json
+from lowcal.training.fields import EPOCH_FIELDS, IDENTITY_FIELDS, SUMMARY_FIELDS, check_fields
 
 try:
     import fcntl
@@ -26,14 +28,7 @@ SUMMARY = "summary.json"
 DIVERGED = "diverged.json"
 STEP = "step.json"
 CHECKPOINTS = "checkpoint*.pt"
-
-# The fields that readers compute with; a file may hold more.
-_COSTS = ("boundary", "layers", "seconds", "flops", "peak_memory_bytes")
-_EPOCH_FIELDS = (*_COSTS, "epoch", "train_loss", "test_loss", "top1_error", "total_seconds", "step_ms")
-_IDENTITY_FIELDS = ("method", "recipe", "seed", "epochs", "model", "dataset", "label")
-_SUMMARY_FIELDS = (*_IDENTITY_FIELDS, *_COSTS, "top1_error")
-_TEXTS = frozenset({"method", "recipe", "model", "dataset", "label"})
-_MAY_BE_NULL = frozenset({"label", "train_loss", "test_loss", "top1_error"})
+LOGS = "logs"  # a folder with what loggers write
 
 
 class RunFolder:
@@ -60,7 +55,7 @@ class RunFolder:
         `environment` is what `gather_environment` gives; `identity` names the run: method, recipe, seed, epochs
         (planned), model, dataset, label (or None). Raises LowcalError, and leaves nothing behind, if it cannot be made.
         """
-        _check_fields(identity, _IDENTITY_FIELDS, path / ENVIRONMENT)
+        check_fields(identity, IDENTITY_FIELDS, path / ENVIRONMENT)
         _refuse_unless_free(path)
         made = _make_folders(path)
         folder = cls(path)
@@ -132,6 +127,8 @@ class RunFolder:
         try:
             for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
                 path.unlink(missing_ok=True)
+            if (self.path / LOGS).exists():
+                shutil.rmtree(self.path / LOGS)
         except OSError as error:
             raise refused(self.path, error) from error
 
@@ -184,7 +181,7 @@ class RunFolder:
         identity = read_json(path).get("run")
         if not isinstance(identity, dict):
             raise LowcalError(f"{path} does not say which run it is (no 'run'); leave this folder out")
-        _check_fields(identity, _IDENTITY_FIELDS, path)
+        check_fields(identity, IDENTITY_FIELDS, path)
         return identity
 
     def note_code(self, code: str) -> None:
@@ -236,27 +233,29 @@ class RunFolder:
         """Write `value` atomically to the file `name` of this folder."""
         write_json(self.path / name, value)
 
-    def summarise(self) -> dict[str, Any]:
-        """Write the `summary.json` of all epochs in the log; return what it holds."""
+    def summarise(self, **results: Any) -> dict[str, Any]:
+        """Write the `summary.json` of all epochs in the log, with the method's own `results`; return what it holds."""
         records = self.read_epochs()
-        last = records[-1]
+        last, best = records[-1], min(records, key=lambda record: record["top1_error"])
         return self.write_summary(
             {
                 **self.read_identity(),
                 "top1_error": last["top1_error"],
-                "best_top1_error": min(record["top1_error"] for record in records),
+                "best_top1_error": best["top1_error"],
+                "best_epoch": best["epoch"],
                 "seconds": last["total_seconds"],
                 "flops": sum(record["flops"] for record in records),
                 "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
                 "boundary": last["boundary"],
                 "layers": last["layers"],
+                **results,
             }
         )
 
     def write_summary(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write the finished run's `summary.json`; return what it holds: `summary` and the format."""
         value = {"format": FORMAT, **summary}
-        _check_fields(value, _SUMMARY_FIELDS, self.path / SUMMARY)
+        check_fields(value, SUMMARY_FIELDS, self.path / SUMMARY)
         self.write_json(SUMMARY, value)
         return value
 
@@ -266,7 +265,7 @@ class RunFolder:
         if not path.exists():
             return None
         summary = read_json(path)
-        _check_fields(summary, _SUMMARY_FIELDS, path)
+        check_fields(summary, SUMMARY_FIELDS, path)
         return summary
 
     def _lines(self) -> list[bytes]:
@@ -286,7 +285,7 @@ class RunFolder:
             raise LowcalError(f"{path} is damaged at line {index + 1} ({first_line(error)}); resume the run") from error
         if not isinstance(record, dict):
             raise LowcalError(f"{path} is damaged at line {index + 1} (not an object); resume the run")
-        _check_fields(record, _EPOCH_FIELDS, path, f"line {index + 1} of ")
+        check_fields(record, EPOCH_FIELDS, path, f"line {index + 1} of ")
         if record["epoch"] != index:
             raise LowcalError(f"line {index + 1} of {path} is epoch {record['epoch']!r}; resume the run")
         return record
@@ -337,14 +336,3 @@ def _remove_folders(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # another process may have put something there
             folder.rmdir()
-
-
-def _check_fields(value: Mapping[str, Any], fields: tuple[str, ...], path: Path, where: str = "") -> None:
-    for name in fields:
-        if name not in value:
-            raise LowcalError(f"{where}{path} lacks {name!r}; use the lowcal that wrote it, or leave it out")
-        entry = value[name]
-        kinds = str if name in _TEXTS else int | float
-        if (entry is None and name in _MAY_BE_NULL) or (isinstance(entry, kinds) and not isinstance(entry, bool)):
-            continue
-        raise LowcalError(f"{where}{path}: {name!r} is {entry!r}, not what lowcal writes; restore the file")

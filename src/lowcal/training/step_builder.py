@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -18,6 +19,7 @@ from lowcal.activations import FILE
 from lowcal.errors import LowcalError
 from lowcal.methods import Method
 from lowcal.norms import separate
+from lowcal.step_times import time_in_turn
 from lowcal.steps.graphed import EAGER_STEPS
 from lowcal.steps.modes import build_step, candidates
 from lowcal.steps.step import EagerStep, Step, StepOptions, is_out_of_memory, keep_batch, now
@@ -139,32 +141,57 @@ class StepBuilder:
         Returns:
             Seconds per step.
         """
+        device = self._state.options.device
+        with self._trial(images, alone=alone, mode=mode, boundary=boundary) as step:
+            for _ in range(steps):
+                start = now(device)
+                step()
+            taken = now(device) - start
+            if count := min(int(seconds / taken), len(self._state.loader) // TRIALS):
+                start = now(device)
+                for _ in range(count):
+                    step()
+                taken = (now(device) - start) / count
+            return taken
+
+    def step_times(self, boundaries: Sequence[int], images: int) -> dict[int, float]:
+        """Seconds of a step at each boundary, on copies that take their steps in turn; on a GPU one after another."""
+        device, period = self._state.options.device, self._state.train.method.period
+
+        def work(step: Callable[[], Tensor]) -> float:
+            start = now(device)
+            for _ in range(period):
+                step()
+            return (now(device) - start) / period
+
+        times: dict[int, float] = {}
+        for group in [boundaries] if device.type == "cpu" else [[boundary] for boundary in boundaries]:
+            with ExitStack() as stack:
+                trials = {each: stack.enter_context(self._trial(images, boundary=each)) for each in group}
+                times |= time_in_turn({each: partial(work, step) for each, step in trials.items()})
+        return times
+
+    @contextmanager
+    def _trial(
+        self, images: int | None, *, alone: bool = False, mode: str | None = None, boundary: int | None = None
+    ) -> Iterator[Callable[[], Tensor]]:
+        """A step of copies of everything, on the next mini-batch's first `images` images; arguments as `try_steps`."""
         state, device = self._state, self._state.options.device
         position = state.loader.state_dict()
         batch = [tensor[:images] for tensor in next(state.loader.raw_batches())]
         state.loader.load_state_dict(position)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             trial = state.train.copy(state.loader.sample_input(1))
-            trial.model.train()
             if boundary is not None:
                 trial.method.move_to(boundary)
+            trial.model.train()
             if alone:
                 separate(trial.model)
             try:
                 cache = None
-                if self._cache is not None:
+                if self._cache is not None and trial.method.boundary:
                     cache, batch = CachedBatches.of_batch(trial.method, *state.loader.collate(*batch))
-                step = self._build(trial, TrainingGroup(), mode or state.step_mode or "eager", cache)
-                for _ in range(steps):
-                    start = now(device)
-                    step(*batch)
-                taken = now(device) - start
-                if count := min(int(seconds / taken), len(state.loader) // TRIALS):
-                    start = now(device)
-                    for _ in range(count):
-                        step(*batch)
-                    taken = (now(device) - start) / count
-                return taken
+                yield partial(self._build(trial, TrainingGroup(), mode or state.step_mode or "eager", cache), *batch)
             finally:
                 trial.method.detach()
 

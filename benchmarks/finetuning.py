@@ -35,7 +35,6 @@ from lowcal.training.environment import gather_environment
 
 FOLDER = RESULTS / "finetune"
 WARMUP = 0.1  # of the steps
-SEEDS = (1, 2, 3)
 
 
 class Data(NamedTuple):
@@ -143,9 +142,9 @@ def saved(file: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text())["rows"] if file.exists() else []
 
 
-def save(file: Path, rows: list[dict[str, Any]], task: Task) -> None:
+def save(file: Path, rows: list[dict[str, Any]], task: Task | None = None) -> None:
     """Writes rows with what holds for all of them."""
-    facts = {"images": task.images, "tests": task.tests, "size": task.size, "batch": task.batch}
+    facts = {key: getattr(task, key) for key in ("images", "tests", "size", "batch")} if task else {}
     content = {**facts, "environment": gather_environment("cpu"), "rows": rows}
     atomic_write(file, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -177,7 +176,7 @@ def pretrain(folder: Path, work: Path, *, images: int = 10_000, epochs: int = 6,
     work.mkdir(parents=True, exist_ok=True)
     torch.save(weights, work / WEIGHTS)
     facts["sha256"] = hashlib.sha256((work / WEIGHTS).read_bytes()).hexdigest()
-    save(FOLDER / "vit-pretraining.json", [facts], TASKS["vit"])
+    save(FOLDER / "vit-pretraining.json", [facts])
     print(facts)
 
 
@@ -211,13 +210,13 @@ def best(task: Task, rows: list[dict[str, Any]], family: str, epochs: int) -> li
     return [Rate(row["optimizer"], row["lr"], row["head"]) for row in tried]
 
 
-def run(name: str, folder: Path, work: Path) -> None:
+def run(name: str, folder: Path, work: Path, seeds: list[int]) -> None:
     """Trains each family at each of its lengths at the best rate, for each seed; testing is not timed."""
     task, file = TASKS[name], FOLDER / f"{name}.json"
-    rates, rows = saved(FOLDER / f"{name}-rates.json"), saved(file)
+    rates = saved(FOLDER / f"{name}-rates.json")
     arms = [(family, epochs) for family, own in task.families.items() if own.timed for epochs in own.lengths]
-    for seed in SEEDS:
-        if any(row["seed"] == seed for row in rows):
+    for seed in seeds:
+        if any(row["seed"] == seed for row in saved(file)):
             continue
         data = read(task, folder, seed, validation=False)
         models, runs, found = {}, {}, {}
@@ -240,8 +239,7 @@ def run(name: str, folder: Path, work: Path) -> None:
                     runs.pop(arm).close()  # frees its cache
                     found[arm]["accuracy"] = accuracy(models.pop(arm), data.test_x, data.test_y)
                     print(found[arm], flush=True)
-        rows += found.values()
-        save(file, rows, task)
+        save(file, [*saved(file), *found.values()], task)  # another process may have added its seeds
 
 
 def main() -> None:
@@ -251,15 +249,17 @@ def main() -> None:
     parser.add_argument("network", nargs="?", choices=list(TASKS), default="efficientnet")
     parser.add_argument("--data-dir", type=Path, help="the CIFAR-10 images")
     parser.add_argument("--work", type=Path, default=Path(), help="where the weights of the ViT are")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the timed runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "report":
         finetuning_report.write_all(FOLDER, RESULTS.parent / "docs" / "images")
     elif arguments.part == "pretrain":
         pretrain(arguments.data_dir, arguments.work)
+    elif arguments.part == "tune":
+        tune(arguments.network, arguments.data_dir, arguments.work)
     else:
-        part = tune if arguments.part == "tune" else run
-        part(arguments.network, arguments.data_dir, arguments.work)
+        run(arguments.network, arguments.data_dir, arguments.work, arguments.seeds)
 
 
 if __name__ == "__main__":

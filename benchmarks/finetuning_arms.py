@@ -114,7 +114,7 @@ TASKS = {
     "vit": Task(
         pretrained_vit, size=32, images=500, tests=2000, head="head", odd=True,
         families={
-            "all layers": Family((4, 8, 16), (*adamw(0.0003, 0.001, 0.003), *sgd(0.03))),
+            "all layers": Family((4, 8), adamw(0.0003, 0.001, 0.003)),
             "LoRA, rank 8": Family((8,), adamw(0.001, 0.003, 0.01), lora=8),
             "half frozen": Family((8,), frozen=13, like="half frozen, cached"),
             "half frozen, cached": Family((8,), adamw(0.0003, 0.001, 0.003), 13, cached=True),

@@ -46,19 +46,21 @@ def compare(arms: dict[Arm, dict[str, Any]]) -> list[dict[str, Any]]:
 
     The best length is that with the highest mean accuracy. The same time is that of the shortest length that takes as
     long, a few percent less included, or the longest one. `p` are two-sided, of paired t-tests over seeds: of
-    accuracies, and of the logarithm of times against the best length's divided by 2 and by 4.
+    accuracies, and of the logarithm of times against the best length's divided by 2 and by 4. Times are those of the
+    processor: with one thread they are the seconds of an idle machine. `wall_speedup` has the ratio of wall times.
     """
     whole = [row for row in arms.values() if row["family"] == ALL]
     target = max(whole, key=lambda row: row["accuracy"])
     for row in arms.values():
-        ratios = [a / b for a, b in zip(target["seconds_all"], row["seconds_all"], strict=True)]
-        row |= {"speedup": mean(ratios), "speedup_std": stdev(ratios)}
+        for name, time in (("wall_speedup", "seconds"), ("speedup", "cpu_seconds")):
+            ratios = [a / b for a, b in zip(target[f"{time}_all"], row[f"{time}_all"], strict=True)]
+            row |= {name: mean(ratios), f"{name}_std": stdev(ratios)}
         if row["family"] == ALL:
             continue
         for factor in (2, 4):
             row[f"p_{factor}"] = float(ttest_1samp([math.log(ratio) for ratio in ratios], math.log(factor)).pvalue)
-        enough = [other for other in whole if other["seconds"] >= SAME_TIME * row["seconds"]]
-        rival = min(enough, key=lambda other: other["seconds"]) if enough else target
+        enough = [other for other in whole if other["cpu_seconds"] >= SAME_TIME * row["cpu_seconds"]]
+        rival = min(enough, key=lambda other: other["cpu_seconds"]) if enough else target
         for name, other in (("best", target), ("rival", rival)):
             row[name] = other["epochs"]
             row[f"{name}_gain"] = row["accuracy"] - other["accuracy"]
@@ -69,7 +71,7 @@ def compare(arms: dict[Arm, dict[str, Any]]) -> list[dict[str, Any]]:
 def reaching(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """For each part of the network, the run with the least time that is as accurate as the best one of all layers."""
     found: dict[str, Mapping[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: -row["seconds"]):
+    for row in sorted(rows, key=lambda row: -row["cpu_seconds"]):
         if row["family"] != ALL and row["best_gain"] >= 0:
             found[row["family"]] = row
     return list(found.values())
@@ -97,7 +99,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Column("epochs", "epochs", "number"),
             Column("lr", "rate", rate, left=True),
             Column("accuracy", "accuracy, %", ".1f"),
-            Column("seconds", "time", ".1f", " s"),
+            Column("cpu_seconds", "time", ".1f", " s"),
             Column("speedup", f"all layers, {best} epochs, take", ".2f", "×"),
             Column("best_gain", "points against them", lambda row: gain("best", row)),
             Column("rival_gain", "points against all layers in the same time", lambda row: gain("rival", row)),
@@ -113,7 +115,7 @@ def figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         axes = drawn.add_subplot()
         families = dict.fromkeys(row["family"] for row in rows)
         for name, colour in zip(families, (INK, *_COLOURS), strict=False):
-            points = sorted((row["seconds"], 100 - row["accuracy"]) for row in rows if row["family"] == name)
+            points = sorted((row["cpu_seconds"], 100 - row["accuracy"]) for row in rows if row["family"] == name)
             dash = (0, (5, 2)) if name == ALL else "-"
             axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker="o", linewidth=1.5, label=name)
         axes.set_xscale("log")

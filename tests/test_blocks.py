@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from lowcal.cli import main
-from lowcal.commands import info, runs, studies  # noqa: F401  (each adds its commands to `app`)
+from lowcal.commands import cache, info, predict, runs, studies  # noqa: F401  (each adds its commands to `app`)
 from lowcal.commands.common import app
 from lowcal.experiments.recipe_text import apply_settings, load_recipe, parse_recipe
 

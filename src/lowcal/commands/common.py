@@ -138,4 +138,5 @@ def budget_settings(budget: str | None) -> list[str]:
             f"--budget {budget}: is neither a speed-up nor a part of the memory; write it as in --budget 1.5x or "
             "--budget '0.5 memory'"
         ) from None
-    return [f"local.schedule={{name: budget, {key}: {number}}}"]
+    others = "epochs: null, c1: null, c2: null"  # what the recipe's own schedule needs
+    return [f"local.schedule={{name: budget, {key}: {number}, {others}}}"]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lowcal import __version__
 from lowcal.commands import complete
 from lowcal.commands.common import (
     BudgetOption,
@@ -36,9 +37,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"lowcal {installed('lowcal')}")
+        print(f"lowcal {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())

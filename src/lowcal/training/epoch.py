@@ -120,6 +120,7 @@ class EpochLoop:
         # In a step a process cannot tell the others, which wait for its gradients, that its memory ran out.
         if is_new_trial and self._group.world > 1 and self._group.max(not self._steps.has_memory()):
             return False
+        self._set_lr(1.0)
         self._model.train()
         try:
             with train.random.entered():
@@ -155,7 +156,8 @@ class EpochLoop:
                     self._save()
                     raise Interrupted(signal) from None  # the other processes do not know of it
                 raise
-            self._set_lr((epoch.done + 1) / steps)
+            if self._state.finished < self._options.warmup_epochs:
+                self._set_lr((epoch.done + 1) / steps)
             loss = step(*batch)
             moment = perf_counter()
             epoch.add(loss, step.skipped, (loader.global_batch, *loader.shape), moment - last)

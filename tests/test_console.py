@@ -79,6 +79,7 @@ def watch(display: Display) -> None:
 def screen(monkeypatch):
     """What is written to a terminal of 80 columns."""
     screen = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm-256color")  # a dumb terminal gets plain lines
     made = Console(file=screen, force_terminal=True, width=80, height=24, color_system=None)
     monkeypatch.setattr("lowcal.console.Console", lambda **options: made)
     return screen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -71,7 +70,7 @@ def _read(path: Path) -> bytes:
 
 def _function(name: str) -> tuple[Path, Callable[..., Any]]:
     path, wanted = _path(name), name.rpartition(":")[2]
-    module = _module(path.resolve(), hashlib.sha256(_read(path)).hexdigest())
+    module = _module(path.resolve(), _read(path))
     function = getattr(module, wanted, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
@@ -79,21 +78,22 @@ def _function(name: str) -> tuple[Path, Callable[..., Any]]:
     return path, function
 
 
-@cache  # a file that has changed has another digest
-def _module(path: Path, digest: str) -> ModuleType:
-    """Run a file as a module. Modules next to it can be imported, and no random state changes."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_{digest[:8]}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where classes of the file are looked up
+@cache
+def _module(path: Path, source: bytes) -> ModuleType:
+    """Run a file as a module. Modules next to it can be imported, and no random state changes.
+
+    Python's own import would take the compiled file of an earlier version, if the two have one size and one second.
+    """
+    module = ModuleType(f"{path.stem}_{hashlib.sha256(source).hexdigest()[:8]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where classes of the file are looked up
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     try:
         with torch.random.fork_rng([]):
-            spec.loader.exec_module(module)
+            exec(compile(source, path, "exec"), vars(module))
     except Exception as error:
-        del sys.modules[spec.name]
+        del sys.modules[module.__name__]
         raise LowcalError(f"{path.name} does not import: {_told(error, path)}; correct the file") from error
     return module
 

@@ -13,7 +13,9 @@ from torch import Tensor
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PARTS = 64  # programs per layer at most, a power of two
 BLOCK = 4096  # elements that a program reads at a time
-LAYERS = 64  # per launch
+LAYERS = 64  # per launch, at most
+LEAST_LAYERS = 16  # that the kernels are compiled for, a power of two
+WARPS = 8  # per program
 
 
 def takes(weight: Tensor, update: Tensor) -> bool:
@@ -58,35 +60,38 @@ def _launch(
 ) -> None:
     """Launches both kernels for at most `LAYERS` layers; `skipped[0]` is how many of them were left as they are."""
     count = len(weights)
-    # Triton compiles a kernel again for another number of arguments, for one that fits 32 bits, and for one that is no
-    # multiple of 16. So there are always `LAYERS` of each, the first one repeated, and sizes are multiplied.
     columns = [
         [tensor.data_ptr() for tensor in weights],
         [tensor.data_ptr() for tensor in updates],
-        [16 * weight.numel() for weight in weights],
+        [weight.numel() for weight in weights],
     ]
-    weight_at, update_at, sizes = (tuple(column + column[:1] * (LAYERS - count)) for column in columns)
+    is_aligned = not any(number % 16 for column in columns for number in column)
+    parts = min(PARTS, max(1, -(-max(columns[2]) // BLOCK)))
+    # Triton compiles a kernel again for another number of arguments, for one that fits 32 bits, and for one that is no
+    # multiple of 16. So their number is a power of two, the first one repeated, and sizes are multiplied.
+    columns[2] = [16 * size for size in columns[2]]
+    layers = max(LEAST_LAYERS, 1 << (count - 1).bit_length())
+    weight_at, update_at, sizes = (tuple(column + column[:1] * (layers - count)) for column in columns)
     partials = torch.empty(1 + relative, count, PARTS, dtype=torch.float32, device=skipped.device)
-    parts = min(PARTS, max(1, -(-max(weight.numel() for weight in weights) // BLOCK)))
     options: dict[str, Any] = {
         "WEIGHT": DTYPES[weights[0].dtype],
         "UPDATE": DTYPES[updates[0].dtype],
         "RELATIVE": relative,
-        "ALIGNED": all(each % 16 == 0 for each in (*weight_at, *update_at, *(weight.numel() for weight in weights))),
+        "ALIGNED": is_aligned,
         "PARTS": PARTS,
         "BLOCK": BLOCK,
-        "LAYERS": LAYERS,
-        "num_warps": 8,
+        "LAYERS": layers,
+        "num_warps": WARPS,
     }
-    layers = weight_at, update_at, sizes
-    _sum_squares[parts, count](*layers, partials, skipped, **options)
-    _add[parts, count](*layers, partials, skipped, eta, steps, EACH=steps is not None and steps.dim() > 0, **options)
+    tensors = weight_at, update_at, sizes, partials, skipped
+    _sum_squares[parts, count](*tensors, **options)
+    _add[parts, count](*tensors, eta, steps, EACH=steps is not None and steps.dim() > 0, **options)
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, in any order."""
-    if tensor.is_contiguous():
-        return True
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return True  # the common cases, soon known
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

@@ -89,13 +89,14 @@ class UpdateHook(_OfOneModule):
         """Makes the update of `module`, which is the layer or a plain one like it, if it is due."""
         if not (self.due and self._layer.training and torch.is_grad_enabled()):
             return
-        is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing runs this pass a second time
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() == -1:  # else activation checkpointing runs this pass a second time
+                a = inputs.detach() if inputs.requires_grad else inputs
+                z = outputs.detach() if outputs.requires_grad else outputs
+                with torch.no_grad():
+                    self._learn(module, a, z)
+            return
         with torch.no_grad():
-            if not is_compiling:
-                self._learn(module, inputs.detach(), outputs.detach())
-                return
             update = self._make(module, inputs.detach(), outputs.detach())
         if self.update is None:
             self.update = update

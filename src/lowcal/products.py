@@ -15,12 +15,10 @@ from lowcal.layers import LAYER_TYPES, unchanged, weight_of
 
 _PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_OWN_METHODS = tuple(
-    (kind, name, getattr(kind, name))
+_OWN_METHODS = {
+    kind: [(name, getattr(kind, name)) for name in ("forward", "_conv_forward") if hasattr(kind, name)]
     for kind in LAYER_TYPES
-    for name in ("forward", "_conv_forward")
-    if hasattr(kind, name)
-)
+}
 
 
 class Product(NamedTuple):
@@ -50,7 +48,12 @@ def has_plain_forward(layer: nn.Module) -> bool:
     """Whether calling `layer` computes what its torch class does, so that its input and output are the product's."""
     if "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__:
         return False
-    return all(getattr(type(layer), name) is method for kind, name, method in _OWN_METHODS if isinstance(layer, kind))
+    for kind, methods in _OWN_METHODS.items():
+        if isinstance(layer, kind):
+            for name, method in methods:
+                if getattr(type(layer), name) is not method:
+                    return False
+    return True
 
 
 class ProductCapture(TorchFunctionMode):

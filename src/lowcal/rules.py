@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
@@ -95,7 +95,7 @@ class Hebbian(HebbianSettings):
 
     def update(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
         """dW of Eqs. 1 and 3, as `hebbian_update` returns it, but in the type in which it is computed."""
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             return _product(*_factors(module, inputs, outputs))
 
     def step_size(self, epoch: int) -> float:
@@ -180,17 +180,22 @@ def _factors(module: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[_Layer
 def _product(module: _Layer, inputs: Tensor, outputs: Tensor) -> Tensor:
     """dW in the type in which it is computed."""
     dtype = _product_dtype(outputs)
-    a, z = inputs.to(dtype), outputs.to(dtype)
-    device = z.device.type
-    with torch.autocast(device, enabled=False) if _is_autocasting(device) else nullcontext():
+    a = inputs if inputs.dtype == dtype else inputs.to(dtype)
+    z = outputs if outputs.dtype == dtype else outputs.to(dtype)
+    with _no_autocast(z.device.type):
         if isinstance(module, nn.Linear):
             return z.reshape(-1, module.out_features).T @ a.reshape(-1, module.in_features)
         return _conv_weight(module, a, z)
 
 
-def _is_autocasting(device: str) -> bool:
-    """Whether autocast is on for that kind of device; torch refuses to answer for the meta device."""
-    return device != "meta" and torch.is_autocast_enabled(device)  # is_autocast_available breaks graphs in torch 2.10
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    """A context without autocast."""
+    if not torch.compiler.is_compiling():
+        return torch._C._DisableAutocast()  # a tenth of the time of torch.autocast, but no compiler knows it
+    # Not is_autocast_available, which breaks graphs in torch 2.10. The meta device has no autocast to ask about.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _product_dtype(outputs: Tensor) -> torch.dtype:
@@ -203,41 +208,36 @@ def _product_dtype(outputs: Tensor) -> torch.dtype:
 
 
 def _conv_weight(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, z: Tensor) -> Tensor:
-    spatial = len(module.kernel_size)
-    if a.dim() == spatial + 1:  # unbatched
+    stride, padding = module.stride, module.padding
+    if a.dim() == len(stride) + 1:  # unbatched
         a, z = a.unsqueeze(0), z.unsqueeze(0)
-    if isinstance(module.padding, str):
-        total = [
-            d * (k - 1) if module.padding == "same" else 0
-            for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        before = [n // 2 for n in total]
-        after = [n - n // 2 for n in total]
-    else:
-        before = after = list(module.padding)
-    if (any(before) or any(after)) and (module.padding_mode != "zeros" or before != after):
-        pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        a, before = F.pad(a, pads, mode), [0] * spatial
-    stride: tuple[int, ...] = module.stride
-    if is_unsafe_unpadded(module) and not any(before):
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        a, padding = _padded(module, a)
+    if is_unsafe_unpadded(module) and not any(padding):
         a, stride = slice_positions(a, stride), (1, 1)
     weight = module.weight
     if weight.dtype != a.dtype:  # CUDA wants one type; the product reads only the shape and the memory format
         weight = torch.empty_like(weight, dtype=a.dtype)
+    no_padding = (0,) * len(stride)  # of the output
+    mask = (False, True, False)
     return torch.ops.aten.convolution_backward(
-        z,
-        a,
-        weight,
-        None,
-        stride,
-        before,
-        module.dilation,
-        False,
-        [0] * spatial,
-        module.groups,
-        [False, True, False],
+        z, a, weight, None, stride, padding, module.dilation, False, no_padding, module.groups, mask
     )[1]
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with the padding that the product cannot do, and the padding that it can."""
+    if isinstance(module.padding, str):
+        sizes = zip(module.dilation, module.kernel_size, strict=True)
+        total = [d * (k - 1) if module.padding == "same" else 0 for d, k in sizes]
+        before, after = tuple(n // 2 for n in total), tuple(n - n // 2 for n in total)
+    else:
+        before = after = module.padding
+    if before == after and (module.padding_mode == "zeros" or not any(before)):
+        return a, before
+    pads = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(a, pads, mode), (0,) * len(before)
 
 
 @torch.no_grad()
@@ -274,11 +274,11 @@ def _groups(
 ) -> dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]]:
     """The layers by device, types of weight and update, and whether the kernels take them."""
     groups: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = {}
+    kernels = {device: _kernels(device) for device in {weight.device for weight in weights}}
     for index, (weight, update) in enumerate(zip(weights, updates, strict=True)):
-        device = weight.device
-        kernels = _kernels(device)
-        is_fused = kernels is not None and kernels.takes(weight, update)
-        groups.setdefault((device, weight.dtype, update.dtype, is_fused), []).append(index)
+        own = kernels[weight.device]
+        is_fused = own is not None and own.takes(weight, update)
+        groups.setdefault((weight.device, weight.dtype, update.dtype, is_fused), []).append(index)
     return groups
 
 

@@ -60,11 +60,22 @@ class _Operands(NamedTuple):
     versions: tuple[int, ...]
 
 
+class _Product(NamedTuple):
+    """An update that is still to be made, and who gets it."""
+
+    update: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    keep: Callable[[Tensor], None]
+
+
 class Overlap:
     """Runs products on a second stream until the streams join, when the updates are applied.
 
-    A product may read its operands late, so they are kept until then. When more than `limit` bytes are kept, the
-    streams join earlier and the memory is free again. An operation in place, such as an activation right after a
+    The products wait until all local layers have run (`start`), and so run next to the layers after the boundary: these
+    are small and leave more of the device idle than the first ones do.
+
+    A product reads its operands late, so they are kept until the streams join. When more than `limit` bytes are kept,
+    the streams join earlier and the memory is free again. An operation in place, such as an activation right after a
     convolution, could overwrite what a product has still to read. Therefore the first step of each kind runs all
     products in line and finds the layers whose operands are overwritten before the join; their products stay in line.
     So does a product of a layer that runs again in the same step, whose updates are added up.
@@ -86,6 +97,7 @@ class Overlap:
         self._ran: set[str] = set()  # layers that this step has run
         self._operands: dict[str, _Operands] = {}
         self._sizes: dict[int, int] = {}  # bytes of the operands' storages by address
+        self._waiting: list[_Product] = []
         self._has_work = False  # whether the second stream has not been joined since its last work
 
     @contextmanager
@@ -99,24 +111,40 @@ class Overlap:
             self._ran.clear()
             self._let_go()
 
-    def run(self, name: str, update: Callable[..., Tensor], layer: nn.Module, a: Tensor, z: Tensor) -> Tensor:
-        """The update of the layer `name`; read it after `join` only."""
+    def run(
+        self,
+        name: str,
+        keep: Callable[[Tensor], None],
+        update: Callable[..., Tensor],
+        layer: nn.Module,
+        a: Tensor,
+        z: Tensor,
+    ) -> None:
+        """Makes the update of the layer `name`, now or later, and gives it to `keep`; read it after `join` only."""
         storages = [tensor.untyped_storage() for tensor in (a, z)]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         if name in self._ran or sum((self._sizes | sizes).values()) > self._limit:
             self.join()
         if name in self._ran or sum(sizes.values()) > self._limit:
-            return update(layer, a, z)
+            keep(update(layer, a, z))
+            return
         self._ran.add(name)
         self._sizes |= sizes  # in line too, so that the streams join at the same layers in all steps
-        if name in self.in_line:
-            return update(layer, a, z)
-        self._operands[name] = _Operands((a, z), (a._version, z._version))
-        self.most_held = max(self.most_held, sum(self._sizes.values()))
-        if self._looks:
-            return update(layer, a, z)
-        self._has_work = True
-        return self._stream.run(update, layer, a, z)
+        if name not in self.in_line:
+            self._operands[name] = _Operands((a, z), (a._version, z._version))
+            self.most_held = max(self.most_held, sum(self._sizes.values()))
+            if not self._looks:
+                self._waiting.append(_Product(update, (layer, a, z), keep))
+                return
+        keep(update(layer, a, z))
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """The products that wait begin, on the second stream; call it in the forward pass that they belong to."""
+        for update, args, keep in self._waiting:
+            self._has_work = True
+            keep(self._stream.run(update, *args))
+        self._waiting.clear()
 
     def join(self) -> None:
         """Waits for the second stream, on the device only.
@@ -124,6 +152,7 @@ class Overlap:
         Raises:
             LowcalError: operands were overwritten that were not in the first step of the kind.
         """
+        self.start()
         if self._has_work:
             self._stream.join()
         changed = [
@@ -141,6 +170,7 @@ class Overlap:
             )
 
     def _let_go(self) -> None:
+        self._waiting.clear()
         self._operands.clear()
         self._sizes.clear()
         self._has_work = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -205,10 +206,11 @@ class LocalUpdates:
         make, overlap = self._rule.update, self._overlap
         # Exchanges read updates during the pass; an optimizer that trains local layers changes weights before the join.
         if overlap is None or self._pending.exchange is not None or self._rule.opens:
-            update = make(module, a, z)
-        else:
-            update = overlap.run(self._layers[index].name, make, module, a, z)
-        self._keep(index, update)
+            self._keep(index, make(module, a, z))
+            return
+        overlap.run(self._layers[index].name, partial(self._keep, index), make, module, a, z)
+        if index == self._last:
+            overlap.start()
 
     def _keep(self, index: int, update: Tensor) -> None:
         if self._ran is not None:
@@ -223,6 +225,8 @@ class LocalUpdates:
         if self._ran is None:
             self._set_due()
             return
+        if self._overlap is not None:
+            self._overlap.start()  # also if this pass left out the last local layer
         for index, update in self._take_compiled():
             self._keep(index, update)
         self._ran = None

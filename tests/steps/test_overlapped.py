@@ -114,6 +114,20 @@ def test_the_first_step_of_a_kind_runs_in_line(late):
     assert (late.work, late.joins) == (2, 1)
 
 
+def test_products_start_when_all_local_layers_have_run(late, monkeypatch):
+    """The layers after the boundary leave more of the device idle."""
+    events = []
+    step = stepped(steps=1)
+    for name, module in step._model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: events.append(name))
+    run = late.run
+    monkeypatch.setattr(late, "run", lambda self, *args: events.append("product") or run(self, *args))
+    step(*images(1)[0])
+    assert events[:4] == ["conv1", "product", "product", "conv2"]  # local hooks come before this test's
+    assert len(events) > 4
+
+
 def test_what_is_kept_is_counted_and_limited(late, monkeypatch):
     """The streams join when the next layer's operands are too much, and a layer that is too large stays in line."""
     expected = trained(plain(), rule="hebbian")

@@ -140,13 +140,14 @@ def test_goals_are_met_missed_or_not_measured(tmp_path):
         return [goal["verdict"] for goal in devices.goals(tmp_path)]
 
     assert set(verdicts()) == {"not measured on a GPU yet"}
-    kinds = {"rows": [{"step": "graphed", "method": "sgd", "step_ms": 2.0}]}
+    eager = {"step": "eager", "method": "sgd", "step_ms": 9.0}
+    kinds = {"plain_step_ms": 10.0, "rows": [eager, {"step": "graphed", "method": "sgd", "step_ms": 2.0}]}
     rival = {"step": "torch.compile, reduce-overhead", "method": "plain loop", "step_ms": 3.0}
     files = {
         "resnet18-32-graphed": step_rows(local=1.9, freeze=2.0),
         "resnet18-32-overlapped": step_rows(local=1.95, freeze=2.0),
         "resnet50-224-graphed": {"status": "cut off"},
-        "kinds-resnet18-32": {"rows": [*kinds["rows"], rival]},
+        "kinds-resnet18-32": kinds | {"rows": [*kinds["rows"], rival]},
         "kinds-resnet50-224": kinds,
         "first-step": {"before_first_step_s": 11.0},
     }
@@ -154,6 +155,19 @@ def test_goals_are_met_missed_or_not_measured(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"environment": {"device": "cuda"}} | content))
     unknown = "not measured on a GPU yet"
     assert verdicts() == ["missed", "met", unknown, unknown, "missed", "met", unknown, "missed"]
+    plain = devices.goals(tmp_path)[4]
+    assert (plain["least"], plain["most"]) == (2.0 / 10.0, 1.0 / 4.0)
+
+
+def test_kinds_of_step_are_those_of_sgd(tmp_path):
+    assert devices.kinds(tmp_path) is None
+    rows = [
+        {"step": "graphed", "method": method, "step_ms": 2.0, "plain_over_step": 5.0, "ready_s": 0.1}
+        for method in ("sgd", "local")
+    ]
+    (tmp_path / "kinds-resnet50-224.json").write_text(json.dumps({"rows": rows}))
+    (row,) = devices.kinds(tmp_path).rows
+    assert (row["network"], row["label"]) == ("resnet50-224", "step=graphed")
 
 
 def test_local_updates_in_line_and_on_a_second_stream(tmp_path):

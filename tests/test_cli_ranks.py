@@ -45,7 +45,8 @@ def in_two(place, *arguments, **variables):
 
 
 def test_two_processes_make_one_run_which_one_tells_of(tmp_path):
-    codes, out, err = in_two(tmp_path, "train", "--device", "cpu", "--out", tmp_path / "run", *SMALL)
+    arguments = ["train", "--device", "cpu", "--log", "csv,tensorboard", "--out", tmp_path / "run", *SMALL]
+    codes, out, err = in_two(tmp_path, *arguments)
     assert (codes, err) == ([0, 0], [])
     assert "local by 2 processes" in out[0]
     assert [line.split()[1] for line in out[1:3]] == ["1/2", "2/2"]
@@ -53,6 +54,10 @@ def test_two_processes_make_one_run_which_one_tells_of(tmp_path):
     assert len(out) == 5
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
     assert len((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()) == 2
+    logs = tmp_path / "run" / "logs"
+    assert len(list(logs.rglob("events.*"))) == 1
+    (scalars,) = logs.rglob("scalars.csv")
+    assert [line.split(",")[0] for line in scalars.read_text().splitlines()] == ["epoch", "1", "2"]
 
 
 def test_two_processes_train_a_network_and_images_of_a_file(tmp_path):

@@ -4,7 +4,7 @@
 
 Trains sgd and freeze in turn, epoch by epoch, on synthetic images with one CPU thread. The speed-up is the time of sgd
 over that of freeze with the same seed. Peak memory is that of a training step, over the one of sgd, in one epoch. About
-eight minutes on a quiet machine. Writes OUT/budget.json and .md.
+half an hour on a quiet machine. Writes OUT/budget.json and .md.
 """
 
 import statistics
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="in an epoch")
     parser.add_argument("--speedups", nargs="+", default=["1.25x", "1.5x"])
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()  # as the command does
     sizes = arguments.epochs, arguments.steps, arguments.seeds
     rows = [row(network, budget, *sizes) for network in NETWORKS for budget in arguments.speedups]

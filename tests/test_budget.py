@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowcal
-from lowcal import LowcalError
+from lowcal import LowcalError, step_times
 from lowcal.budget import Budget
 from lowcal.method_settings import LocalSettings
 from lowcal.methods import build_method
@@ -110,7 +110,7 @@ def test_the_clock_counts_what_is_between_steps():
     assert clock.read() is None
 
 
-@pytest.mark.parametrize(("period", "is_queued", "seconds"), [(1, False, 1.0), (2, False, 1.5), (1, True, 2.5)])
+@pytest.mark.parametrize(("period", "is_queued", "seconds"), [(1, False, 1.5), (2, False, 1.5), (1, True, 2.5)])
 def test_a_pause_between_steps_does_not_count(monkeypatch, period, is_queued, seconds):
     """Steps of 1 and 2 seconds in turn, and an evaluation among them; a queued device has the mean alone."""
     clock, moment = StepClock(), iter([0.0, 1.0, 3.0, 4.0, 14.0, 15.0, 17.0, 18.0, 20.0])
@@ -120,7 +120,24 @@ def test_a_pause_between_steps_does_not_count(monkeypatch, period, is_queued, se
     assert clock.read(period, is_queued=is_queued) == seconds
 
 
-def test_measured_steps_get_shorter_and_change_nothing():
+def test_a_machine_that_slows_down_for_a_while_does_not_change_ratios(monkeypatch):
+    """A step of 2 s and one of 1 s, in which the machine's speed changes from turn to turn."""
+    speed = iter([1.0, 1.0, 1.6, 1.0, 1.6, 1.6, 1.0, 1.6, 1.0, 1.6])
+    seconds, now = {}, [0.0]
+
+    def whole():
+        seconds["factor"] = next(speed)
+        return 2.0 * seconds["factor"]
+
+    monkeypatch.setattr(step_times, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_times, "SECONDS", 0.0)
+    times = step_times.time_in_turn({0: whole, 5: lambda: seconds["factor"]})
+    assert times[5] / times[0] == pytest.approx(0.5)
+    assert 2.0 <= times[0] <= 3.2
+
+
+def test_measured_steps_get_shorter_and_change_nothing(monkeypatch):
+    monkeypatch.setattr(step_times, "SECONDS", 1.0)
     model = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(8)))
     local = lowcal.LoCal(model, sgd(model), epochs=2, example_inputs=torch.zeros(2, 16, 8, 8))
     order, before = local._local_layers.discovery.order, weights(model)

@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,30 +22,31 @@ from lowcal.rules import Rule
 if TYPE_CHECKING:
     from lowcal.parallel import Exchange
 
-FEWEST = 4  # steps at each boundary, after one that does not count
-SECONDS = 2.0  # for all of them, if they are so short
+FEWEST = 6  # steps at each boundary, after one that does not count
+SECONDS = 3.0  # for all of them, if they are so short
 MOST = 4096  # steps of an epoch, the last ones, whose times are kept
 
 Key = TypeVar("Key")
 
 
-def usual(seconds: Sequence[float]) -> float:
-    """The lower quartile: other work on the machine makes some steps longer and none shorter."""
-    return sorted(seconds)[len(seconds) // 4]
-
-
 def time_in_turn(works: Mapping[Key, Callable[[], float]]) -> dict[Key, float]:
-    """The usual seconds of each of `works`, which return theirs; in turn, so that a drift affects all equally."""
-    samples: dict[Key, list[float]] = {key: [] for key in works}
+    """The median seconds of each of `works`, which return theirs.
+
+    They run in turn. Each is compared with the first one within a turn, where a machine's speed is alike: other work on
+    it changes the speed for seconds, which is longer than a short step and shorter than a few long ones.
+    """
+    turns: list[dict[Key, float]] = []
     end = perf_counter() + SECONDS
-    while len(next(iter(samples.values()))) <= FEWEST or perf_counter() < end:
-        for key, work in works.items():
-            samples[key].append(work())
-    return {key: usual(values[1:]) for key, values in samples.items()}  # the first step chooses kernels
+    while len(turns) <= FEWEST or perf_counter() < end:
+        turns.append({key: work() for key, work in works.items()})
+    del turns[0]  # the first steps choose kernels
+    first = next(iter(works))
+    whole = median(turn[first] for turn in turns)
+    return {key: whole * median(turn[key] / turn[first] for turn in turns) for key in works}
 
 
 class StepClock:
-    """The usual time of an epoch's steps, without what comes before the first one and after the last one."""
+    """The median time of an epoch's steps, without what comes before the first one and after the last one."""
 
     def __init__(self) -> None:
         self._ticks: deque[float] = deque(maxlen=MOST)
@@ -64,7 +66,7 @@ class StepClock:
         self._ticks.clear()
         spans = len(ticks) - 1 if is_queued else period
         seconds = [(end - start) / spans for start, end in zip(ticks, ticks[spans:], strict=False)] if spans > 0 else []
-        return usual(seconds) if seconds and usual(seconds) > 0 else None
+        return median(seconds) if seconds and median(seconds) > 0 else None
 
 
 class StepTimes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
+from lowcal.hooks import Hook
 from lowcal.local import LoCal
 
 
@@ -116,6 +118,34 @@ class DistributedLoCal(nn.Module):
             with _requiring_grad(opened, True):
                 reducers.append(DistributedDataParallel(_Opened(opened, reducers[0]), **options))
         return reducers
+
+
+def follow_ddp(local: LoCal, sums_gradients: Callable[[], bool]) -> list[RemovableHandle]:
+    """Sums local updates over all ranks for a network under a DDP that another program built and keeps.
+
+    That DDP needs ``find_unused_parameters=True``: with it, parameters may stop learning at a move.
+
+    Args:
+        local: the controller of the network.
+        sums_gradients: whether the ranks' gradients are summed after the coming pass; False while they accumulate.
+
+    Returns:
+        The handles of the hooks on the network.
+    """
+    exchange, updates = Exchange(), local._local_layers.updates
+    local._local_layers.use_ranks(exchange)
+
+    def begin(*_: Any) -> None:
+        exchange.open = sums_gradients()
+        updates.begin_forward()
+
+    def end(*_: Any) -> None:
+        updates.end_forward()
+
+    return [
+        local.model.register_forward_pre_hook(Hook(begin)),
+        local.model.register_forward_hook(Hook(end)),
+    ]
 
 
 class _Opened(nn.Module):

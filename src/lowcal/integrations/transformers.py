@@ -9,24 +9,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowcal.errors import LowcalError
 from lowcal.files import DamagedError, load_checked, save_checked
 from lowcal.integrations.versions import check_host
 from lowcal.local import LoCal
+from lowcal.parallel import follow_ddp
 from lowcal.rules import Hebbian, Rule
 from lowcal.schedule import NormTrend, Schedule
 from lowcal.supervision import LossTrend, Supervision
 
 check_host("transformers", "5.0")
 
+from accelerate.state import GradientState  # noqa: E402  (after the check)
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from transformers.training_args import ParallelMode  # noqa: E402
 
 FILE = "lowcal.pt"  # in each checkpoint folder
 
 
 class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Trains the Trainer's model with `LoCal`, in one process on one device.
+    """Trains the Trainer's model with `LoCal`, on one device or on one in each of several processes (DDP).
 
     `LoCal` is built when training starts. An epoch ends with the mean of the losses that the model returned in it.
     ``lowcal/boundary``, ``lowcal/sign`` and ``lowcal/change`` (||dW_E|| of the transition layer) of each epoch go to
@@ -43,9 +47,9 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
         local: the controller, from the start of training on.
 
     Raises:
-        LowcalError: transformers is missing or too old. When training starts: the callback was used before; there are
-            several processes or devices, or another feature of the Trainer that is not supported; the checkpoint to
-            resume from has no state of this callback; or `LoCal` refuses an argument.
+        LowcalError: transformers is missing or too old. When training starts: the callback was used before; a feature
+            of the Trainer is used that is not supported; the checkpoint to resume from has no state of this callback;
+            or `LoCal` refuses an argument.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[LoCalTrainerCallback()])  # doctest: +SKIP
@@ -66,6 +70,7 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
             "supervision": supervision,
             "norm_stats": norm_stats,
         }
+        self._handles: list[RemovableHandle] = []
         self._loss: Tensor | None = None  # the sum of this epoch's losses, on the device
         self._passes = 0
 
@@ -84,7 +89,7 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
                 "LoCalTrainerCallback: this callback has trained a network already; give each call of train a callback "
                 "of its own"
             )
-        _check_trainer(args, state)
+        _check_trainer(args, state, model)
         local = LoCal(model, optimizer, epochs=state.num_train_epochs, **self._options)
         if state.global_step:
             try:
@@ -93,7 +98,9 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
                 local.detach()
                 raise
         self.local = local
-        self._handle = model.register_forward_hook(self._add_loss)
+        self._handles = [model.register_forward_hook(self._add_loss)]
+        if args.world_size > 1:
+            self._handles += follow_ddp(local, lambda: GradientState().sync_gradients)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,18 +127,20 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
         """Adds the controller's state to the checkpoint."""
         saved = {
             "local": self._controller().state_dict(),
-            "loss": None if self._loss is None else float(self._loss),
+            "loss": None if self._loss is None else self._mean(float(self._loss)),
             "passes": self._passes,
             "sum": _sum(model),
         }
-        save_checked(_folder(args, state) / FILE, "trainer", saved)
+        if state.is_world_process_zero:
+            save_checked(_folder(args, state) / FILE, "trainer", saved)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leaves the network without hooks."""
         self._controller().detach()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _load(self, folder: Path, model: nn.Module, local: LoCal) -> None:
         try:
@@ -143,7 +152,8 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
         if not math.isclose(saved["sum"], _sum(model), rel_tol=1e-9):
             raise LowcalError(
                 f"{folder / FILE} belongs to other weights than those that were loaded; copy the whole checkpoint "
-                "folder to output_dir before you resume from it"
+                "folder to output_dir before you resume from it, or take another version of transformers if this one "
+                "warns of missing keys"
             )
         local.load_state_dict(saved["local"])
         self._passes = saved["passes"]
@@ -164,6 +174,11 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
         self._loss = loss if self._loss is None else self._loss + loss
         self._passes += 1
 
+    def _mean(self, loss: float) -> float:
+        """The mean over the processes."""
+        exchange = self._controller()._local_layers.exchange
+        return loss if exchange is None else exchange.mean(loss)[0]
+
     def _controller(self) -> LoCal:
         if self.local is None:
             raise LowcalError(
@@ -182,7 +197,7 @@ class LoCalTrainerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore
         state.log_history.append(values)
 
 
-def _check_trainer(args: TrainingArguments, state: TrainerState) -> None:
+def _check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
     """Checks what the Trainer was asked to do.
 
     Raises:
@@ -191,14 +206,26 @@ def _check_trainer(args: TrainingArguments, state: TrainerState) -> None:
     for is_used, name in (
         (args.deepspeed, "DeepSpeed"),
         (args.fsdp, "FSDP"),
-        (args.world_size > 1, f"{args.world_size} processes"),
         (args.n_gpu > 1, f"{args.n_gpu} GPUs in one process"),
+        (args.world_size > 1 and args.parallel_mode is not ParallelMode.DISTRIBUTED, args.parallel_mode.value),
     ):
         if is_used:
             raise LowcalError(
-                f"LoCalTrainerCallback: the Trainer uses {name}, where a callback cannot wrap the model again after a "
-                "move; train on one device, or with lowcal.integrations.accelerate in a loop of your own"
+                f"LoCalTrainerCallback: the Trainer uses {name}, with which layers cannot stop learning; train on one "
+                "device, or with torchrun on one device in each process"
             )
+    if args.world_size > 1:
+        checkpoints = args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False)
+        for is_used, name in (
+            (args.ddp_find_unused_parameters is False, "ddp_find_unused_parameters=False"),
+            (args.ddp_static_graph, "ddp_static_graph"),
+            (checkpoints and args.ddp_find_unused_parameters is None, "gradient_checkpointing"),
+        ):
+            if is_used:
+                raise LowcalError(
+                    f"LoCalTrainerCallback: {name} keeps the Trainer's DDP from finding layers that stop learning; "
+                    "leave it out, or train in one process"
+                )
     if args.torch_compile or state.is_hyper_param_search:
         name = "torch_compile" if args.torch_compile else "hyperparameter_search"
         raise LowcalError(f"LoCalTrainerCallback: {name} is not supported; leave it out")

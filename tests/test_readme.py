@@ -21,6 +21,14 @@ def fact(name):
     return [float(figure) for figure in re.findall(r"\*\*([\d.]+)", row)]
 
 
+def test_the_recorded_step_on_a_gpu():
+    found = json.loads((ROOT / "results/h200/kinds-resnet18-32.json").read_text())
+    ours = next(row["step_ms"] for row in found["rows"] if (row["step"], row["method"]) == ("graphed", "sgd"))
+    rival = next(row["step_ms"] for row in found["rows"] if row["step"] == "torch.compile, reduce-overhead")
+    times = [found["plain_step_ms"] / ours, rival / ours]
+    assert fact("a recorded step") == [round(time, 1) for time in times]
+
+
 def test_step_time_and_memory_on_a_gpu():
     rows = json.loads((ROOT / "results/h200/resnet50-224-graphed.json").read_text())["rows"]
     sgd, local, freeze = (

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowcal.errors import LowcalError
+from lowcal.layers import LAYER_TYPES
 from lowcal.method_settings import HebbianSettings
 from lowcal.products import has_plain_forward, inner_product
 from lowcal.settings import Limits, Settings
@@ -169,7 +170,7 @@ def hebbian_update(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor
 
 def _factors(module: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[_Layer, Tensor, Tensor]:
     """A layer that computes one plain product, its input and its output."""
-    if not isinstance(module, _Layer):
+    if not isinstance(module, LAYER_TYPES):  # torch 2.10 cannot compile a union here
         raise LowcalError(
             f"hebbian_update: {type(module).__name__} is not a linear or convolution layer; "
             "pass nn.Linear or nn.Conv1d/2d/3d"

@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import transformers
+from transformers import TrainingArguments
+
 import lowcal
 from lowcal.integrations.transformers import LoCalTrainerCallback
 
@@ -55,6 +58,9 @@ def test_equal_to_one_process(rule, accumulate, tmp_path):
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="its Trainer cannot resume in processes on CPUs"
+)
 def test_resumes_exactly_in_the_middle_of_an_epoch(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "network": resnet}
     assert apart(2, half, tmp_path, "whole", options, "hebbian", 2) == [0, 0]
@@ -72,6 +78,8 @@ MISTAKES = {
 
 def mistaken(folder):
     for said, options in MISTAKES.items():
+        if not hasattr(TrainingArguments, *options):  # the oldest host has no static graph
+            continue
         with refused(said, "leave it out, or train in one process"):
             run(folder, "hebbian", 2, **options)
 

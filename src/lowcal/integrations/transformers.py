@@ -218,7 +218,7 @@ def _check_trainer(args: TrainingArguments, state: TrainerState, model: nn.Modul
         checkpoints = args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False)
         for is_used, name in (
             (args.ddp_find_unused_parameters is False, "ddp_find_unused_parameters=False"),
-            (args.ddp_static_graph, "ddp_static_graph"),
+            (getattr(args, "ddp_static_graph", False), "ddp_static_graph"),  # not in 5.0
             (checkpoints and args.ddp_find_unused_parameters is None, "gradient_checkpointing"),
         ):
             if is_used:

@@ -65,3 +65,10 @@ def test_fine_tuning():
     points = frozen["accuracy"] - rival["accuracy"]
     assert last_block["accuracy"] > rival["accuracy"]
     assert fact("fine-tuning") == [round(points, 1), round(frozen["speedup"], 1), round(last_block["speedup"], 1)]
+
+
+def test_what_the_demo_of_fine_tuning_wins():
+    rows = json.loads((ROOT / "results/finetune/demo.json").read_text())["rows"]
+    errors = {row["method"].partition("-")[2] or row["method"]: row["top1_error"] for row in rows}
+    points = round(errors["compressed-2"] - errors["freeze"], 1)
+    assert f"three\nquarters frozen have {points} points less error than SGD" in README

@@ -8,6 +8,10 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -44,10 +48,30 @@ def resnet():
     return ResNetForImageClassification(config)
 
 
-def data(size=12):
+def convnext():
+    config = ConvNextConfig(
+        num_channels=2, patch_size=2, num_stages=2, hidden_sizes=[4, 8], depths=[1, 1], image_size=8, num_labels=3
+    )
+    torch.manual_seed(1)
+    return ConvNextForImageClassification(config)
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=8, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return BertForSequenceClassification(config)
+
+
+def data(model, size=12):
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(size, 2, 8, 8, generator=generator)
-    return [{"pixel_values": x, "labels": int(index % 3)} for index, x in enumerate(images)]
+    if model.main_input_name == "input_ids":
+        inputs = torch.randint(20, (size, 6), generator=generator)
+    else:
+        inputs = torch.randn(size, 2, 8, 8, generator=generator)
+    return [{model.main_input_name: x, "labels": int(index % 3)} for index, x in enumerate(inputs)]
 
 
 class InOrder(Trainer):
@@ -65,7 +89,7 @@ def train(folder, model, own, resume=None, **options):
         "lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
         "logging_strategy": "no", **options,
     })  # fmt: skip
-    trainer = InOrder(model, args, train_dataset=data(), callbacks=[own], optimizers=(sgd(model), None))
+    trainer = InOrder(model, args, train_dataset=data(model), callbacks=[own], optimizers=(sgd(model), None))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -73,17 +97,15 @@ def train(folder, model, own, resume=None, **options):
 def plain(model, *, accumulate=1, bf16=False, **options):
     optimizer = sgd(model)
     local = lowcal.LoCal(model, optimizer, epochs=EPOCHS, **{**OPTIONS, **options})
-    samples = data()
+    samples, name = data(model), model.main_input_name
     model.train()
     for _ in range(EPOCHS):
         losses = []
         for start in range(0, 12, 4):
             part = samples[start : start + 4]
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model(
-                    pixel_values=torch.stack([s["pixel_values"] for s in part]),
-                    labels=torch.tensor([s["labels"] for s in part]),
-                ).loss
+                inputs = torch.stack([sample[name] for sample in part])
+                loss = model(**{name: inputs}, labels=torch.tensor([sample["labels"] for sample in part])).loss
             (loss / accumulate).backward()
             if start // 4 % accumulate == accumulate - 1:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,7 +116,7 @@ def plain(model, *, accumulate=1, bf16=False, **options):
     return local
 
 
-@pytest.mark.parametrize("network", [vit, resnet])
+@pytest.mark.parametrize("network", [vit, resnet, convnext, bert])
 @pytest.mark.parametrize("rule", [lowcal.Hebbian(lr=0.05), lowcal.Frozen(), lowcal.Refresh(every=2)], ids=str)
 def test_trains_as_a_plain_loop_does(network, rule, tmp_path):
     model, own = network(), LoCalTrainerCallback(**{**OPTIONS, "rule": rule})

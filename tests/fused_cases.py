@@ -167,6 +167,12 @@ def test_two_kernels_and_no_other_launch_whatever_the_number_of_layers(monkeypat
         assert set(operators.names) <= {"empty", "select", "slice"}
 
 
+@pytest.mark.parametrize("count", [16, 17, 33, 64])
+def test_each_layer_has_its_own_step_whatever_their_number(count):
+    """The kernels are compiled for 16, 32 or 64 layers."""
+    check(*pairs(shapes=[(2, index + 1) for index in range(count)]), 0.25, relative=True)
+
+
 @pytest.mark.parametrize("step", ["number", "each"])
 def test_more_layers_than_a_launch_takes(monkeypatch, step):
     monkeypatch.setattr(fused, "LAYERS", 3)

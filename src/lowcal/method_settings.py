@@ -22,6 +22,11 @@ SCHEDULES: dict[str, type[NormTrend | Quadratic | Fixed | Budget]] = {
 
 _KEYS = {"boundaries": "epochs"}  # fields that a recipe calls otherwise
 _BUDGETS = ("speedup", "memory")  # of which the schedule 'budget' needs one
+NEEDED = {
+    name: [_KEYS.get(field.name, field.name) for field in fields(kind) if field.default is MISSING]
+    for name, kind in SCHEDULES.items()
+}
+"""The settings that a schedule cannot do without. They are None for the others."""
 
 
 def _schedule_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -39,15 +44,12 @@ _ScheduleFields: Any = make_dataclass("_ScheduleFields", _schedule_fields(), bas
 
 
 class ScheduleSettings(_ScheduleFields):  # type: ignore[misc]
-    """Where the boundary is: the `name` of a schedule, and the settings of all schedules together.
-
-    Those that a schedule cannot do without are None for the others.
-    """
+    """Where the boundary is: the `name` of a schedule, and the settings of all schedules together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for owner, kind in SCHEDULES.items():
-            for key in [_KEYS.get(field.name, field.name) for field in fields(kind) if field.default is MISSING]:
+        for owner, keys in NEEDED.items():
+            for key in keys:
                 is_given = getattr(self, key) is not None
                 if is_given and owner != self.name:
                     raise LowcalError(

@@ -17,6 +17,7 @@ import typer
 from lowcal.commands import complete
 from lowcal.errors import LowcalError
 from lowcal.files import finite
+from lowcal.method_settings import NEEDED
 from lowcal.training.process import Launch, is_lost
 from lowcal.training.signals import INTERRUPTED, PREEMPTED, Interrupted, catch_signals, ignore_signals
 
@@ -138,5 +139,5 @@ def budget_settings(budget: str | None) -> list[str]:
             f"--budget {budget}: is neither a speed-up nor a part of the memory; write it as in --budget 1.5x or "
             "--budget '0.5 memory'"
         ) from None
-    others = "epochs: null, c1: null, c2: null"  # what the recipe's own schedule needs
-    return [f"local.schedule={{name: budget, {key}: {number}, {others}}}"]
+    others = "".join(f", {each}: null" for keys in NEEDED.values() for each in keys)  # of the recipe's own schedule
+    return [f"local.schedule={{name: budget, {key}: {number}{others}}}"]

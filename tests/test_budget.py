@@ -122,7 +122,7 @@ def test_a_pause_between_steps_does_not_count(monkeypatch, period, is_queued, se
 
 
 def test_a_short_step_is_not_taken_for_shorter_on_a_machine_that_changes_its_speed(monkeypatch):
-    """A step of 2.6 s, which sees fast and slow moments alike, and one half as long, which sees the one or the other."""
+    """A step of 2.6 s, which sees fast and slow moments alike, and one half as long, which sees either."""
     monkeypatch.setattr(step_times, "SECONDS", 0.0)
     short = cycle([1.0, 1.6])
     times = step_times.time_in_turn({0: lambda: 2.6, 5: lambda: next(short)})
